@@ -1,28 +1,27 @@
-# make test: every Python found; the newest one also runs oracles and peers.
-# make check: order, contents, sizes of the file.   make startup: start-up times.
+# make test: every Python from 3.9 to 3.13 found, the newest with oracles and peers.
+# make check: the file's order, contents and sizes.  make startup: start-up times.
 SHELL := /bin/bash
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -q -W ignore::pytest.PytestUnknownMarkWarning -n 2 test_tracecraft.py
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' tracecraft.py)
-TOOLS := pytest moto boto3 botocore requests tracecraft-ai==0.2.5
+TOOLS := pytest pytest-xdist moto boto3 botocore requests tracecraft-ai==0.2.5
 
-test: .venv/.ready
-	$(PY) -m pytest -q test_tracecraft.py
+test test-all: .venv/.ready
+	$(PYTEST) -m "not soak"
 	@bash .ci/run --other-pythons
 
-test-all: test
-
 soak: .venv/.ready
-	TRACECRAFT_SOAK=$${SOAK:-300} $(PY) -m pytest -q test_tracecraft.py -k soak
+	TRACECRAFT_SOAK=$${SOAK:-300} $(PYTEST) -m soak
 
-check startup:
-	$(PYTHON) test_tracecraft.py $@
+check startup: .venv/.ready
+	$(PY) test_tracecraft.py $@
 
 bench demo:
 	$(PYTHON) tracecraft.py $@
 
 .venv/.ready: Makefile
-	$(PYTHON) -m venv .venv
+	"$$(bash .ci/run --newest-python)" -m venv .venv
 	$(PY) -m pip -q install --disable-pip-version-check $(TOOLS)
 	touch $@
 
@@ -31,6 +30,6 @@ dist: check
 	cd dist && sha256sum tracecraft-$(VERSION).py > SHA256SUMS
 
 clean:
-	rm -rf .venv dist .pytest_cache __pycache__
+	rm -rf .venv* dist .pytest_cache __pycache__
 
 .PHONY: test test-all soak check startup bench demo dist clean

@@ -1,0 +1,11722 @@
+"""The tests of tracecraft.py, in the order of its sections; run by pytest.
+
+Real objects throughout: a memory store and a loopback S3 server that drop, delay or
+repeat any answer, real processes, and real peers (marked `peers`).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from http.client import responses
+from types import SimpleNamespace
+from typing import NamedTuple
+from urllib.parse import parse_qsl, quote, quote_plus, unquote
+from urllib.parse import urlsplit
+from xml.sax.saxutils import escape
+import ast
+import base64
+import bisect
+import calendar
+import collections
+import concurrent.futures
+import contextlib
+import datetime
+import doctest
+import errno
+import functools
+import hashlib
+import hmac
+import http.client
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import py_compile
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import subprocess
+import symtable
+import sys
+import tempfile
+import threading
+import time
+import types
+import uuid
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import tracecraft
+import tracecraft as t
+
+try:  # oracles; without them the tests marked `peers` are left out
+    from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
+    from botocore.awsrequest import AWSRequest
+    from botocore.config import Config
+    from botocore.credentials import Credentials
+    import boto3
+    import botocore.exceptions
+except ImportError:
+    boto3 = None
+
+# The status of every code but 400, which is that of the rest.
+S3_CODES = {"PermanentRedirect": 301, "TemporaryRedirect": 307, "NoSuchBucket": 404,
+            "InvalidAccessKeyId": 403, "RequestTimeTooSkewed": 403, "NoSuchUpload": 404,
+            "SignatureDoesNotMatch": 403, "BucketAlreadyOwnedByYou": 409,
+            "MissingContentLength": 411, "InvalidRange": 416}
+S3_FAULT_CODES = {403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed",
+                  409: "ConditionalRequestConflict", 429: "TooManyRequests",
+                  500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}
+S3_CODES.update((code, status) for status, code in S3_FAULT_CODES.items())
+S3_FAULTS = set("""refuse lose reset reset_after delay late duplicate truncate landed
+    redirect region html stale_list ignore garbage age call""".split())
+S3_SUBRESOURCES = """uploadId uploads delete location acl tagging versioning versions
+    policy lifecycle cors website encryption retention restore attributes""".split()
+SIGV4 = "AWS4-HMAC-SHA256"
+STREAMING = {"STREAMING-UNSIGNED-PAYLOAD-TRAILER", "STREAMING-%s-PAYLOAD" % SIGV4,
+             "STREAMING-%s-PAYLOAD-TRAILER" % SIGV4}
+S3Reply = collections.namedtuple("S3Reply", "status headers body", defaults=({}, b""))
+
+
+def _tags(**fields):
+    return "".join("<%s>%s</%s>" % (name, escape(str(value), {"\r": "&#13;"}), name)
+                   for name, value in fields.items() if value is not None)
+
+
+def _xml_reply(name, inner, status=200, headers=()):
+    space = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"' * (name != "Error")
+    text = '<?xml version="1.0" encoding="UTF-8"?>\n<%s%s>%s</%s>'
+    headers = dict(headers, **{"Content-Type": "application/xml"})
+    return S3Reply(status, headers, (text % (name, space, inner, name)).encode())
+
+
+def _iso(when, tail=".000Z"):
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)) + tail
+
+
+class S3Error(Exception):
+    def __init__(self, code, message=None, status=None, headers=(), **fields):
+        super().__init__(code)
+        self.status, self.headers = status or S3_CODES.get(code, 400), headers
+        message = message or re.sub("(?<=[a-z])(?=[A-Z])", " ", code)
+        self.fields = dict(Code=code, Message=message, **fields)
+
+    def reply(self, req):
+        inner = _tags(**self.fields, BucketName=req.bucket or None, Key=req.key or None,
+                      Resource=req.path, RequestId=req.id)
+        return _xml_reply("Error", inner, self.status, self.headers)
+
+
+class S3Request:
+    """A request and, once answered, its entry in the log: `status` is what the client
+    was sent (0: nothing), `landed` says that a write took effect all the same."""
+    status, landed, ignore, depth = 0, False, False, 0
+
+    def __init__(self, method, target, headers, body, buckets):
+        self.id = uuid.uuid4().hex[:16].upper()
+        self.method, self.headers = method, headers
+        self.path, _, query = target.partition("?")
+        self.pairs = parse_qsl(query, keep_blank_values=True)
+        self.query = dict(self.pairs)
+        self.bucket, self.key = _locate(headers.get("host", ""), self.path, buckets)
+        if headers.get("x-amz-content-sha256") in STREAMING:
+            body = _unchunk(io.BytesIO(body))
+        self.body, self.body_size = body, len(body)
+
+
+def _locate(host, path, buckets):
+    """The bucket and key of a request in either addressing style."""
+    name = host.rpartition(":")[0] or host
+    path = unquote(path[1:], errors="strict")
+    for bucket in sorted(buckets, key=len, reverse=True):
+        if name.startswith(bucket + "."):
+            return bucket, path
+    if "." in name and not re.fullmatch("[0-9.]+", name):
+        return name.partition(".")[0], path
+    return path.partition("/")[::2]
+
+
+def _unchunk(stream):
+    """The payload of HTTP chunks or of aws-chunked ones; trailers are skipped."""
+    parts = []
+    while True:
+        size = int(stream.readline().split(b";")[0], 16)
+        if not size:
+            break
+        parts.append(stream.read(size))
+        stream.readline()
+    while stream.readline() not in (b"\r\n", b""):
+        pass
+    return b"".join(parts)
+
+
+def s3_signature(req, auth, scope, secret):
+    """What a request should be signed with, and the canonical request it comes from."""
+    signed = auth["SignedHeaders"].split(";")
+    query = sorted((quote(name, safe=""), quote(value, safe=""))
+                   for name, value in req.pairs if name != "X-Amz-Signature")
+    values = ["%s:%s" % (h, " ".join(req.headers.get(h, "").split())) for h in signed]
+    text = "\n".join([req.method, req.path, "&".join("%s=%s" % pair for pair in query),
+                      *values, "", auth["SignedHeaders"], auth["Payload"]])
+    # Latin-1 gives back the very bytes that arrived, whatever their encoding was.
+    digest = hashlib.sha256(text.encode("latin-1")).hexdigest()
+    steps = scope.split("/") + ["\n".join([SIGV4, auth["Date"], scope, digest])]
+    key = functools.reduce(lambda key, step: hmac.digest(key, step.encode(), "sha256"),
+                           steps, b"AWS4" + secret.encode())
+    return key.hex(), text
+
+
+def s3_verify(req, access_key, secret_key, session_token, region, now):
+    """Raise what a request earns for its credentials, clock, signature or body."""
+    auth = _authorization(req)
+    access, _, scope = auth["Credential"].partition("/")
+    if access != access_key:
+        raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=access)
+    if session_token and auth.get("Security-Token") != session_token:
+        raise S3Error("InvalidToken")
+    _check_scope(scope, auth["Date"], region)
+    _check_clock(auth, now)
+    signed, payload = auth["SignedHeaders"].split(";"), auth["Payload"]
+    bare = [name for name in req.headers if name not in signed and (
+        name.startswith("x-amz-") or name in ("host", "if-match", "if-none-match"))]
+    if bare or "host" not in signed:
+        raise S3Error("AccessDenied", "There were headers present in the request which "
+                      "were not signed", HeadersNotSigned=", ".join(bare))
+    wanted, canonical = s3_signature(req, auth, scope, secret_key)
+    # S3 signs the path as it would encode it, so an odd encoding never matches.
+    odd = req.path != quote(unquote(req.path)) or signed != sorted(set(signed))
+    if odd or auth["Signature"] != wanted:
+        raise S3Error("SignatureDoesNotMatch", CanonicalRequest=canonical)
+    if (payload != "UNSIGNED-PAYLOAD" and payload not in STREAMING
+            and payload != hashlib.sha256(req.body).hexdigest()):
+        raise S3Error("XAmzContentSHA256Mismatch")
+
+
+def _authorization(req):
+    """The fields of a SigV4 authorization, from the query or from the header."""
+    presigned = "X-Amz-Signature" in req.query
+    if presigned:
+        auth = {name[6:]: value for name, value in req.pairs if name[:6] == "X-Amz-"}
+    else:
+        scheme, _, rest = req.headers.get("authorization", "").partition(" ")
+        auth = dict(part.strip().partition("=")[::2] for part in rest.split(","))
+        auth.update({"Algorithm": scheme, "Date": req.headers.get("x-amz-date"),
+                     "Security-Token": req.headers.get("x-amz-security-token")})
+    auth["Payload"] = req.headers.get("x-amz-content-sha256",
+                                      "UNSIGNED-PAYLOAD" if presigned else None)
+    if not auth.get("Algorithm"):
+        raise S3Error("AccessDenied")
+    needed = "Credential SignedHeaders Signature Date Payload" + " Expires" * presigned
+    if auth["Algorithm"] != SIGV4 or not all(map(auth.get, needed.split())):
+        raise S3Error("InvalidRequest", "Missing or unsupported authorization fields")
+    return auth
+
+
+def _check_scope(scope, stamp, region):
+    date, asked, rest = (scope.split("/", 2) + ["", ""])[:3]
+    if asked != region:
+        message = "the region '%s' is wrong; expecting '%s'" % (asked, region)
+        raise S3Error("AuthorizationHeaderMalformed", message, Region=region,
+                      headers={"x-amz-bucket-region": region})
+    if date != stamp[:8] or rest != "s3/aws4_request":
+        raise S3Error("AuthorizationHeaderMalformed")
+
+
+def _check_clock(auth, now):
+    when = calendar.timegm(time.strptime(auth["Date"], "%Y%m%dT%H%M%SZ"))
+    if "Expires" in auth:
+        if not when - 900 <= now <= when + min(int(auth["Expires"]), 604800):
+            raise S3Error("AccessDenied", "Request has expired",
+                          ServerTime=_iso(now, "Z"))
+    elif abs(now - when) > 900:
+        raise S3Error("RequestTimeTooSkewed", RequestTime=auth["Date"],
+                      ServerTime=_iso(now, "Z"), MaxAllowedSkewMilliseconds=900000)
+
+
+def _etag_listed(value, etag):
+    listed = [tag.strip().strip('"') for tag in value.split(",")]
+    return value == "*" or etag.strip('"') in listed
+
+
+def _check_put(headers, form, current):
+    """Raise what the conditions of a PUT earn, given the object now under its key."""
+    absent, match = headers.get("if-none-match"), headers.get("if-match")
+    if absent not in (None, "*"):
+        raise S3Error("NotImplemented")
+    if absent and current:
+        raise S3Error("PreconditionFailed", Condition="If-None-Match")
+    if match is None:
+        return
+    if not current:
+        raise S3Error("NoSuchKey")
+    quoted, bare = current.etag, current.etag.strip('"')
+    accepted = {"any": (quoted, bare), "quoted": (quoted,), "unquoted": (bare,)}[form]
+    if match != "*" and match not in accepted:
+        raise S3Error("PreconditionFailed", Condition="If-Match")
+
+
+def _byte_range(spec, size):
+    """The slice that a Range header asks for; None when S3 would disregard it."""
+    match = re.fullmatch("bytes=([0-9]*)-([0-9]*)", spec or "")
+    first, last = match.groups() if match else ("", "")
+    if not (first or last) or (first and last and int(last) < int(first)):
+        return None
+    start, end = int(first or 0), min(int(last or size), size - 1) + 1
+    if not first:
+        start, end = max(size - int(last), 0), size
+    if start >= end:
+        raise S3Error("InvalidRange", headers={"Content-Range": "bytes */%d" % size})
+    return start, end
+
+
+def _roll_up(keys, prefix, delimiter, after, limit):
+    """The next keys and common prefixes past `after`, as {name: is a common prefix},
+    and whether more follow."""
+    found = {}
+    for key in keys:
+        cut = key.find(delimiter, len(prefix)) if delimiter else -1
+        name = key if cut < 0 else key[:cut + len(delimiter)]
+        if not key.startswith(prefix) or name <= after or name in found:
+            continue
+        if len(found) >= limit:
+            return found, limit > 0
+        found[name] = cut >= 0
+    return found, False
+
+
+class S3Store:
+    """The objects, the lock that makes condition and write one step, and the past."""
+
+    def __init__(self):
+        self.objects, self.lock = {}, threading.RLock()
+        self.history = collections.deque(maxlen=10000)
+
+    def write(self, where, obj, check=None, gap=0):
+        """Store obj, or delete with None. A gap lets others in after the check."""
+        with self.lock:
+            if check:
+                check(self.objects.get(where))
+            if not (check and gap):
+                return self._set(where, obj)
+        time.sleep(gap)
+        with self.lock:
+            self._set(where, obj)
+
+    def _set(self, where, obj):
+        old = self.objects.get(where)
+        if old or obj:
+            self.history.append((where, old))
+        if obj:
+            self.objects[where] = obj
+        else:
+            self.objects.pop(where, None)
+
+    def view(self, bucket, depth=0):
+        """{key: object} of a bucket as it was before its last `depth` writes."""
+        with self.lock:
+            view = {key: obj for (b, key), obj in self.objects.items() if b == bucket}
+            past = depth and [(key, old) for (b, key), old in reversed(self.history)
+                              if b == bucket][:depth]
+        view.update(past or ())
+        return {key: obj for key, obj in view.items() if obj}
+
+
+class S3Api:
+    """The operations of S3, one method for each kind of request."""
+
+    def __init__(self, access_key="testkey", secret_key="testsecret",
+                 session_token=None, region="us-east-1", etags="any", skew=0,
+                 ignores=False, races=False, conditional_get=True, latency=0,
+                 max_keys=1000, buckets=("bucket",), verify=True, lm=True,
+                 md5_etags=True):
+        # The options are plain attributes, so that a test can change them at any time.
+        vars(self).update((k, v) for k, v in locals().items() if k != "self")
+        self.buckets, self.uploads, self.store = set(buckets), {}, S3Store()
+        self.objects, self.lock = self.store.objects, self.store.lock
+
+    def now(self):
+        return time.time() + self.skew
+
+    def act(self, req):
+        """Carry the request out and return the answer it deserves."""
+        try:
+            if self.verify:
+                s3_verify(req, self.access_key, self.secret_key, self.session_token,
+                          self.region, self.now())
+            reply = self.route(req)
+        except S3Error as error:
+            return error.reply(req)
+        except ElementTree.ParseError:
+            return S3Error("MalformedXML").reply(req)
+        except ValueError as error:
+            return S3Error("InvalidArgument", str(error)).reply(req)
+        req.landed = req.landed or req.method not in ("GET", "HEAD")
+        return reply
+
+    def route(self, req):
+        level = "key" if req.key else "bucket"
+        sub = [name for name in S3_SUBRESOURCES if name in req.query][:1]
+        name = "_".join([req.method, level] + sub).lower()
+        operation = getattr(self, name, None)
+        if not operation or not req.bucket:
+            raise S3Error("NotImplemented")
+        if req.bucket not in self.buckets and name != "put_bucket":
+            raise S3Error("NoSuchBucket")
+        if len(req.key.encode()) > 1024:
+            raise S3Error("KeyTooLongError")
+        self.check_body(req)
+        return operation(req)
+
+    def check_body(self, req):
+        length = req.headers.get("x-amz-decoded-content-length")
+        if req.method == "PUT" and not (length or "content-length" in req.headers):
+            raise S3Error("MissingContentLength")
+        given = base64.b64decode(req.headers.get("content-md5", ""))
+        if (given and given != hashlib.md5(req.body).digest()
+                or length and int(length) != req.body_size):
+            raise S3Error("BadDigest")
+
+    def write(self, req, body, headers, etag=None):
+        etag = etag or (hashlib.md5(body).hexdigest() if self.md5_etags
+                        else uuid.uuid4().hex)
+        obj = SimpleNamespace(body=body, etag='"%s"' % etag, modified=self.now(),
+                              headers=headers)
+        check = functools.partial(_check_put, req.headers, self.etags)
+        if (self.ignores or req.ignore
+                or not {"if-match", "if-none-match"} & set(req.headers)):
+            check = None
+        self.store.write((req.bucket, req.key), obj, check, 0.005 if self.races else 0)
+        return obj
+
+    def find(self, bucket, key):
+        obj = self.objects.get((bucket, key))
+        if not obj:
+            raise S3Error("NoSuchKey" if bucket in self.buckets else "NoSuchBucket")
+        return obj
+
+    def kept_headers(self, req):
+        kept = {name: value for name, value in req.headers.items() if name in (
+            "content-type", "cache-control") or name.startswith("x-amz-meta-")}
+        return dict({"content-type": "binary/octet-stream"}, **kept)
+
+    def put_key(self, req):
+        if "x-amz-copy-source" in req.headers:
+            return self.copy(req)
+        obj = self.write(req, req.body, self.kept_headers(req))
+        return S3Reply(200, {"ETag": obj.etag})
+
+    def copy(self, req):
+        source = unquote(req.headers["x-amz-copy-source"]).lstrip("/").partition("/")
+        old = self.find(source[0], source[2])
+        wanted = req.headers.get("x-amz-copy-source-if-match", "*")
+        if not _etag_listed(wanted, old.etag):
+            raise S3Error("PreconditionFailed")
+        replace = req.headers.get("x-amz-metadata-directive") == "REPLACE"
+        new = self.write(req, old.body,
+                         self.kept_headers(req) if replace else old.headers)
+        return _xml_reply("CopyObjectResult", _tags(
+            ETag=new.etag, LastModified=_iso(new.modified)))
+
+    def get_key(self, req):
+        obj = self.find(req.bucket, req.key)
+        headers = dict(obj.headers, **{"ETag": obj.etag, "Accept-Ranges": "bytes"})
+        if self.lm:
+            headers["Last-Modified"] = formatdate(obj.modified, usegmt=True)
+        if self.conditional_get:
+            if not _etag_listed(req.headers.get("if-match", "*"), obj.etag):
+                raise S3Error("PreconditionFailed", Condition="If-Match")
+            if _etag_listed(req.headers.get("if-none-match", ""), obj.etag):
+                return S3Reply(304, headers)
+        size = len(obj.body)
+        start, end = _byte_range(req.headers.get("range"), size) or (0, None)
+        if end is None:
+            return S3Reply(200, headers, obj.body)
+        headers["Content-Range"] = "bytes %d-%d/%d" % (start, end - 1, size)
+        return S3Reply(206, headers, obj.body[start:end])
+
+    head_key = get_key
+
+    def delete_key(self, req):
+        self.store.write((req.bucket, req.key), None)
+        return S3Reply(204)
+
+    def post_bucket_delete(self, req):
+        root = ElementTree.fromstring(req.body)
+        keys = [entry.findtext("{*}Key") for entry in root.findall("{*}Object")]
+        if not 0 < len(keys) <= 1000 or None in keys:
+            raise S3Error("MalformedXML")
+        for key in keys:
+            self.store.write((req.bucket, key), None)
+        told = keys if root.findtext("{*}Quiet") != "true" else ()
+        return _xml_reply("DeleteResult", "".join(
+            "<Deleted>%s</Deleted>" % _tags(Key=key) for key in told))
+
+    def get_bucket(self, req):
+        query, view = req.query, self.store.view(req.bucket, req.depth)
+        if query.get("list-type") != "2":
+            raise S3Error("NotImplemented")
+        token, start = query.get("continuation-token"), query.get("start-after", "")
+        after = base64.b64decode(token or "", validate=True).decode()
+        limit = min(int(query.get("max-keys", 1000)), self.max_keys)
+        # Code points sort as UTF-8 bytes do.
+        found, more = _roll_up(sorted(key for key in view if key > start),
+                               query.get("prefix", ""), query.get("delimiter", ""),
+                               after, limit)
+        following = base64.b64encode(max(found).encode()).decode() if more else None
+        url = query.get("encoding-type") == "url"
+        spell = functools.partial(quote_plus, safe="/*") if url else str
+        head = _tags(Name=req.bucket, KeyCount=len(found), MaxKeys=limit,
+                     IsTruncated=str(more).lower(), ContinuationToken=token,
+                     NextContinuationToken=following,
+                     EncodingType="url" if url else None)
+        head += _tags(**{name.title().replace("-", ""): spell(query[name])
+                         for name in ("delimiter", "start-after") if name in query})
+        return _xml_reply("ListBucketResult", head + _tags(
+            Prefix=spell(query.get("prefix", ""))) + "".join(
+                self.rows(view, found, spell)))
+
+    def rows(self, view, found, spell):
+        for name, common in found.items():
+            if common:
+                yield "<CommonPrefixes>%s</CommonPrefixes>" % _tags(Prefix=spell(name))
+                continue
+            obj = view[name]
+            yield "<Contents>%s</Contents>" % _tags(
+                Key=spell(name), LastModified=_iso(obj.modified), ETag=obj.etag,
+                Size=len(obj.body), StorageClass="STANDARD")
+
+    def get_bucket_location(self, req):
+        region = "" if self.region == "us-east-1" else self.region
+        return _xml_reply("LocationConstraint", region)
+
+    def head_bucket(self, req):
+        return S3Reply(200, {"x-amz-bucket-region": self.region})
+
+    def put_bucket(self, req):
+        with self.lock:
+            if req.bucket in self.buckets:
+                raise S3Error("BucketAlreadyOwnedByYou")
+            # Replaced, not grown: other threads iterate over it without the lock.
+            self.buckets = self.buckets | {req.bucket}
+        return S3Reply(200, {"Location": "/" + req.bucket})
+
+    def post_key_uploads(self, req):
+        name = uuid.uuid4().hex
+        self.uploads[name] = SimpleNamespace(
+            where=(req.bucket, req.key), headers=self.kept_headers(req), parts={})
+        return _xml_reply("InitiateMultipartUploadResult", _tags(
+            Bucket=req.bucket, Key=req.key, UploadId=name))
+
+    def upload(self, req):
+        upload = self.uploads.get(req.query["uploadId"])
+        if not upload or upload.where != (req.bucket, req.key):
+            raise S3Error("NoSuchUpload")
+        return upload
+
+    def put_key_uploadid(self, req):
+        number = int(req.query.get("partNumber", ""))
+        if not 1 <= number <= 10000 or "x-amz-copy-source" in req.headers:
+            raise S3Error("NotImplemented")
+        etag = hashlib.md5(req.body).hexdigest()
+        self.upload(req).parts[number] = (etag, req.body)
+        return S3Reply(200, {"ETag": '"%s"' % etag})
+
+    def get_key_uploadid(self, req):
+        parts = sorted(self.upload(req).parts.items())
+        rows = ["<Part>%s</Part>" % _tags(PartNumber=number, ETag='"%s"' % etag,
+                                          Size=len(body))
+                for number, (etag, body) in parts]
+        return _xml_reply("ListPartsResult", _tags(
+            Bucket=req.bucket, Key=req.key, UploadId=req.query["uploadId"],
+            IsTruncated="false") + "".join(rows))
+
+    def post_key_uploadid(self, req):
+        upload = self.upload(req)
+        listed = {int(part.findtext("{*}PartNumber", "")):
+                  part.findtext("{*}ETag", "").strip('"')
+                  for part in ElementTree.fromstring(req.body).findall("{*}Part")}
+        if not listed or list(listed) != sorted(listed):
+            raise S3Error("InvalidPartOrder" if listed else "MalformedXML")
+        parts = [upload.parts.get(number, ("", b"")) for number in listed]
+        if [etag for etag, _ in parts] != list(listed.values()) or ("", b"") in parts:
+            raise S3Error("InvalidPart")
+        md5 = hashlib.md5(b"".join(bytes.fromhex(etag) for etag, _ in parts))
+        obj = self.write(req, b"".join(body for _, body in parts), upload.headers,
+                         "%s-%d" % (md5.hexdigest(), len(parts)))
+        self.uploads.pop(req.query["uploadId"], None)
+        return _xml_reply("CompleteMultipartUploadResult", _tags(
+            Location=req.path, Bucket=req.bucket, Key=req.key, ETag=obj.etag))
+
+    def delete_key_uploadid(self, req):
+        self.upload(req)
+        self.uploads.pop(req.query["uploadId"], None)
+        return S3Reply(204)
+
+
+def _error_reply(status, req, headers=()):
+    code = S3_FAULT_CODES.get(status, "InternalError")
+    return S3Error(code, status=status, headers=headers).reply(req)
+
+
+def _canned_reply(kind, options, req):
+    """The answer of a fault that keeps the request from being acted upon, or None."""
+    if kind == "late":
+        return _error_reply(options.get("status", 500), req)
+    if isinstance(kind, int):
+        wait = options.get("retry_after")
+        return _error_reply(kind, req, {} if wait is None else {"Retry-After": wait})
+    if kind == "redirect":
+        return S3Error("TemporaryRedirect", status=options.get("status", 307),
+                       headers={"Location": options["location"]}).reply(req)
+    if kind == "region":
+        return S3Error("PermanentRedirect", headers={
+            "x-amz-bucket-region": options["region"]}).reply(req)
+    if kind == "html":
+        return S3Reply(200, {"Content-Type": "text/html"},
+                       b"<!DOCTYPE html><html><h1>Sign in to this network</h1></html>")
+    return None
+
+
+def _spoiled_reply(kind, options, req, reply, now):
+    """The answer of a fault that falsifies what is told of a request carried out."""
+    if kind == "landed":
+        return _error_reply(options.get("status", 500), req)
+    if kind == "garbage":
+        flipped = bytes(byte ^ 255 for byte in reply.body) or b"\0garbage"
+        return S3Reply(200, reply.headers, options.get("body", flipped))
+    if kind == "age":
+        aged = {"Age": 120, "Date": formatdate(now - 120, usegmt=True)}
+        return reply._replace(headers=dict(reply.headers, **aged))
+    return reply
+
+
+class S3Handler(socketserver.StreamRequestHandler):
+    """One connection: reads requests, applies faults, writes answers."""
+    disable_nagle_algorithm = True
+    last = False
+
+    def handle(self):
+        self.server.live.add(self.connection)
+        with contextlib.suppress(OSError):
+            while not self.last:
+                self.serve(self.server.api)
+        self.server.live.discard(self.connection)
+
+    def serve(self, api):
+        try:
+            req = self.read_request(api.buckets)
+        except ValueError:
+            self.wfile.write(b"HTTP/1.1 400 Bad Request\r\nx-amz-request-id: 0\r\n"
+                             b"Content-Length: 0\r\nConnection: close\r\n\r\n")
+            raise ConnectionError
+        fault = api.take_fault(req)
+        time.sleep(api.latency)
+        reply = self.respond(api, req, fault.kind, fault.options)
+        silent = fault.kind in ("refuse", "reset", "lose", "reset_after")
+        req.status = 0 if silent else reply.status
+        api.log.append(req)
+        if fault.kind in ("reset", "reset_after"):
+            self.reset()
+        if silent:
+            raise ConnectionError
+        self.send(req, reply, formatdate(api.now(), usegmt=True), fault)
+
+    def read_request(self, buckets):
+        line = self.rfile.readline(65536)
+        if not line:
+            raise ConnectionError
+        method, target, version = line.decode("latin-1").split()
+        headers = {}
+        for line in iter(self.rfile.readline, b"\r\n"):
+            if not line:
+                raise ConnectionError
+            name, _, value = line.decode("latin-1").partition(":")
+            name, value = name.lower(), value.strip()
+            headers[name] = headers[name] + "," + value if name in headers else value
+        self.last = version == "HTTP/1.0" or "close" in headers.get(
+            "connection", "").lower()
+        return S3Request(method, target, headers, self.read_body(headers), buckets)
+
+    def read_body(self, headers):
+        if headers.get("expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if "transfer-encoding" in headers:
+            return _unchunk(self.rfile)
+        size = int(headers.get("content-length", 0))
+        body = self.rfile.read(size)
+        if len(body) < size:
+            raise ConnectionError
+        return body
+
+    def respond(self, api, req, kind, options):
+        """The answer, after acting on the request as far as the fault lets it."""
+        if kind in ("refuse", "reset"):
+            return None
+        if kind == "late":
+            timer = threading.Timer(options["seconds"], api.act, (req,))
+            timer.daemon = True
+            timer.start()
+        canned = _canned_reply(kind, options, req)
+        if canned:
+            return canned
+        if kind == "delay":
+            time.sleep(options["seconds"])
+        if kind == "call":
+            options["fn"](req)
+        req.ignore = kind == "ignore"
+        req.depth = options.get("depth", 1) if kind == "stale_list" else 0
+        reply = api.act(req)
+        if kind == "duplicate":
+            api.act(req)
+        return _spoiled_reply(kind, options, req, reply, api.now())
+
+    def send(self, req, reply, date, fault):
+        bare = req.method == "HEAD" and reply.status >= 300
+        body = b"" if bare else reply.body
+        headers = {"x-amz-request-id": req.id, "Date": date, **reply.headers}
+        if reply.status not in (204, 304):
+            headers["Content-Length"] = len(body)
+        if self.last:
+            headers["Connection"] = "close"
+        head = "HTTP/1.1 %d %s\r\n" % (reply.status, responses.get(reply.status, "-"))
+        head += "".join("%s: %s\r\n" % pair for pair in headers.items()) + "\r\n"
+        data = head.encode("latin-1") + (body if req.method != "HEAD" else b"")
+        if fault.kind != "truncate":
+            self.wfile.write(data)
+            return
+        tail = 0 if req.method == "PUT" else len(data) - len(head)
+        cut = len(head) + tail // 2 if tail else len(head) // 2
+        self.wfile.write(data[:fault.options.get("at", cut)])
+        raise ConnectionError
+
+    def reset(self):
+        """Close with RST: the linger must be set before the last reference goes."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                   struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
+
+
+class S3Listener(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 256
+
+
+class S3Server(S3Api):
+    """S3 on a loopback port, with a log of requests and faults to order. Of the faults
+    queued, the first that matches and has nothing left to skip takes a request."""
+
+    def __init__(self, port=0, **options):
+        super().__init__(**options)
+        self.port, self.log, self.faults, self.listener = port, [], [], None
+
+    @property
+    def url(self):
+        return "http://127.0.0.1:%d" % self.port
+
+    def start(self):
+        self.listener = S3Listener(("127.0.0.1", self.port), S3Handler)
+        self.listener.api, self.listener.live = self, set()
+        # Kept, so that a server stopped and started again is found where it was.
+        self.port = self.listener.server_address[1]
+        threading.Thread(target=self.listener.serve_forever, args=(0.02,),
+                         daemon=True).start()
+        return self
+
+    def stop(self):
+        listener, self.listener = self.listener, None
+        if listener:
+            listener.shutdown()
+            listener.server_close()
+            for connection in list(listener.live):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *exc):
+        self.stop()
+
+    def fault(self, kind, method=None, key="", times=1, skip=0, **options):
+        if not isinstance(kind, int) and kind not in S3_FAULTS:
+            raise ValueError("no such fault: %r" % (kind,))
+        fault = SimpleNamespace(kind=kind, method=method, key=key, times=times,
+                                skip=skip, options=options)
+        with self.lock:
+            self.faults.append(fault)
+        return fault
+
+    def take_fault(self, req):
+        listing = req.query.get("list-type") and not req.key
+        subject = req.query.get("prefix", "") if listing else req.key
+        with self.lock:
+            for fault in self.faults:
+                if (fault.times < 1 or fault.method not in (None, req.method)
+                        or fault.key not in subject
+                        or fault.kind == "stale_list" and not listing):
+                    continue
+                if fault.skip < 1:
+                    fault.times -= 1
+                    return fault
+                fault.skip -= 1
+        return SimpleNamespace(kind="", options={})
+
+    def count(self, method=None, key_contains=None):
+        return sum(method in (None, req.method) and (key_contains or "") in req.key
+                   for req in list(self.log))
+
+    def clear_log(self):
+        self.log.clear()
+
+    def body(self, key, bucket="bucket"):
+        obj = self.objects.get((bucket, key))
+        return obj.body if obj else None
+
+    def env(self):
+        env = {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": self.access_key,
+               "AWS_SECRET_ACCESS_KEY": self.secret_key,
+               "AWS_DEFAULT_REGION": self.region,
+               "AWS_SESSION_TOKEN": self.session_token}
+        return {name: value for name, value in env.items() if value}
+
+
+# AWS Signature Version 4 test vectors.  SIGV4_VECTORS is a list of dicts:
+#   name, method, path, query, headers, body, access_key, secret_key, token,
+#   region, service, amz_date, expires, canonical_request, string_to_sign, signature
+# path: unencoded text; encode it once ("/" kept), never normalise it.
+# query: decoded (name, value) pairs in request order; a bare "?name" has value "".
+# headers: every header that is signed (Host, X-Amz-Date, X-Amz-Security-Token and
+#   X-Amz-Content-SHA256 included), as sent, before trimming and case folding.
+# expires: None for Authorization-header signing, seconds for a presigned URL (the
+#   X-Amz-* query parameters are then not in query, and the payload is unsigned).
+# The keys below are the published example credentials, not real ones.
+_EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+_FORM = "9095672bbd1f56dfc5b65f3e153adc8731a4a654192329106275f4c7b24d0b6e"
+_HELLO = "44ce7dd67c959e0d3524ffac1771dfbba87d2b6b4b4e99e42034a8b803f8b072"
+_UNRESERVED = ("-._~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+               "abcdefghijklmnopqrstuvwxyz")
+_HOST = "host:example.amazonaws.com"
+_DATE = "x-amz-date:20150830T123600Z"
+_PLAIN = (_HOST, _DATE, "", "host;x-amz-date", _EMPTY)
+_TOK1 = "6e86291e8372ff2a2260956d9b8aae1d763fbf315fa00fa31553b73ebf194267"
+_TOK2 = (
+    "AQoDYXdzEPT//////////wEXAMPLEtc764bNrC9SAPBSM22wDOk4x4HIZ8j4FZTwdQWLWsKW"
+    "HGBuFqwAeMicRXmxfpSPfIeoIYRqTflfKD8YUuwthAx7mSEI/qkPpKPi/kMcGdQrmGdeehM4"
+    "IC1NtBmUpp2wUE8phUZampKsburEDy0KPkyQDYwT7WZ0wq5VSXDvp75YU9HFvlRd8Tx6q6fE"
+    "8YQcHNVXAkiY9q6d+xo0rKwT38xVqr7ZD0u0iPPkUL64lIZbqBAz+scqKmlzm8FDrypNC9Yj"
+    "c8fPOLn9FX9KSYvKTr4rvx3iSIlTJabIQwj2ICCR/oLxBA=="
+)
+
+
+def _vector(name, method, path, query, headers, body, creq, creq_sha256, signature,
+            token, expires, amz_date, access_key, secret_key, service):
+    scope = f"{amz_date[:8]}/us-east-1/{service}/aws4_request"
+    return dict(
+        name=name, method=method, path=path, query=query, headers=headers, body=body,
+        access_key=access_key, secret_key=secret_key, token=token,
+        region="us-east-1", service=service, amz_date=amz_date, expires=expires,
+        canonical_request="\n".join((method, *creq)),
+        string_to_sign=f"AWS4-HMAC-SHA256\n{amz_date}\n{scope}\n{creq_sha256}",
+        signature=signature)
+
+
+def _v(name, method, path, query, extra, body, creq, sha, sig, token=None):
+    amz_date = "20150830T123600Z"
+    headers = [("Host", "example.amazonaws.com"), *extra, ("X-Amz-Date", amz_date)]
+    if token:
+        headers.append(("X-Amz-Security-Token", token))
+    return _vector(name, method, path, query, headers, body, creq, sha, sig, token,
+                   None, amz_date, "AKIDEXAMPLE",
+                   "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "service")
+
+
+def _s3(name, method, path, query, extra, body, creq, sha, sig, expires=None):
+    amz_date = "20130524T000000Z"
+    headers = [("Host", "examplebucket.s3.amazonaws.com"), *extra]
+    if expires is None:
+        headers.append(("X-Amz-Date", amz_date))
+    return _vector(name, method, path, query, headers, body, creq, sha, sig, None,
+                   expires, amz_date, "AKIAIOSFODNN7EXAMPLE",
+                   "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "s3")
+
+
+_S3_HOST = "host:examplebucket.s3.amazonaws.com"
+_S3_DATE = "x-amz-date:20130524T000000Z"
+_S3_HASH = "x-amz-content-sha256:"
+_S3_SIGNED = "host;x-amz-content-sha256;x-amz-date"
+
+SIGV4_VECTORS = [
+    # AWS Signature Version 4 Test Suite (Copyright 2019 Amazon.com, Apache-2.0), as
+    # carried in botocore 1.31.0, tests/unit/auth/aws4_testsuite.
+    _v("get-vanilla", "GET", "/", [], [], b"",
+       ("/", "", *_PLAIN),
+       "bb579772317eb040ac9ed261061d46c1f17a8133879d6129b6e1c25292927e63",
+       "5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31"),
+    _v("get-vanilla-empty-query-key", "GET", "/", [("Param1", "value1")], [], b"",
+       ("/", "Param1=value1", *_PLAIN),
+       "1e24db194ed7d0eec2de28d7369675a243488e08526e8c1c73571282f7c517ab",
+       "a67d582fa61cc504c4bae71f336f98b97f1ea3c7a6bfe1b6e45aec72011b9aeb"),
+    _v("get-vanilla-query-order-encoded", "GET", "/",
+       [("Param-3", "Value3"), ("Param", "Value2"), ("\u1234", "Value1")], [], b"",
+       ("/", "%E1%88%B4=Value1&Param=Value2&Param-3=Value3", *_PLAIN),
+       "868294f5c38bd141c4972a373a76654f1418a8e4fc18b2e7903ae45e8ae0ec71",
+       "371d3713e185cc334048618a97f809c9ffe339c62934c032af5a0e595648fcac"),
+    _v("get-vanilla-query-order-key-case", "GET", "/",
+       [("Param2", "value2"), ("Param1", "value1")], [], b"",
+       ("/", "Param1=value1&Param2=value2", *_PLAIN),
+       "816cd5b414d056048ba4f7c5386d6e0533120fb1fcfa93762cf0fc39e2cf19e0",
+       "b97d918cfa904a5beff61c982a1b6f458b799221646efd99d3219ec94cdf2500"),
+    _v("get-vanilla-query-order-key", "GET", "/",
+       [("Param1", "value2"), ("Param1", "Value1")], [], b"",
+       ("/", "Param1=Value1&Param1=value2", *_PLAIN),
+       "704b4cef673542d84cdff252633f065e8daeba5f168b77116f8b1bcaf3d38f89",
+       "eedbc4e291e521cf13422ffca22be7d2eb8146eecf653089df300a15b2382bd1"),
+    _v("get-vanilla-query-order-value", "GET", "/",
+       [("Param1", "value2"), ("Param1", "value1")], [], b"",
+       ("/", "Param1=value1&Param1=value2", *_PLAIN),
+       "c968629d70850097a2d8781c9bf7edcb988b04cac14cca9be4acc3595f884606",
+       "5772eed61e12b33fae39ee5e7012498b51d56abc0abb7c60486157bd471c4694"),
+    _v("get-vanilla-query-unreserved", "GET", "/", [(_UNRESERVED, _UNRESERVED)],
+       [], b"",
+       ("/", _UNRESERVED + "=" + _UNRESERVED, *_PLAIN),
+       "c30d4703d9f799439be92736156d47ccfb2d879ddf56f5befa6d1d6aab979177",
+       "9c3e54bfcdf0b19771a7f523ee5669cdf59bc7cc0884027167c21bb143a40197"),
+    _v("get-vanilla-utf8-query", "GET", "/", [("\u1234", "bar")], [], b"",
+       ("/", "%E1%88%B4=bar", *_PLAIN),
+       "eb30c5bed55734080471a834cc727ae56beb50e5f39d1bff6d0d38cb192a7073",
+       "2cdec8eed098649ff3a119c94853b13c643bcf08f8b0a1d91e12c9027818dd04"),
+    _v("get-vanilla-with-session-token", "GET", "/", [], [], b"",
+       ("/", "", _HOST, _DATE, "x-amz-security-token:" + _TOK1, "",
+        "host;x-amz-date;x-amz-security-token", _EMPTY),
+       "067b36aa60031588cea4a4cde1f21215227a047690c72247f1d70b32fbbfad2b",
+       "07ec1639c89043aa0e3e2de82b96708f198cceab042d4a97044c66dd9f74e7f8", _TOK1),
+    _v("get-unreserved", "GET", "/" + _UNRESERVED, [], [], b"",
+       ("/" + _UNRESERVED, "", *_PLAIN),
+       "6a968768eefaa713e2a6b16b589a8ea192661f098f37349f4e2c0082757446f9",
+       "07ef7494c76fa4850883e2b006601f940f8a34d404d0cfa977f52a65bbf5f24f"),
+    _v("get-utf8", "GET", "/\u1234", [], [], b"",
+       ("/%E1%88%B4", "", *_PLAIN),
+       "2a0a97d02205e45ce2e994789806b19270cfbbb0921b278ccf58f5249ac42102",
+       "8318018e0b0f223aa2bbf98705b62bb787dc9c0e678f255a891fd03141be5d85"),
+    _v("get-space", "GET", "/example space/", [], [], b"",
+       ("/example%20space/", "", *_PLAIN),
+       "63ee75631ed7234ae61b5f736dfc7754cdccfedbff4b5128a915706ee9390d86",
+       "652487583200325589f1fba4c7e578f72c47cb61beeca81406b39ddec1366741"),
+    _v("get-special-character", "GET", "/example/$delete", [], [], b"",
+       ("/example/%24delete", "", *_PLAIN),
+       "4053e45b5cef7cec5e17f736b1c12b3faf0388fd4c0bd24326386f132039ce5c",
+       "a853c9b21b528b19643d00910d35b83a10c366a10833ceefb45edd6c80e40f27"),
+    _v("get-header-key-duplicate", "GET", "/", [],
+       [("My-Header1", "value2"), ("My-Header1", "value2"), ("My-Header1", "value1")],
+       b"",
+       ("/", "", _HOST, "my-header1:value2,value2,value1", _DATE, "",
+        "host;my-header1;x-amz-date", _EMPTY),
+       "dc7f04a3abfde8d472b0ab1a418b741b7c67174dad1551b4117b15527fbe966c",
+       "c9d5ea9f3f72853aea855b47ea873832890dbdd183b4468f858259531a5138ea"),
+    _v("get-header-value-order", "GET", "/", [],
+       [("My-Header1", "value4"), ("My-Header1", "value1"), ("My-Header1", "value3"),
+        ("My-Header1", "value2")], b"",
+       ("/", "", _HOST, "my-header1:value4,value1,value3,value2", _DATE, "",
+        "host;my-header1;x-amz-date", _EMPTY),
+       "31ce73cd3f3d9f66977ad3dd957dc47af14df92fcd8509f59b349e9137c58b86",
+       "08c7e5a9acfcfeb3ab6b2185e75ce8b1deb5e634ec47601a50643f830c755c01"),
+    _v("get-header-value-trim", "GET", "/", [],
+       [("My-Header1", " value1"), ("My-Header2", ' "a   b   c"')], b"",
+       ("/", "", _HOST, "my-header1:value1", 'my-header2:"a b c"', _DATE, "",
+        "host;my-header1;my-header2;x-amz-date", _EMPTY),
+       "a726db9b0df21c14f559d0a978e563112acb1b9e05476f0a6a1c7d68f28605c7",
+       "acc3ed3afb60bb290fc8d2dd0098b9911fcaa05412b367055dee359757a9c736"),
+    _v("post-vanilla", "POST", "/", [], [], b"",
+       ("/", "", *_PLAIN),
+       "553f88c9e4d10fc9e109e2aeb65f030801b70c2f6468faca261d401ae622fc87",
+       "5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b"),
+    _v("post-vanilla-query", "POST", "/", [("Param1", "value1")], [], b"",
+       ("/", "Param1=value1", *_PLAIN),
+       "9d659678c1756bb3113e2ce898845a0a79dbbc57b740555917687f1b3340fbbd",
+       "28038455d6de14eafc1f9222cf5aa6f1a96197d7deb8263271d420d138af7f11"),
+    _v("post-header-key-sort", "POST", "/", [], [("My-Header1", "value1")], b"",
+       ("/", "", _HOST, "my-header1:value1", _DATE, "",
+        "host;my-header1;x-amz-date", _EMPTY),
+       "9368318c2967cf6de74404b30c65a91e8f6253e0a8659d6d5319f1a812f87d65",
+       "c5410059b04c1ee005303aed430f6e6645f61f4dc9e1461ec8f8916fdf18852c"),
+    _v("post-header-value-case", "POST", "/", [], [("My-Header1", "VALUE1")], b"",
+       ("/", "", _HOST, "my-header1:VALUE1", _DATE, "", "host;my-header1;x-amz-date",
+        _EMPTY),
+       "d51ced243e649e3de6ef63afbbdcbca03131a21a7103a1583706a64618606a93",
+       "cdbc9802e29d2942e5e10b5bccfdd67c5f22c7c4e8ae67b53629efa58b974b7d"),
+    _v("post-sts-header-before", "POST", "/", [], [], b"",
+       ("/", "", _HOST, _DATE, "x-amz-security-token:" + _TOK2, "",
+        "host;x-amz-date;x-amz-security-token", _EMPTY),
+       "c237e1b440d4c63c32ca95b5b99481081cb7b13c7e40434868e71567c1a882f6",
+       "85d96828115b5dc0cfc3bd16ad9e210dd772bbebba041836c64533a82be05ead", _TOK2),
+    _v("post-x-www-form-urlencoded", "POST", "/", [],
+       [("Content-Type", "application/x-www-form-urlencoded")], b"Param1=value1",
+       ("/", "", "content-type:application/x-www-form-urlencoded", _HOST, _DATE, "",
+        "content-type;host;x-amz-date", _FORM),
+       "42a5e5bb34198acb3e84da4f085bb7927f2bc277ca766e6d19c73c2154021281",
+       "ff11897932ad3f4e8b18135d722051e5ac45fc38421b1da7b9d196a0fe09473a"),
+    _v("post-x-www-form-urlencoded-parameters", "POST", "/", [],
+       [("Content-Type", "application/x-www-form-urlencoded; charset=utf8")],
+       b"Param1=value1",
+       ("/", "", "content-type:application/x-www-form-urlencoded; charset=utf8", _HOST,
+        _DATE, "", "content-type;host;x-amz-date", _FORM),
+       "2e1cf7ed91881a30569e46552437e4156c823447bf1781b921b5d486c568dd1c",
+       "1a72ec8f64bd914b0e42e42607c7fbce7fb2c7465f63e3092b3b0d39fa77a6fe"),
+    # Amazon S3 API Reference, "Signature Calculations for the Authorization Header:
+    # Transferring Payload in a Single Chunk", Examples.
+    _s3("s3-get-object", "GET", "/test.txt", [],
+        [("Range", "bytes=0-9"), ("X-Amz-Content-SHA256", _EMPTY)], b"",
+        ("/test.txt", "", _S3_HOST, "range:bytes=0-9", _S3_HASH + _EMPTY, _S3_DATE, "",
+         "host;range;x-amz-content-sha256;x-amz-date", _EMPTY),
+        "7344ae5b7ee6c3e7e6b0fe0640412a37625d1fbfff95c48bbb2dc43964946972",
+        "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41"),
+    _s3("s3-put-object", "PUT", "/test$file.text", [],
+        [("Date", "Fri, 24 May 2013 00:00:00 GMT"), ("X-Amz-Content-SHA256", _HELLO),
+         ("x-amz-storage-class", "REDUCED_REDUNDANCY")], b"Welcome to Amazon S3.",
+        ("/test%24file.text", "", "date:Fri, 24 May 2013 00:00:00 GMT", _S3_HOST,
+         _S3_HASH + _HELLO, _S3_DATE, "x-amz-storage-class:REDUCED_REDUNDANCY", "",
+         "date;host;x-amz-content-sha256;x-amz-date;x-amz-storage-class", _HELLO),
+        "9e0e90d9c76de8fa5b200d8c849cd5b8dc7a3be3951ddb7f6a76b4158342019d",
+        "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd"),
+    _s3("s3-get-bucket-lifecycle", "GET", "/", [("lifecycle", "")],
+        [("X-Amz-Content-SHA256", _EMPTY)], b"",
+        ("/", "lifecycle=", _S3_HOST, _S3_HASH + _EMPTY, _S3_DATE, "",
+         _S3_SIGNED, _EMPTY),
+        "9766c798316ff2757b517bc739a67f6213b4ab36dd5da2f94eaebf79c77395ca",
+        "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543"),
+    _s3("s3-list-objects", "GET", "/", [("max-keys", "2"), ("prefix", "J")],
+        [("X-Amz-Content-SHA256", _EMPTY)], b"",
+        ("/", "max-keys=2&prefix=J", _S3_HOST, _S3_HASH + _EMPTY, _S3_DATE, "",
+         _S3_SIGNED, _EMPTY),
+        "df57d21db20da04d7fa30298dd4488ba3a2b47ca3a489c74750e0f1e7df1b9b7",
+        "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7"),
+    # Amazon S3 API Reference, "Authenticating Requests: Using Query Parameters".
+    _s3("s3-presigned-get", "GET", "/test.txt", [], [], b"",
+        ("/test.txt",
+         "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE"
+         "%2F20130524%2Fus-east-1%2Fs3%2Faws4_request&X-Amz-Date=20130524T000000Z"
+         "&X-Amz-Expires=86400&X-Amz-SignedHeaders=host",
+         _S3_HOST, "", "host", "UNSIGNED-PAYLOAD"),
+        "3bfa292879f6447bbcda7001decf97f4a54dc650c8942174ae0a9121cf58ad04",
+        "aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404", 86400),
+]
+
+
+# == 3. Records ========================================================
+#
+# Tables of protocol.md 4 and 5, the protocol as a state space, and checkers of
+# histories that other tests use.
+
+
+
+
+
+def finding(number):
+    """A known difference from protocol.md, strict: mending it asks to drop this mark."""
+    return pytest.mark.xfail(strict=True, reason=f"FINDINGS_03.md {number}")
+
+
+FINDING_11 = finding(11)
+
+
+# -- text --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "S1.A", "x_y-z", "...", "9", "a" * 200])
+def test_a_name_of_the_allowed_characters_is_taken_as_it_is(name):
+    assert t.check_name("agent", name) == name
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "_x", "a/b", "a b", "ü", "a\n",
+                                  "a\0", "a\\b", "a" * 201, "٣"])
+def test_a_name_that_cannot_be_part_of_a_key_is_refused_with_the_rule(name):
+    with pytest.raises(t.Usage) as why:
+        t.check_name("agent", name)
+    assert why.value.hint and "\n" not in why.value.message
+
+
+def test_step_ids_are_spelled_as_0_2_spells_them():
+    assert t.step_id("S1.A") == t.step_id("s1-a") == "s1-a"
+
+
+@pytest.mark.parametrize("key, path", [("a", "a"), ("a.b.c", "a/b/c"), ("a/b", None),
+                                       ("a..b", None), (".a", None), ("a.", None),
+                                       ("a._b", None), ("", None), ("a.b c", None)])
+def test_dots_separate_the_parts_of_a_memory_key(key, path):
+    if path is None:
+        with pytest.raises(t.Usage):
+            t.memory_parts(key)
+    else:
+        assert t.memory_parts(key) == path
+
+
+@pytest.mark.parametrize("path", [
+    "a", "dir/ü.txt", "日本.md", "a b", "Bild 1\u202fPM.png", "x\u00a0y", "\U0001f469"
+    "\u200d\U0001f4bb.png"])
+def test_an_artifact_may_have_any_utf8_name(path):
+    assert t.artifact_path(path) == path
+
+
+@pytest.mark.parametrize("path", ["", "/a", "a/", "a//b", ".", "a/..", "../a", "a\\b",
+                                  "a\nb", "a\x7f", "\x00", "\ud800", "a/_b"])
+def test_an_artifact_name_that_leaves_its_place_or_hides_is_refused(path):
+    with pytest.raises(t.Usage):
+        t.artifact_path(path)
+
+
+def test_what_is_made_file_safe_passes_as_a_name():
+    for text in ("", "...", "_x", "a b/c", "ü", "-", "ok"):
+        assert t.check_name("x", t.file_safe(text))
+    assert t.file_safe("a b/c") == "a-b-c"
+
+
+@pytest.mark.parametrize("doc", [{}, {"a": [1, "ü", None]}, {"s": "\ud800"}, {"": 1e9}])
+def test_what_is_dumped_is_read_back_equal(doc):
+    data = t.dump_json(doc)
+    assert data.endswith(b"}\n") and t.parse_record(data, "k") == doc
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff\xfe{", b"3",
+                                  b'{"a":' * 100_000, b"{}x"])
+def test_a_document_that_is_no_json_object_is_corrupt_and_names_its_key(data):
+    with pytest.raises(t.Corrupt) as why:
+        t.parse_record(data, "steps/s/claim.json")
+    assert "steps/s/claim.json" in why.value.message
+
+
+def test_a_record_beyond_the_limit_is_refused_before_it_is_parsed():
+    with pytest.raises(t.Corrupt):
+        t.parse_record(b" " * (t.MAX_RECORD + 1), "k")
+
+
+@pytest.mark.parametrize("seconds", [0, 1.5, 1700000000.123456, 0.9999996, 4e9])
+def test_a_time_survives_its_text_to_the_microsecond(seconds):
+    assert abs(t.parse_iso(t.iso(seconds)) - seconds) <= 1e-6
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("1970-01-01T00:00:01Z", 1), ("1970-01-01T01:00:00+01:00", 0),
+    ("1970-01-01T00:00:02", 2), ("yesterday", None), (None, None), (5, None), ("", None)])
+def test_a_time_without_zone_is_utc_and_no_time_is_none(text, seconds):
+    assert t.parse_iso(text) == seconds
+
+
+def test_nothing_that_is_shown_can_drive_a_terminal():
+    for code in [*range(32), 127, *range(128, 160), 0x202E, 0x2066, 0x200B, 0xD800]:
+        assert t.shown(f"a{chr(code)}b").isprintable()
+    assert t.shown("a\nb") == "a\\nb" and t.shown("a\nb", indent="| ") == "a\n| b"
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (None, "unknown"), (0, "0s ago"), (89.9, "89s ago"), (90, "1m ago"),
+    (5399, "89m ago"), (5400, "1h ago")])
+def test_ages_are_worded_as_in_0_2(seconds, text):
+    assert t.age_text(seconds) == text
+
+
+def test_sizes_are_short():
+    assert [t.size_text(n) for n in (0, 1023, 1024, 3 << 20)] == [
+        "0 B", "1023 B", "1.0 KiB", "3.0 MiB"]
+
+
+@pytest.mark.parametrize("leaf, parts", [
+    ("x", (None, None)), ("1_a_b", (None, None)), ("1_a_b.json", (1, "a")),
+    ("1_a_b_c.json", (1, "a_b")), ("x_a_b.json", (None, None)),
+    ("٣_a_b.json", (None, None)), ("1_b.json", (None, None))])
+def test_a_foreign_leaf_has_no_event_parts(leaf, parts):
+    assert t.event_parts(leaf) == parts
+
+
+def test_event_keys_sort_by_time_and_give_their_parts_back():
+    keys = [t.event_key("m/", at_ns=ns, agent="a_b", uuid8="0" * 8)
+            for ns in (5, 10**9, 17 * 10**17)]
+    assert keys == sorted(keys)
+    assert t.event_parts(keys[1][2:]) == (10**9, "a_b")
+
+
+# -- chains and lost answers -------------------------------------------
+
+
+def chain(*nonces, keep=t.RECENT):
+    """The versions of a record written with these nonces, one after the other."""
+    docs, doc = [], None
+    for nonce in nonces:
+        doc = t.stamped({}, doc, nonce=nonce, keep=keep)
+        docs.append(doc)
+    return docs
+
+
+def test_a_stamped_record_names_its_predecessor_and_the_last_writes():
+    first, second, third = chain("a", "b", "c", keep=2)
+    assert (first["rev"], first["prev"], first["recent"]) == (1, None, ["1:a"])
+    assert (third["rev"], third["prev"], third["nonce"]) == (3, "b", "c")
+    assert third["recent"] == ["2:b", "3:c"] and second["rev"] == 2
+
+
+def test_the_successor_of_a_0_2_document_exceeds_the_revs_known_before():
+    new = t.stamped({"value": "x"}, {"value": "y"}, nonce="n", above=7)
+    assert (new["rev"], new["prev"], new["recent"]) == (8, None, ["8:n"])
+
+
+@pytest.mark.parametrize("old", [{"rev": "9"}, {"rev": True}, {"rev": -1}, {"rev": 1e99},
+                                 {"rev": None, "recent": "no"}, {"recent": [1, None]}])
+def test_a_malformed_predecessor_counts_as_one_without_rev(old):
+    assert t.stamped({}, old, nonce="n")["rev"] == 1
+
+
+SENT = chain("a", "b", "me")[2]  # rev 3 over 2:b
+
+
+@pytest.mark.parametrize("seen, unchanged, became", [
+    (chain("a", "b")[1], True, "again"),
+    (None, True, "again"),
+    (SENT, False, "landed"),
+    (chain("a", "b", "me", "c", "d")[4], False, "landed"),
+    (chain("a", "b", "c")[2], False, "lost"),
+    (chain("a", "b", "c", "d")[3], False, "lost"),
+    (chain("a", "b", "c", "d", keep=3)[3], False, "lost"),
+    (chain("a", "b", "c", "d", keep=2)[3], False, "unknown"),  # 2:b has left
+    (chain("a", "b", "me", "d", "e", keep=2)[4], False, "unknown"),
+    (chain("a", "x", "c")[2], False, "unknown"),  # another chain
+    ({"value": "of 0.2"}, False, "unknown"),
+    (None, False, "unknown"),
+    ({"recent": "junk", "rev": 3}, False, "unknown"),
+])
+def test_a_lost_answer_is_settled_by_the_chain(seen, unchanged, became):
+    assert t.settle(seen, SENT, unchanged=unchanged) == became
+
+
+def test_a_lost_create_has_lost_when_another_is_first():
+    assert t.settle(chain("x")[0], chain("me")[0], unchanged=False) == "lost"
+    assert t.settle(chain("me", "x")[1], chain("me")[0], unchanged=False) == "landed"
+
+
+@FINDING_11
+def test_my_nonce_under_another_rev_has_landed_too():
+    assert t.settle(chain("a", "b", "c", "me")[3], SENT, unchanged=False) == "landed"
+
+
+@pytest.mark.parametrize("seen, rev, became", [
+    (SENT, 3, "landed"),
+    (SENT, 0, "landed"),
+    (chain("a", "b", "me", "c")[3], 3, "landed"),
+    (chain("a", "b")[1], 3, "lost"),
+    (chain("a", "b", "c", "d")[3], 3, "lost"),
+    (chain("a", "b", "me", "c", "d", keep=2)[4], 3, "unknown"),
+    (None, 0, "lost"),
+    (None, 1, "lost"),
+    (None, 3, "unknown"),  # nobody deletes records
+    ({"value": "of 0.2"}, 3, "unknown"),  # a writer without rev has passed
+    ({"value": "of 0.2"}, 0, "lost"),
+])
+def test_a_repeated_operation_is_settled_by_its_id_and_rev(seen, rev, became):
+    assert t.settle_op(seen, nonce="me", rev=rev) == became
+
+
+# -- the table of protocol.md 4 ----------------------------------------
+
+ME = t.Me("a", "i1", token=3)
+TWIN = t.Me("a", "i2")  # the same agent, another instance, without a token
+OTHER = t.Me("b", "i3")
+
+
+def record(state="in_progress", **fields):
+    """A claim of ME under token 3; fields None are absent."""
+    doc = {"agent": "a", "claimed_at": "T", "instance": "i1", "state": state, "token": 3,
+           "attempt": 1, "ttl": 100, "rev": 9, "nonce": "n", "strange": [1], **fields}
+    return {name: value for name, value in doc.items() if value is not None}
+
+
+RELEASED = record("released", agent=t.NOBODY, released_by="a", instance=None)
+ENDED = [record(state) for state in t.ENDED]
+
+
+def take(claim, me, age=0, **how):
+    return t.take(claim, me, age, at="NOW", **how)
+
+
+def brief(claim):
+    return tuple(claim.get(n) for n in ("state", "agent", "instance", "token", "attempt"))
+
+
+@pytest.mark.parametrize("claim, me, age, how, expected", [
+    (None, OTHER, None, {}, (1, 1)),
+    (RELEASED, OTHER, 0, {}, (4, 2)),
+    (record("complete"), OTHER, 0, {"reopen": True}, (4, 1)),
+    (record("failed", attempt=3), OTHER, 0, {"reopen": True}, (4, 1)),
+    (record("blocked"), ME, 0, {"reopen": True}, (4, 1)),
+    (record("needs_review"), TWIN, 0, {"reopen": True}, (4, 1)),
+    (record(), TWIN, 0, {"resume": True}, (4, 1)),
+    (record(), OTHER, 105, {}, (4, 2)),
+    (record(), TWIN, 105, {}, (4, 2)),
+    (None, OTHER, None, {"missing": ()}, (1, 1)),
+])
+def test_a_claim_that_succeeds_has_the_next_token(claim, me, age, how, expected):
+    new = take(claim, me, age, ttl=60, **how)
+    assert brief(new) == ("in_progress", me.agent, me.instance, *expected)
+    assert (new["ttl"], new["claimed_at"], new["renewed_at"]) == (60, "NOW", "NOW")
+    assert new["history"][-1]["token"] == new["token"]
+
+
+@pytest.mark.parametrize("claim, me, age, how, error", [
+    (record(), OTHER, 0, {}, t.Held),
+    (record(), OTHER, 104.9, {}, t.Held),
+    (record(), OTHER, None, {}, t.Held),  # of unknown age
+    (record(ttl=0), OTHER, 10**9, {}, t.Held),
+    (record(ttl=None), OTHER, 10**9, {}, t.Held),  # 0.2 has no ttl
+    (record(ttl="100"), OTHER, 10**9, {}, t.Held),
+    (record(), TWIN, 0, {}, t.Held),
+    (record(), OTHER, 0, {"resume": True}, t.Held),  # not its own
+    (record(), OTHER, 0, {"reopen": True}, t.Held),
+    (record("complete"), OTHER, 0, {}, t.Conflict),
+    (record("failed"), OTHER, 0, {}, t.Conflict),
+    (record("blocked"), ME, 0, {"resume": True}, t.Conflict),
+    (record("needs_review"), OTHER, 0, {}, t.Conflict),
+    (None, OTHER, None, {"missing": ("x",)}, t.Blocked),
+    (RELEASED, OTHER, 0, {"missing": ("x",)}, t.Blocked),
+    (record("complete"), OTHER, 0, {"missing": ("x",), "reopen": True}, t.Blocked),
+])
+def test_a_claim_that_is_refused_says_why(claim, me, age, how, error):
+    before = json.dumps(claim)
+    with pytest.raises(error) as why:
+        take(claim, me, age, **how)
+    assert why.value.exit == (5 if error is t.Blocked else 3) and why.value.hint
+    assert json.dumps(claim) == before
+
+
+def test_a_refused_claimant_learns_holder_age_and_seconds_left():
+    with pytest.raises(t.Held) as why:
+        take(record(), OTHER, 40.7)
+    details = why.value.details
+    assert (details["holder"], details["age_s"], details["expires_in_s"]) == ("a", 40, 64)
+    with pytest.raises(t.Held, match="already claimed") as why:
+        take(record(), TWIN, 40)
+    assert "--resume" in why.value.hint
+
+
+@pytest.mark.parametrize("age, renewed", [(0, False), (50, False), (51, True),
+                                          (500, True), (None, True)])
+def test_claiming_what_is_mine_keeps_the_token_and_renews_after_half_the_ttl(age,
+                                                                             renewed):
+    for me in (ME, t.Me("a", "i1"), t.Me("a", "other", token=3)):
+        claim = record()
+        new = take(claim, me, age)
+        assert brief(new) == brief(claim) and (new is not claim) == renewed
+
+
+@pytest.mark.parametrize("token", [None, 1])
+def test_a_0_2_claim_is_mine_if_the_agent_matches(token):
+    claim = {"agent": "a", "claimed_at": "T"}
+    assert take(claim, t.Me("a", "i9", token=token), 10**9) is claim
+    with pytest.raises(t.Held):
+        take(claim, OTHER, 10**9)
+
+
+def test_a_takeover_beyond_the_last_attempt_fails_the_step_under_the_next_token():
+    new = take(record(attempt=3), OTHER, 105)
+    assert (new["state"], new["token"], "attempts" in new["history"][-1]["why"]) == (
+        "failed", 4, True)
+    assert take(record(attempt=3), OTHER, 105, max_attempts=4)["attempt"] == 4
+
+
+def test_unknown_fields_survive_and_history_keeps_the_last_32():
+    claim = record(history=[{"state": n} for n in range(40)])
+    new = take(claim, OTHER, 105)
+    assert new["strange"] == [1] and len(new["history"]) == t.HISTORY
+    assert new["history"][-2] == {"state": 39}
+
+
+ACTS = {
+    "renew": lambda claim, me: t.renew(claim, me, at="NOW", ends="END"),
+    "release": lambda claim, me: t.release(claim, me, at="NOW"),
+    **{state: lambda claim, me, s=state: t.end(claim, me, s, at="NOW",
+                                               handoff={"note": "n"})
+       for state in t.ENDED},
+}
+OLD_ME, PASSED_ON = t.Me("a", "i1", token=2), t.Me("a", "i7", token=3)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("me", [ME, PASSED_ON, t.Me("a", "i1", explicit=True)],
+                         ids=["kept", "passed on", "named instance"])
+def test_the_holder_may_and_the_token_stays(act, me):
+    new = ACTS[act](record(), me)
+    assert new["token"] == 3 and new["strange"] == [1]
+    assert new["state"] == {"renew": "in_progress", "release": "released"}.get(act, act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("claim, me, exit", [
+    (record(), OLD_ME, 4),
+    (record(agent="b", instance="i3"), OLD_ME, 4),
+    (RELEASED, OLD_ME, 4),
+    (record("complete", agent="b"), OLD_ME, 4),
+    (record("failed"), OLD_ME, 4),
+    (record(), OTHER, 3),
+    (record(), t.Me("b", "i3", token=3), 3),  # a token alone is not enough
+    (record(), TWIN, 3),
+    (record(), t.Me("a", "i1"), 3),  # its token is lost
+    (record("complete", agent="b"), OTHER, 3),
+    (RELEASED, OTHER, 3),
+], ids=range(11))
+def test_a_stale_holder_is_fenced_and_who_never_held_it_is_refused(act, claim, me, exit):
+    with pytest.raises(t.Error) as why:
+        ACTS[act](claim, me)
+    assert why.value.exit == exit and why.value.hint
+
+
+@pytest.mark.parametrize("act", ["renew", "release"])
+def test_nobody_renews_or_releases_what_is_not_claimed(act):
+    with pytest.raises(t.Conflict):
+        ACTS[act](None, ME)
+
+
+@pytest.mark.parametrize("state", t.ENDED)
+def test_the_same_end_again_writes_nothing_and_another_end_is_refused(state):
+    claim = record(state)
+    assert ACTS[state](claim, ME) is claim
+    for other in set(t.ENDED) - {state}:
+        with pytest.raises(t.Conflict):
+            ACTS[other](claim, ME)
+
+
+@pytest.mark.parametrize("state", t.ENDED)
+def test_another_instance_that_never_held_it_cannot_end_it_again(state):
+    with pytest.raises(t.Conflict):
+        ACTS[state](record(state), TWIN)
+
+
+@pytest.mark.parametrize("state", t.ENDED)
+def test_ending_what_nobody_claimed_creates_it_ended_with_token_1(state):
+    new = t.end(None, TWIN, state, at="NOW", handoff={"note": "n"})
+    assert brief(new)[:4] == (state, "a", "i2", 1)
+    assert new["handoffs"] == [{"note": "n", "token": 1}]
+
+
+def test_the_hand_off_is_inside_the_end_and_names_its_token():
+    new = ACTS["complete"](record(handoffs=[{"token": 1}]), ME)
+    assert [note["token"] for note in new["handoffs"]] == [1, 3]
+
+
+@pytest.mark.parametrize("claim", [record(), RELEASED, *ENDED[1:]],
+                         ids=lambda claim: claim["state"])
+def test_force_takes_the_token_and_gives_its_reason(claim):
+    new = t.end(claim, OTHER, "complete", at="NOW", handoff={}, force="he is ill")
+    assert brief(new)[:4] == ("complete", "b", "i3", 4)
+    assert "he is ill" in new["history"][-1]["why"] and new["handoffs"][-1]["token"] == 4
+
+
+def test_force_by_the_holder_is_an_ordinary_end():
+    assert t.end(record(), ME, "failed", at="", handoff={}, force="x")["token"] == 3
+
+
+def test_releasing_twice_is_once():
+    released = ACTS["release"](record(), ME)
+    assert brief(released)[:4] == ("released", t.NOBODY, None, 3)
+    for me in (ME, PASSED_ON, t.Me("a", "i1")):
+        assert ACTS["release"](released, me) is released
+
+
+@pytest.mark.parametrize("approve, state, agent", [(True, "complete", "a"),
+                                                   (False, "released", t.NOBODY)])
+def test_a_review_ends_complete_or_released_under_the_same_token(approve, state, agent):
+    new = t.judge(record("needs_review"), OTHER, approve=approve, at="NOW", note="ok")
+    assert (new["state"], new["agent"], new["token"]) == (state, agent, 3)
+    assert "by b" in new["history"][-1]["why"] and "ok" in new["history"][-1]["why"]
+
+
+@pytest.mark.parametrize("claim", [None, record(), RELEASED, *ENDED[:3]])
+def test_only_a_step_that_needs_review_is_judged(claim):
+    for approve in (True, False):
+        with pytest.raises(t.Conflict):
+            t.judge(claim, OTHER, approve=approve, at="", note="")
+
+
+def test_decisions_change_no_record_they_were_given():
+    for claim in (record(), RELEASED, *ENDED):
+        before = json.dumps(claim)
+        for me, act in itertools.product((ME, TWIN, OTHER, OLD_ME), ACTS.values()):
+            try:
+                act(claim, me)
+            except t.Error:
+                pass
+        assert json.dumps(claim) == before
+
+
+def test_no_decision_on_a_malformed_record_raises_outside_the_tree():
+    junk = [None, True, -1, 1e308, "x", [], {}, [None], {"a": 1}]
+    for name, value in itertools.product([*record(), "history", "handoffs"], junk):
+        claim = {**record(), name: value}
+        for act in (*ACTS.values(), take, lambda c, me: t.adopt(c, {"status": "x"}, 1)):
+            try:
+                act(claim, ME)
+            except t.Error:
+                pass
+
+
+# -- 0.2.x in the same bucket ------------------------------------------
+
+
+def status(state="complete", agent="a", **more):
+    return {"status": state, "agent": agent, "started_at": "S", **more}
+
+
+@pytest.mark.parametrize("claim, bare, expected", [
+    (None, None, None),
+    (None, status("pending"), None),
+    (None, status("junk"), None),
+    (None, status("in_progress"), ("in_progress", "a", None, 1)),
+    (None, status("complete"), ("complete", "a", None, 1)),
+    (None, status("blocked", agent=None), ("blocked", "unknown", None, 1)),
+    (record(), status("needs_review"), ("needs_review", "a", "i1", 3)),  # its own end
+    (record(), status("complete", agent="b"), ("complete", "b", None, 4)),  # forced
+    (RELEASED, status("complete", agent="b"), ("complete", "b", None, 4)),
+], ids=range(9))
+def test_an_end_written_by_0_2_is_honoured(claim, bare, expected):
+    new = t.adopt(claim, bare, ["etag", 1])
+    assert (new and brief(new)[:4]) == expected
+    assert t.adopt(new, bare, ["etag", 1]) == new
+
+
+@pytest.mark.parametrize("claim, found", [
+    (record(), None),
+    (record(), status("in_progress", agent="b")),
+    (record(), {**status(agent="b"), "token": 2}),  # a projection of ours
+    (record("failed"), status("complete")),  # ended already
+    (record(status_seen=["etag", 1]), status(agent="b")),  # known when the token rose
+])
+def test_what_is_no_new_end_by_0_2_changes_nothing(claim, found):
+    assert t.adopt(claim, found, ["etag", 1]) is claim
+
+
+def test_a_forced_end_by_0_2_fences_the_holder_and_says_so_in_the_history():
+    new = t.adopt(record(), status(agent="b"), ["etag", 1])
+    assert "forced by b" in new["history"][-1]["why"]
+    with pytest.raises(t.Fenced):
+        ACTS["complete"](new, ME)
+
+
+def test_a_status_that_was_adopted_does_not_end_the_reopened_step_again():
+    adopted = t.adopt(record(), status(agent="b"), ["etag", 1])
+    again = take(adopted, OTHER, 0, reopen=True)
+    assert t.adopt(again, status(agent="b"), ["etag", 1]) is again
+    assert t.adopt(again, status(agent="c"), ["etag2", 2])["state"] == "complete"
+
+
+@pytest.mark.parametrize("state, told", [("released", "pending"), ("failed", "blocked"),
+                                         ("complete", "complete"),
+                                         ("in_progress", "in_progress")])
+def test_a_projection_speaks_0_2_and_names_its_source(state, told):
+    doc = t.project_status(record(state))
+    assert (doc["status"], doc["state"], doc["token"], doc["rev"]) == (told, state, 3, 9)
+    assert not t.bare(doc) and ("completed_at" in doc) == (state == "complete")
+
+
+def test_the_newest_hand_off_is_projected_in_schema_2():
+    assert t.project_handoff(record()) is None
+    doc = t.project_handoff(record(handoffs=[{"note": "x"}, {"note": "y", "token": 3}]))
+    assert doc == {"schema": 2, "note": "y", "token": 3, "rev": 9}
+
+
+def test_what_0_2_wrote_into_a_projection_is_folded_in_once():
+    claim = record(handoffs=[{"note": "mine"}], history=[{"state": "complete"}])
+    for found in (status(agent="b"), {"from_agent": "b", "note": "theirs"}):
+        once = t.fold(claim, found)
+        assert once != claim and t.fold(once, found) is once
+        assert once["handoffs"][-1] == {"note": "mine"}
+        assert once["history"][-1] == {"state": "complete"}
+    assert t.fold(claim, status("in_progress")) is claim
+
+
+@pytest.mark.parametrize("states, any_, result", [
+    ("cc", False, True), ("cp", False, False), ("cp", True, True), ("pp", True, False),
+    ("cb", False, "b"), ("fb", True, "b"), ("fp", True, False), ("cf", True, True)])
+def test_a_wait_ends_when_it_is_over_or_cannot_be(states, any_, result):
+    words = {"c": "complete", "p": "pending", "b": "blocked", "f": "failed"}
+    views = [{"state": words[s], "agent": "a", "step": s} for s in states]
+    if result == "b":
+        with pytest.raises(t.Blocked):
+            t.waited(views, list(states), any_=any_)
+    else:
+        assert t.waited(views, list(states), any_=any_) is result
+
+
+# -- memory ------------------------------------------------------------
+
+
+def test_a_memory_value_replaces_what_said_it_was_gone_and_keeps_unknown_fields():
+    gone = t.assign({"x": 1, "rev": 4}, "", by="a", at="T", deleted=True)
+    assert gone["deleted_at"] == "T" and not t.live(gone, 0)
+    back = t.assign({**gone, "blob": "b", "expires_at": "E"}, "v", by="b", at="U")
+    assert back == {"value": "v", "x": 1, "rev": 4, "set_by": "b", "set_at": "U",
+                    "type": "text"}
+
+
+@pytest.mark.parametrize("doc, now, alive", [
+    (None, 0, False), ({}, 0, True), ({"deleted_at": "T"}, 0, False),
+    ({"expires_at": t.iso(10)}, 9.9, True), ({"expires_at": t.iso(10)}, 10, False),
+    ({"expires_at": "soon"}, 10**10, True)])
+def test_a_value_lives_until_it_is_deleted_or_expires(doc, now, alive):
+    assert t.live(doc, now) is alive
+
+
+V5, BARE = {"value": "v", "rev": 5}, {"value": "v"}
+DEAD = {"value": "", "rev": 6, "deleted_at": "T"}
+
+
+@pytest.mark.parametrize("doc, condition, good", [
+    (V5, {"if_rev": 5}, True), (V5, {"if_rev": 4}, False), (V5, {"if_rev": 0}, False),
+    (None, {"if_rev": 0}, True), (None, {"if_rev": 1}, False),
+    (BARE, {"if_rev": 0}, False), (BARE, {"if_rev": 1}, False), (BARE, {}, True),
+    (DEAD, {"if_rev": 6}, True), (DEAD, {"if_absent": True}, True),
+    (None, {"if_absent": True}, True), (V5, {"if_absent": True}, False),
+    (BARE, {"if_absent": True}, False), (V5, {"if_value": "v"}, True),
+    (V5, {"if_value": "w"}, False), (None, {"if_value": ""}, False),
+    (DEAD, {"if_value": ""}, False),
+    ({**V5, "expires_at": t.iso(1)}, {"if_absent": True}, True)])
+def test_a_conditional_set_is_refused_with_the_present_rev(doc, condition, good):
+    if good:
+        t.guard_value(doc, 99, **condition)
+    else:
+        with pytest.raises(t.Conflict) as why:
+            t.guard_value(doc, 99, **condition)
+        assert why.value.details["rev"] == t.number(doc, "rev")
+
+
+@pytest.mark.parametrize("text, by, result", [
+    ("", 1, "1"), ("41", 1, "42"), ("0.5", 0.25, "0.75"), ("0.5", 0.5, "1"),
+    ("-1", 1, "0"), (str(2**53), 1.0, str(2**53 + 1)), (str(10**30), 1, str(10**30 + 1)),
+    ("x", 1, None), ("true", 1, None), ('"1"', 1, None), ("[1]", 1, None),
+    ("NaN", 1, None), ("1e999", 1, None), ("1" + "0" * 400, 1, None)])
+def test_only_numbers_are_counted_and_none_is_lost_to_rounding(text, by, result):
+    if result is None:
+        with pytest.raises(t.Conflict):
+            t.add_number(text, by)
+    else:
+        assert t.add_number(text, by) == result
+
+
+@pytest.mark.parametrize("text, kind, item, result", [
+    ("", "text", "a", "a"), ("a", "text", "b", "a\nb"), ("[1]", "text", "2", "[1]\n2"),
+    ("[1]", "json", "2", "[1, 2]"), ("[]", "json", "x y", '["x y"]'),
+    ("[]", "json", '{"ü": 1}', '[{"ü": 1}]'), ('{"a": 1}', "json", "x", None),
+    ("[broken", "json", "x", None)])
+def test_an_item_is_appended_to_a_list_or_as_a_line(text, kind, item, result):
+    if result is None:
+        with pytest.raises(t.Conflict):
+            t.append_value(text, kind, item)
+    else:
+        assert t.append_value(text, kind, item) == result
+
+
+@pytest.mark.parametrize("target, patch, result", [  # RFC 7396, appendix A
+    ({"a": "b"}, {"a": "c"}, {"a": "c"}), ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+    ({"a": "b"}, {"a": None}, {}), ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+    ({"a": ["b"]}, {"a": "c"}, {"a": "c"}), ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+    ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+    ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}), (["a", "b"], ["c", "d"], ["c", "d"]),
+    ({"a": "b"}, ["c"], ["c"]), ({"a": "foo"}, None, None), ({"a": "foo"}, "bar", "bar"),
+    ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+    ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+    ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}})])
+def test_a_merge_is_that_of_rfc_7396(target, patch, result):
+    before = json.dumps(target)
+    assert t.merge_patch(target, patch) == result and json.dumps(target) == before
+
+
+# -- artifacts ---------------------------------------------------------
+
+
+def head(sha="x", token=None, step="s", **more):
+    return {"sha256": sha, "size": 1, "key": f"blobs/{sha}",
+            "producer": {"agent": "a", "step": step, "token": token}, **more}
+
+
+def test_the_first_head_is_what_was_uploaded():
+    assert t.next_head(None, head(), overwrite=False) == {**head(), "previous": []}
+
+
+@pytest.mark.parametrize("token", [None, 2, 3])
+def test_the_same_digest_again_changes_nothing(token):
+    old = head(token=3)
+    assert t.next_head(old, head(token=token), overwrite=False) is old
+
+
+def test_the_same_digest_of_a_later_token_becomes_that_token_s_output():
+    """protocol.md 8: outputs of a step are those of its current or ending token."""
+    new = t.next_head(head(token=1, rev=4), head(token=2), overwrite=False)
+    assert new["producer"]["token"] == 2 and new["key"] == "blobs/x"
+
+
+@pytest.mark.parametrize("old, new, overwrite, good", [
+    (head("x"), head("y"), False, False), (head("x"), head("y"), True, True),
+    (head("x", 1), head("y", 2), False, True), (head("x", 2), head("y", 2), False, False),
+    (head("x", 2), head("y", 2), True, True),
+    (head("x", 1, step="r"), head("y", 2), False, False),
+    (head("x", 2), head("y", 1), False, False), (head("x", 2), head("y", 1), True, False),
+    (head("x", deleted_at="T"), head("y"), False, True),
+    (head("x", producer="junk"), head("y", 1), False, False)], ids=range(10))
+def test_other_content_replaces_a_head_only_by_overwrite_or_a_later_token(
+        old, new, overwrite, good):
+    if not good:
+        with pytest.raises((t.Conflict, t.Fenced)):
+            t.next_head({**old, "rev": 4}, new, overwrite=overwrite)
+        return
+    after = t.next_head({**old, "rev": 4, "odd": 1}, new, overwrite=overwrite)
+    assert after["previous"][-1]["rev"] == 4 and after["odd"] == 1
+    assert after["sha256"] == new["sha256"] and "deleted_at" not in after
+
+
+# -- mail --------------------------------------------------------------
+
+PREFIX = "messages/a/"
+EMPTY = {"floor": None, "watermark": None, "seen": set()}
+
+
+def mail(number, at, skew=0):
+    """(key, arrival) of a message whose sender's clock is off by `skew` seconds."""
+    ns = max(0, int((at + skew) * 1e9))
+    return t.event_key(PREFIX, at_ns=ns, agent="b", uuid8=f"{number:08x}"), at
+
+
+def read_all(stream, entries, now, shows=lambda key: True):
+    """(keys shown, the stream after them) of one reading."""
+    shown = [key for key, _ in t.unseen(entries, stream) if shows(key)]
+    new = t.advance(stream, entries, set(shown), now=now, prefix=PREFIX)
+    return shown, t.stream_of({"direct": json.loads(json.dumps(new))}, "direct")
+
+
+@pytest.mark.parametrize("raw, floor, mark, seen", [
+    (None, None, None, set()), ("m", None, "m", set()), (7, None, None, set()),
+    ([], None, None, set()), ({"floor": True, "seen": "x"}, None, None, set()),
+    ({"floor": 5, "watermark": 1, "seen": ["k", 2]}, 5, None, {"k"}),
+    ({"floor": 1.5, "watermark": "m", "seen": []}, 1.5, "m", set())])
+def test_a_malformed_cursor_reads_all_again(raw, floor, mark, seen):
+    assert t.stream_of({"direct": raw}, "direct") == {
+        "floor": floor, "watermark": mark, "seen": seen}
+
+
+@pytest.mark.parametrize("skew", [-10**9, -86400, 0, 86400])
+def test_a_sender_s_clock_hides_no_message(skew):
+    early = [mail(1, 10**9)]
+    _, stream = read_all(EMPTY, early, 10**9)
+    late = mail(2, 10**9 + 1, skew=skew)
+    shown, stream = read_all(stream, early + [late], 10**9 + 1)
+    assert shown == [late[0]]
+    assert read_all(stream, early + [late], 10**9 + 9)[0] == []
+
+
+def test_the_floor_stays_below_what_was_withheld_and_never_falls():
+    entries = [mail(n, 1000 + 500 * n) for n in range(5)]
+    _, stream = read_all(EMPTY, entries, 3000, shows=lambda key: key != entries[1][0])
+    assert stream["floor"] < 1500
+    assert read_all(stream, entries, 9000)[0] == [entries[1][0]]
+    after = t.advance({**stream, "floor": 2500}, entries[:1], set(), now=1000,
+                      prefix=PREFIX)
+    assert after["floor"] == 2500
+
+
+def test_seen_does_not_grow_with_what_the_floor_covers():
+    entries, stream = [mail(n, 1000 + 100 * n) for n in range(50)], EMPTY
+    _, stream = read_all(stream, entries, 6000)
+    _, stream = read_all(stream, entries + [mail(99, 9000)], 9000)
+    assert len(stream["seen"]) <= 1
+
+
+def test_a_reader_with_an_older_listing_forgets_nothing_the_other_has_seen():
+    """Two readers of one agent: the loser of the CAS advances the winner's cursor."""
+    old, new = mail(1, 1000), mail(2, 1001)
+    _, stream = read_all(EMPTY, [old, new], 1001)
+    after = t.advance(stream, [old], {old[0]}, now=1000, prefix=PREFIX)
+    after = t.stream_of({"direct": after}, "direct")
+    assert t.unseen([old, new], after) == []
+
+
+def mailbox_run(dice, *, crashes, readers=1):
+    """{key: times shown} after messages and readings in random order, and their number.
+
+    Senders' clocks are days off; a put shows up to 250 s after the time it is stamped
+    with; a reading may be limited, filtered, cut by a crash before its cursor moves."""
+    now, hidden, stream, times, count, batches = 10**9, [], EMPTY, {}, 0, []
+
+    def listed():
+        return sorted(entry for visible, entry in hidden if visible <= now)
+    for _ in range(40):
+        now += dice.choice([0, 1, 30, 299, 301, 5000])
+        for _ in range(dice.choice([0, 0, 1, 3])):
+            count += 1
+            skew = dice.choice([-2 * 86400, -400, 0, 0, 400, 2 * 86400])
+            hidden.append((now + dice.choice([0, 0, 250]), mail(count, now, skew)))
+        while len(batches) < readers:
+            entries, limit = listed(), dice.choice([1, 2, 99, 99])
+            keys = [key for key, _ in t.unseen(entries, stream)][:limit]
+            batches.append((entries, keys, now))
+        for entries, keys, then in batches:  # they listed before any of them commits
+            for key in keys:
+                times[key] = times.get(key, 0) + 1
+            if not (crashes and dice.random() < 0.3):
+                new = t.advance(stream, entries, set(keys), now=then, prefix=PREFIX)
+                stream = t.stream_of({"direct": new}, "direct")
+        batches = []
+    now += 251
+    for key, _ in t.unseen(listed(), stream):
+        times[key] = times.get(key, 0) + 1
+    return times, count
+
+
+def test_every_message_is_shown_once_when_nothing_crashes():
+    """protocol.md 11.2"""
+    for seed in range(150):
+        times, count = mailbox_run(random.Random(seed), crashes=False)
+        assert len(times) == count and set(times.values()) <= {1}, seed
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_crash_shows_a_message_again_and_never_not_at_all(readers):
+    """protocol.md 11.2"""
+    for seed in range(100):
+        times, count = mailbox_run(random.Random(seed), crashes=True, readers=readers)
+        assert len(times) == count, seed
+
+
+def test_every_order_of_four_arrivals_and_readings_shows_each_message_once():
+    skews = (-86400, 0, 86400, -1)
+    for order in itertools.product((0, 1, 2, 3), repeat=4):
+        entries, stream, shown = [], EMPTY, []
+        for number, pause in enumerate(order):
+            now = 10**9 + sum((1, 299, 301, 4000)[p] for p in order[:number + 1])
+            entries.append(mail(number, now, skews[number]))
+            if pause % 2:
+                keys, stream = read_all(stream, sorted(entries), now)
+                shown += keys
+        shown += [key for key, _ in t.unseen(entries, stream)]
+        assert sorted(shown) == sorted(key for key, _ in entries), order
+
+
+# -- the protocol as a state space -------------------------------------
+#
+# The real decisions of section 3 run over a modelled store in every order of events.
+# Agents read (settle, decide) and PUT, two events; a PUT may be answered, or its answer
+# lost and the PUT land at any later moment or never, or be told 409. A read finds the
+# lease expired only while the record truly is old ("ages" is an event of its own; any
+# write makes it young again). A crash is an agent that takes no further event.
+
+OLD = t.TTL + t.GRACE
+FIELDS = ("agent", "instance", "state", "token", "attempt", "ttl", "rev", "nonce",
+          "prev", "recent", "released_by", "handoffs")
+VERBS = {"complete": "complete", "fail": "failed", "review": "needs_review",
+         "force": "complete"}
+
+
+class Violation(Exception):
+    """An invariant of protocol.md 11 does not hold in a reachable state."""
+
+
+def freeze(doc):
+    """A record as a value: what the decisions look at, without times and history."""
+    return doc if doc is None else tuple(
+        tuple(doc["recent"]) if name == "recent"
+        else doc["handoffs"][-1]["token"] if name == "handoffs" and doc.get(name)
+        else doc.get(name) for name in FIELDS)
+
+
+def thaw(record):
+    if record is None:
+        return None
+    doc = {n: v for n, v in zip(FIELDS, record) if v is not None}
+    doc["recent"] = list(doc["recent"])
+    if "handoffs" in doc:
+        doc["handoffs"] = [{"token": doc["handoffs"]}]
+    return doc
+
+
+class Agent(NamedTuple):
+    """One process: where it stands in its script, and what it knows."""
+
+    at: int = 0  # act of the script
+    token: object = None  # the token it holds, by its own knowledge
+    sent: object = None  # (record sent, record replaced) while a PUT is to be answered
+    doubt: bool = False  # an answer of this act was lost
+    put: bool = False  # the next event is a PUT (of `sent`)
+
+
+class World(NamedTuple):
+    """The bucket, the network, the agents, and what the checker remembers (ghosts)."""
+
+    record: object
+    old: bool  # the lease has run out by the store's clock
+    agents: tuple
+    flying: frozenset  # PUTs without an answer: (actor, act, token, new, replaced)
+    faults: int  # lost answers and 409s still allowed
+    wins: frozenset  # (token, (agent, instance)) acknowledged by claim
+    landed: frozenset  # (write, (actor, act)) that took effect
+    told: frozenset  # (actor, act) whose command said: not done
+    done: frozenset  # writes whose command said: done
+
+
+class Model:
+    """The protocol of protocol.md 1.4 and 4. Subclasses break one rule each."""
+
+    keep, believes = t.RECENT, False
+
+    def __init__(self, *scripts, faults=1, start=None):
+        """scripts: (agent, instance, acts), one process each."""
+        self.scripts, self.faults = scripts, faults
+        self.start, self.memo, self.seen, self.outcomes = start, {}, set(), set()
+
+    def write_id(self, actor, act):
+        """One per logical write, the same over its retries: 'verb#op' shares it."""
+        return self.scripts[actor][2][act].partition("#")[2] or f"{actor}.{act}"
+
+    def verb(self, actor, act):
+        return self.scripts[actor][2][act].partition("#")[0]
+
+    # what a broken variant may change
+
+    def nonce(self, actor, act):
+        return self.write_id(actor, act)
+
+    def age(self, actor, old):
+        return OLD if old else 0
+
+    def matches(self, record, replaced):
+        return record == replaced  # ETag: a hash of the bytes
+
+    def me(self, actor, token):
+        agent, instance, _ = self.scripts[actor]
+        return t.Me(agent, instance, token=token)
+
+    def released(self, doc):
+        return doc
+
+    def after_409(self):
+        return "again"
+
+    def settle(self, record, sent, replaced):
+        return t.settle(thaw(record), thaw(sent), unchanged=record == replaced)
+
+    # decisions
+
+    def repeated(self, record, actor, act):
+        """Whether a command with --op was run before, by whomever (protocol.md 1.4)."""
+        return "#" in self.scripts[actor][2][act] and t.settle_op(
+            thaw(record), nonce=self.nonce(actor, act), rev=0) == "landed"
+
+    def decide(self, actor, agent, record, old):
+        """('refused', exit) | ('same', record) | ('put', new record); memoised."""
+        key = (actor, agent.at, agent.token, record, old)
+        if key not in self.memo:
+            self.memo[key] = self._decide(actor, agent, record, old)
+        return self.memo[key]
+
+    def _decide(self, actor, agent, record, old):
+        doc, me = thaw(record), self.me(actor, agent.token)
+        try:
+            new = self.act(actor, agent.at, doc, me=me, age=self.age(actor, old))
+        except t.Error as why:
+            return "refused", why.exit
+        if new is doc:
+            return "same", record
+        if new is None:
+            return "put", None
+        nonce = self.nonce(actor, agent.at)
+        return "put", freeze(t.stamped(new, doc, nonce=nonce, keep=self.keep))
+
+    def act(self, actor, at, doc, *, me, age):
+        verb = self.verb(actor, at)
+        if verb in ("claim", "resume", "reopen"):
+            return t.take(doc, me, age, at="", resume=verb == "resume",
+                          reopen=verb == "reopen")
+        if verb == "renew":
+            return t.renew(doc, me, at="", ends="")
+        if verb == "release":
+            return self.released(t.release(doc, me, at=""))
+        if verb in ("approve", "reject"):
+            return t.judge(doc, me, approve=verb == "approve", at="", note="")
+        return t.end(doc, me, VERBS[verb], at="", handoff={},
+                     force="person" if verb == "force" else "")
+
+    # events
+
+    def first(self):
+        return World(self.start, False, tuple(Agent() for _ in self.scripts),
+                     frozenset(), self.faults, frozenset(), frozenset(), frozenset(),
+                     frozenset())
+
+    def events(self, world):
+        """Every world one event away."""
+        if world.record is not None and not world.old and world.record[2] == \
+                "in_progress":
+            yield world._replace(old=True)
+        for actor, agent in enumerate(world.agents):
+            if agent.at < len(self.scripts[actor][2]):
+                yield from (self.answers(world, actor, agent) if agent.put
+                            else [self.read(world, actor, agent)])
+        for put in world.flying:
+            landed = world._replace(flying=world.flying - {put})
+            if self.matches(world.record, put[4]):
+                yield self.land(landed, *put)
+
+    def read(self, world, actor, agent):
+        if agent.sent is not None:
+            became = self.settle(world.record, *agent.sent)
+            if became == "unknown" and not agent.doubt:
+                became = "lost"
+            if became == "landed" and agent.sent[0][9][-1] in world.record[9]:
+                return self.finish(world, actor, agent, "done", agent.sent[0])
+            if became == "landed":  # another run of the same operation wrote it
+                return self.repeat(world, actor, agent)
+            if became == "again":
+                return self.move(world, actor, agent._replace(put=True))
+            if became == "unknown":
+                return self.finish(world, actor, agent, "unknown", None)
+        elif self.repeated(world.record, actor, agent.at):
+            return self.repeat(world, actor, agent)
+        outcome, value = self.decide(actor, agent, world.record, world.old)
+        if outcome == "put":
+            sent = (value, world.record)
+            return self.move(world, actor, agent._replace(sent=sent, put=True))
+        if outcome == "same":
+            return self.finish(world, actor, agent, "done", value)
+        return self.finish(world, actor, agent, "told", value)
+
+    def repeat(self, world, actor, agent):
+        """Another run of this operation landed. Was it a claim, it may be lost by now."""
+        mine = world.record[:2] == self.scripts[actor][:2] or self.believes
+        return self.finish(world, actor, agent, "done" if mine else "superseded",
+                           world.record)
+
+    def answers(self, world, actor, agent):
+        """What may become of a PUT."""
+        put = (actor, agent.at, agent.token, *agent.sent)
+        if self.matches(world.record, agent.sent[1]):
+            after = self.land(world, *put)
+            yield self.finish(after, actor, agent, "done", agent.sent[0])
+        else:
+            yield self.move(world, actor, agent._replace(put=False))  # 412: re-read
+        if world.faults:
+            fewer = world._replace(faults=world.faults - 1)
+            doubt = agent._replace(put=False, doubt=True)
+            yield self.move(fewer._replace(flying=world.flying | {put}), actor, doubt)
+            if world.flying and self.after_409() == "told":
+                yield self.finish(fewer, actor, agent, "told", 3)
+
+    def move(self, world, actor, agent):
+        agents = world.agents[:actor] + (agent,) + world.agents[actor + 1:]
+        return world._replace(agents=agents)
+
+    def finish(self, world, actor, agent, how, value):
+        """The command returns: what it says becomes a ghost."""
+        verb, token = self.verb(actor, agent.at), agent.token
+        self.outcomes.add((verb, how, value if how == "told" else agent.doubt))
+        if how == "done" and value is not None:
+            if verb in ("claim", "resume", "reopen") and value[2] == "in_progress":
+                token = value[3]
+                world = world._replace(wins=world.wins | {
+                    (token, self.scripts[actor][:2])})
+            if agent.sent is not None and value == agent.sent[0]:
+                write = self.write_id(actor, agent.at)
+                world = world._replace(done=world.done | {write})
+        if how == "told":
+            world = world._replace(told=world.told | {(actor, agent.at)})
+        return self.move(world, actor, Agent(at=agent.at + 1, token=token))
+
+    def land(self, world, actor, act, token, new, replaced):
+        """A PUT takes effect: invariant 3 and the growth of tokens are checked here."""
+        was, verb = world.record, self.verb(actor, act)
+        self.check_tokens(was, new)
+        if verb in ("renew", "release", "complete", "fail", "review") and was:
+            agent = self.scripts[actor][0]
+            if (was[0], was[2], was[3]) != (agent, "in_progress", token):
+                raise Violation(f"stale holder: {verb} with {token} over {was}")
+        if verb == "claim" and was and was[2] == "in_progress" and not world.old and \
+                was[:2] != self.scripts[actor][:2]:
+            raise Violation(f"a live lease was taken over: {was}")
+        nonce = self.write_id(actor, act)
+        if nonce in {write for write, _ in world.landed}:
+            raise Violation(f"{verb} was applied twice")
+        landed = world.landed | {(nonce, (actor, act))}
+        return world._replace(record=new, old=False, landed=landed)
+
+    def check_tokens(self, was, new):
+        if new is None:
+            return
+        if was and new[3] < was[3]:
+            raise Violation(f"the token fell: {was} -> {new}")
+        held = new[2] == "in_progress"
+        same = was and was[:4] == new[:4]
+        if was and held and not same and new[3] <= was[3]:
+            raise Violation(f"a new holder has the old token: {was} -> {new}")
+        if new[2] in t.ENDED and new[11] is not None and was and was[2] == \
+                "in_progress" and new[11] != new[3] and new[2] != "failed":
+            raise Violation(f"an ended step does not name its token: {new}")
+
+    def check(self, world):
+        """Invariant 1, and that no command said what is not so."""
+        tokens = [token for token, _ in world.wins]
+        if len(tokens) != len(set(tokens)):
+            raise Violation(f"two winners of one token: {sorted(world.wins)}")
+        if world.told & {act for _, act in world.landed}:
+            raise Violation(f"told 'not done', yet it landed: {world.told}")
+        if world.done - {write for write, _ in world.landed}:
+            raise Violation(f"told 'done', yet it did not land: {world.done}")
+
+    def explore(self, limit=400_000):
+        """All reachable worlds; raises Violation. Returns how many there are."""
+        todo, self.seen = [self.first()], {self.first()}
+        while todo:
+            for world in self.events(todo.pop()):
+                if world not in self.seen:
+                    self.check(world)
+                    self.seen.add(world)
+                    todo.append(world)
+            assert len(self.seen) < limit, "the state space is not bounded as meant"
+        return len(self.seen)
+
+
+A, A2, B, C = ("a", "i1"), ("a", "i2"), ("b", "i3"), ("c", "i4")
+
+
+def model(*scripts, cls=Model, faults=1, **how):
+    """A model of "who: acts" pairs, e.g. (A, "claim complete")."""
+    return cls(*[(agent, instance, tuple(acts.split()))
+                 for (agent, instance), acts in scripts], faults=faults, **how)
+
+
+@pytest.mark.parametrize("faults, scripts", [
+    (3, [(A, "claim renew complete"), (B, "claim complete")]),
+    (3, [(A, "claim release complete"), (B, "claim renew fail")]),
+    (3, [(A, "claim complete"), (A2, "resume complete")]),
+    (3, [(A, "claim renew release"), (B, "force")]),
+    (2, [(A, "claim#x complete#y"), (A, "claim#x complete#y")]),
+    (0, [(A, "claim release#x"), (A, "claim release#x"), (B, "claim complete")]),
+    (1, [(A, "claim complete"), (B, "claim release"), (C, "force")]),
+    (1, [(A, "claim renew"), (B, "claim complete"), (C, "claim release")]),
+    (1, [(A, "claim review"), (B, "reopen review"), (C, "approve reject")]),
+    (1, [(A, "claim complete"), (A2, "resume release"), (B, "claim renew")]),
+])
+def test_no_order_of_events_breaks_invariants_1_and_3(faults, scripts):
+    """protocol.md 11.1 and 11.3, in every reachable state."""
+    assert model(*scripts, faults=faults).explore() > 100
+
+
+def test_the_enumeration_meets_takeovers_fences_and_answers_lost_after_landing():
+    m = model((A, "claim complete"), (B, "claim complete"), faults=2)
+    m.explore()
+    assert ("claim", "done", True) in m.outcomes  # in doubt, then settled
+    assert ("complete", "told", t.Fenced.exit) in m.outcomes
+    assert any(len(world.wins) == 2 for world in m.seen)  # a takeover
+
+
+def test_three_claimants_have_one_winner_until_a_lease_expires():
+    m = model((A, "claim"), (B, "claim"), (C, "claim"), faults=2)
+    m.explore()
+    first = [world for world in m.seen if world.record and world.record[3] == 1]
+    assert first and all(len(world.wins) <= 1 for world in first)
+
+
+# Each of these breaks one rule of the protocol; the checker has to notice.
+
+class NoNonce(Model):
+    def nonce(self, actor, act):
+        return ""
+
+
+class ReleaseByDelete(Model):
+    def released(self, doc):
+        return None
+
+
+class TokenResetOnRelease(Model):
+    def released(self, doc):
+        return {**doc, "token": 0}
+
+
+class CheckThenPut(Model):
+    def matches(self, record, replaced):
+        return True
+
+
+class LeaseByClientClock(Model):
+    def age(self, actor, old):
+        return super().age(actor, old) + (OLD if actor == 1 else 0)  # its clock is fast
+
+
+class BusyIsLost(Model):
+    def after_409(self):
+        return "told"
+
+
+class MovedIsLost(Model):
+    def read(self, world, actor, agent):
+        if agent.sent is not None and world.record != agent.sent[1]:
+            return self.finish(world, actor, agent, "told", 3)
+        return super().read(world, actor, agent)
+
+
+class TheNameIsEnough(Model):
+    def act(self, actor, at, doc, *, me, age):
+        if self.verb(actor, at) == "complete":
+            me = t.Me(me.agent, me.instance, token=t.token_of(doc))
+        return super().act(actor, at, doc, me=me, age=age)
+
+
+class WhatLandedOnceIsStillMine(Model):
+    believes = True
+
+
+@pytest.mark.parametrize("cls, faults, scripts, words", [
+    (NoNonce, 1, [(A, "claim"), (B, "claim")], "two winners"),
+    (ReleaseByDelete, 0, [(A, "claim release"), (B, "claim")], "two winners"),
+    (TokenResetOnRelease, 0, [(A, "claim release"), (B, "claim")], "token fell"),
+    (CheckThenPut, 0, [(A, "claim"), (B, "claim")], "old token|two winners"),
+    (LeaseByClientClock, 0, [(A, "claim renew"), (B, "claim")], "live lease"),
+    (BusyIsLost, 2, [(A, "claim"), (B, "claim")], "yet it landed"),
+    (MovedIsLost, 1, [(A, "claim"), (B, "claim")], "yet it landed"),
+    (TheNameIsEnough, 0, [(A, "claim complete"), (A2, "resume")], "stale holder"),
+])
+def test_the_checker_notices_a_protocol_without_one_of_its_rules(cls, faults, scripts,
+                                                                 words):
+    assert model(*scripts, faults=faults).explore()
+    with pytest.raises(Violation, match=words):
+        model(*scripts, cls=cls, faults=faults).explore()
+
+
+class Counter(Model):
+    """A record that only counts: what was applied twice shows at once."""
+
+    def act(self, actor, at, doc, *, me, age):
+        return dict(doc or {})
+
+    def check_tokens(self, was, new):
+        pass
+
+
+def test_an_increment_is_applied_once_whatever_answers_are_lost():
+    """protocol.md 11.2"""
+    assert model((A, "incr incr"), (B, "incr"), cls=Counter, faults=3).explore()
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_what_has_left_recent_is_unknown_and_not_applied_again(keep):
+    m = model((A, "incr"), (B, "incr incr incr"), cls=Counter, faults=1)
+    m.keep = keep
+    m.explore()
+    assert ("incr", "unknown", True) in m.outcomes
+
+
+@FINDING_11
+@pytest.mark.parametrize("cls, scripts", [
+    (Counter, [(A, "incr#x"), (A, "incr#x"), (B, "incr")]),
+    (Model, [(A, "claim#x complete"), (A, "claim#x complete"), (B, "claim")]),
+])
+def test_two_runs_of_one_operation_apply_it_once(cls, scripts):
+    assert model(*scripts, cls=cls).explore()
+
+
+@FINDING_11
+def test_a_repeated_claim_that_believes_the_record_is_its_own_is_noticed():
+    scripts = [(A, "claim#x"), (A, "claim#x"), (B, "claim")]
+    assert model(*scripts, faults=0).explore()
+    with pytest.raises(Violation, match="two winners"):
+        model(*scripts, cls=WhatLandedOnceIsStillMine, faults=0).explore()
+
+
+# -- histories ---------------------------------------------------------
+#
+# For tests with real processes: what was asked and answered, on one monotonic clock,
+# and whether some legal order explains it.
+
+UNKNOWN = object()  # the outcome of an operation whose answer was lost
+FOREVER = float("inf")
+
+
+class Op:
+    """One operation: asked at `start`, answered at `end` (never: FOREVER)."""
+
+    __slots__ = ("process", "name", "arg", "start", "end", "result")
+
+    def __init__(self, process, name, arg=None, *, start, end=FOREVER, result=UNKNOWN):
+        self.process, self.name, self.arg = process, name, arg
+        self.start, self.end, self.result = start, end, result
+
+    def __repr__(self):
+        result = "?" if self.result is UNKNOWN else self.result
+        return f"{self.process}:{self.name}({self.arg!r})={result!r}" \
+               f"@{self.start}-{self.end}"
+
+
+class History:
+    """Operations of many threads: op = h.invoke(...); then h.ok(op, result), or
+    h.unknown(op) where it may or may not have happened, or h.fail(op) where it has not.
+    What is never answered counts as unknown."""
+
+    def __init__(self, clock=time.monotonic):
+        self.clock, self.ops, self.lock = clock, [], threading.Lock()
+
+    def invoke(self, process, name, arg=None):
+        op = Op(process, name, arg, start=self.clock())
+        with self.lock:
+            self.ops.append(op)
+        return op
+
+    def ok(self, op, result=None):
+        op.result, op.end = result, self.clock()
+
+    def unknown(self, op):
+        op.result, op.end = UNKNOWN, FOREVER
+
+    def fail(self, op):
+        with self.lock:
+            self.ops.remove(op)
+
+    def run(self, process, name, arg, call):
+        """call() as one operation: Conflict and Unavailable say it did not happen."""
+        op = self.invoke(process, name, arg)
+        try:
+            result = call()
+        except (t.Conflict, t.Fenced, t.Unavailable):
+            self.fail(op)
+            raise
+        except BaseException:
+            self.unknown(op)
+            raise
+        self.ok(op, result)
+        return result
+
+    def named(self, name):
+        return [op for op in self.ops if op.name == name]
+
+
+def check_chain(docs, acked=()):
+    """What is wrong with these versions of one record (any order, gaps allowed): each
+    rev has one nonce, `prev` and `recent` agree with it, acked nonces are there once."""
+    at, wrong = {}, []
+
+    def witness(rev, nonce, by):
+        if at.setdefault(rev, nonce) != nonce:
+            wrong.append(f"rev {rev} is {at[rev]} and, says rev {by}, {nonce}")
+    for doc in docs:
+        rev = doc["rev"]
+        recent = [(int(e.split(":")[0]), e.split(":")[1]) for e in doc["recent"]]
+        if [r for r, _ in recent] != list(range(rev - len(recent) + 1, rev + 1)):
+            wrong.append(f"recent of rev {rev} has gaps: {doc['recent']}")
+        witness(rev, doc["nonce"], rev)
+        if doc.get("prev") is not None:
+            witness(rev - 1, doc["prev"], rev)
+        for known, nonce in recent:
+            witness(known, nonce, rev)
+    for nonce in acked:
+        count = list(at.values()).count(nonce)
+        if count != 1:
+            wrong.append(f"acknowledged {nonce} is there {count} times")
+    return wrong
+
+
+def check_counter(ops, final, start=0):
+    """What is wrong with incr(arg)=result operations (arg > 0) that ended at `final`."""
+    sure = [op for op in ops if op.result is not UNKNOWN]
+    maybe = [op.arg for op in ops if op.result is UNKNOWN]
+    sums, wrong = {start + sum(op.arg for op in sure)}, []
+    for by in maybe:
+        sums |= {total + by for total in sums}
+    if final not in sums:
+        wrong.append(f"ends at {final}, not one of {sorted(sums)[:9]}")
+    results = [op.result for op in sure]
+    if len(set(results)) != len(results):
+        wrong.append(f"two increments read the same: {sorted(results)}")
+    wrong += [f"{b} came after {a}, yet counts less" for a in sure for b in sure
+              if a.end < b.start and b.result <= a.result]
+    return wrong
+
+
+def check_lock(intervals, effects=()):
+    """What is wrong with holdings (start, end, token), as their holders believed them,
+    and with the tokens of guarded effects in the order in which they took place."""
+    wrong, held = [], sorted(intervals)
+    for (_, end, token), (start, _, later) in zip(held, held[1:]):
+        if start < end:
+            wrong.append(f"tokens {token} and {later} were held at once")
+        if later <= token:
+            wrong.append(f"token {later} came after {token}")
+    wrong += [f"an effect of token {b} after one of {a}"
+              for a, b in zip(effects, effects[1:]) if b < a]
+    return wrong
+
+
+class Register:
+    """read()=value, write(value), cas((old, new))=True or False."""
+
+    first = None
+
+    def step(self, state, op):
+        """The state after `op`, or raises ValueError where its result is impossible."""
+        if op.name == "write":
+            return op.arg
+        if op.name == "read":
+            return self.expect(op, state, state)
+        hit = state == op.arg[0]
+        return self.expect(op, hit, op.arg[1] if hit else state)
+
+    def expect(self, op, result, state):
+        if op.result not in (UNKNOWN, result):
+            raise ValueError
+        return state
+
+
+class Lock(Register):
+    """acquire()=token and release(token); tokens grow; state: (holder, last token)."""
+
+    first = (None, 0)
+
+    def step(self, state, op):
+        holder, last = state
+        if op.name == "acquire":
+            token = last + 1 if op.result is UNKNOWN else op.result
+            if holder is not None or token <= last:
+                raise ValueError
+            return token, token
+        if holder != op.arg:
+            raise ValueError
+        return None, last
+
+
+def linearizable(ops, model):
+    """Whether one order of `ops` within their times is legal for `model` (Wing-Gong).
+
+    Unknown ones may stand anywhere after their start, or nowhere. For some 25 ops."""
+    ops, tried = sorted(ops, key=lambda op: op.start), set()
+    sure = frozenset(i for i, op in enumerate(ops) if op.result is not UNKNOWN)
+
+    def search(left, state):
+        if not left & sure:
+            return True
+        if (left, state) in tried:
+            return False
+        tried.add((left, state))
+        until = min(ops[i].end for i in left)
+        for i in left:
+            if ops[i].start > until:
+                continue
+            try:
+                after = model.step(state, ops[i])
+            except ValueError:
+                continue
+            if search(left - {i}, after):
+                return True
+        return False
+    return search(frozenset(range(len(ops))), model.first)
+
+
+def ops_of(text):
+    """Ops from "start end name arg result", one a line; '?' is an unknown outcome."""
+    ops = []
+    for n, line in enumerate(text.strip().splitlines()):
+        start, end, name, arg, result = line.split()
+        lost = result == "?"
+        ops.append(Op(n, name, eval(arg), start=int(start),
+                      end=FOREVER if lost else int(end),
+                      result=UNKNOWN if lost else eval(result)))
+    return ops
+
+
+def test_a_history_records_what_was_asked_answered_and_left_open():
+    h = History(clock=iter(range(9)).__next__)
+    first, second, third = (h.invoke("p", "incr", n) for n in (1, 2, 3))
+    h.ok(second, 5)
+    h.unknown(first)
+    h.fail(third)
+    assert [(op.arg, op.start, op.end) for op in h.named("incr")] == [
+        (1, 0, FOREVER), (2, 1, 3)]
+
+
+def test_a_history_takes_refusals_as_not_done_and_lost_answers_as_open():
+    h = History()
+
+    def raises(error):
+        raise error
+    with pytest.raises(t.Held):
+        h.run("p", "acquire", None, lambda: raises(t.Held("no")))
+    with pytest.raises(t.Unknown):
+        h.run("p", "acquire", None, lambda: raises(t.Unknown("?")))
+    assert h.run("p", "acquire", None, lambda: 7) == 7
+    assert [op.result for op in h.ops] == [UNKNOWN, 7]
+
+
+
+
+def test_a_chain_of_stamped_records_is_a_witness():
+    docs = chain(*"abcdef", keep=3)
+    assert check_chain(docs, acked="abcdef") == []
+    assert check_chain([docs[5], docs[1], docs[1]]) == []
+
+
+@pytest.mark.parametrize("docs, acked, words", [
+    (chain("a", "b") + chain("a", "c"), "", "rev 2 is b and"),
+    (chain("a", "b")[:1] + chain("x", "b")[1:], "", "rev 1 is a and"),
+    (chain("a", "b"), "c", "c is there 0 times"),
+    (chain("a", "b", "a"), "a", "a is there 2 times"),
+    ([{**chain("a", "b")[1], "recent": ["1:a", "3:b"]}], "", "gaps"),
+])
+def test_a_chain_with_a_fork_a_gap_or_a_lost_write_is_rejected(docs, acked, words):
+    assert any(words in line for line in check_chain(docs, acked))
+
+
+@pytest.mark.parametrize("ops, final, good", [
+    ("0 1 incr 1 1\n2 3 incr 1 2", 2, True),
+    ("0 1 incr 1 1\n2 3 incr 1 ?", 1, True),
+    ("0 1 incr 1 1\n2 3 incr 1 ?", 2, True),
+    ("0 1 incr 1 1\n2 3 incr 1 ?", 3, False),  # applied twice
+    ("0 1 incr 1 1\n2 3 incr 1 2", 1, False),  # lost
+    ("0 5 incr 1 1\n2 3 incr 1 1", 2, False),  # both read 0
+    ("0 1 incr 1 2\n2 3 incr 1 1", 2, False),  # the later one counts less
+])
+def test_a_counter_that_lost_or_doubled_an_increment_is_rejected(ops, final, good):
+    assert (check_counter(ops_of(ops), final) == []) is good
+
+
+@pytest.mark.parametrize("intervals, effects, good", [
+    ([(0, 2, 1), (2, 4, 2), (5, 6, 7)], [1, 1, 2, 7], True),
+    ([(0, 3, 1), (2, 4, 2)], [], False),  # two at once
+    ([(0, 2, 2), (3, 4, 2)], [], False),  # a token twice
+    ([(0, 2, 2), (3, 4, 1)], [], False),
+    ([(0, 2, 1), (3, 4, 2)], [1, 2, 1], False),  # a stale holder's effect
+])
+def test_a_lock_held_twice_or_by_a_stale_holder_is_rejected(intervals, effects, good):
+    assert (check_lock(intervals, effects) == []) is good
+
+
+@pytest.mark.parametrize("ops, good", [
+    ("0 1 write 1 None\n2 3 read 0 1", True),
+    ("0 1 write 1 None\n2 3 read 0 None", False),  # a stale read
+    ("0 9 write 1 None\n1 2 read 0 1\n3 4 read 0 None", False),  # back in time
+    ("0 9 write 1 None\n1 2 read 0 None\n3 4 read 0 1", True),
+    ("0 1 write 1 ?\n2 3 read 0 None\n4 5 read 0 1", True),  # it landed late
+    ("0 1 write 1 ?\n2 3 read 0 1\n4 5 read 0 None", False),
+    ("0 5 cas (None,1) True\n1 6 cas (None,2) True", False),  # two winners
+    ("0 5 cas (None,1) True\n1 6 cas (None,2) False", True),
+    ("0 1 cas (None,1) ?\n2 6 cas (None,2) True\n7 8 read 0 2", True),
+    ("0 1 write 1 None\n2 3 write 2 None\n4 5 cas (1,3) True", False),
+    ("4 5 write 1 ?\n1 2 read 0 1", False),  # read before it was asked
+])
+def test_a_register_is_linearizable_or_found_not_to_be(ops, good):
+    assert linearizable(ops_of(ops), Register()) is good
+
+
+@pytest.mark.parametrize("ops, good", [
+    ("0 1 acquire 0 1\n2 3 release 1 None\n4 5 acquire 0 2", True),
+    ("0 1 acquire 0 1\n2 3 acquire 0 2", False),  # two holders
+    ("0 1 acquire 0 1\n2 3 release 1 ?\n4 5 acquire 0 2", True),
+    ("0 1 acquire 0 ?\n2 3 acquire 0 1", True),  # the lost one never happened
+    ("0 1 acquire 0 1\n2 9 release 1 None\n3 4 acquire 0 1", False),  # a token twice
+    ("0 1 acquire 0 1\n2 3 release 1 None\n4 5 release 1 None", False),
+])
+def test_a_lock_is_linearizable_or_found_not_to_be(ops, good):
+    assert linearizable(ops_of(ops), Lock()) is good
+
+
+def test_the_search_ends_soon_on_a_wide_history():
+    ops = [Op(n, "write", n, start=0, end=100, result=None) for n in range(12)]
+    ops += [Op(n, "read", start=101 + n, end=101 + n, result=7) for n in range(3)]
+    assert linearizable(ops, Register())
+    ops.append(Op(99, "read", start=200, end=201, result=8))
+    assert not linearizable(ops, Register())
+
+
+# == 4. Wire ===========================================================
+#
+# Signatures against the published vectors and against botocore; dates, ETags, XML.
+
+
+
+
+
+def wire_at(amz_date):
+    return calendar.timegm(time.strptime(amz_date, "%Y%m%dT%H%M%SZ"))
+
+
+def wire_keys(vector):
+    return tracecraft.Keys(vector["access_key"], vector["secret_key"],
+                           token=vector["token"] or "")
+
+
+@pytest.mark.parametrize("vector", SIGV4_VECTORS, ids=lambda v: v["name"])
+def test_signatures_are_those_that_aws_published(vector):
+    common = dict(path=vector["path"], query=vector["query"], region=vector["region"],
+                  credentials=wire_keys(vector), at=wire_at(vector["amz_date"]))
+    host = dict(vector["headers"])["Host"]
+    if vector["expires"]:
+        query = tracecraft.presign(vector["method"], host=host, **common,
+                                   expires=vector["expires"])
+        assert query.endswith("&X-Amz-Signature=" + vector["signature"])
+        return
+    digest = hashlib.sha256(vector["body"]).hexdigest()
+    request = tracecraft.canonical_request(
+        vector["method"], vector["path"], query=vector["query"],
+        headers=vector["headers"], payload_hash=digest)
+    assert request == vector["canonical_request"]
+    headers = tracecraft.sign(vector["method"], host=host, headers=vector["headers"],
+                              payload_hash=digest, service=vector["service"], **common)
+    assert headers["authorization"].endswith("Signature=" + vector["signature"])
+
+
+WIRE_CHARS = "abz09 +%~&=?#/.-_*'()!$,:;@[]{}|\\^\"<>\u00fc\u4f60\U0001f600"
+
+
+def wire_text(rng, least, most):
+    return "".join(rng.choice(WIRE_CHARS) for _ in range(rng.randint(least, most)))
+
+
+def wire_request(rng):
+    """A random request in the shapes that S3 clients make."""
+    bucket, base = "bucket-1", rng.choice(["s3.eu-west-1.amazonaws.com", "localhost:9000",
+                                           "[::1]:8080", "example.org"])
+    key = wire_text(rng, 0, 20).lstrip("/").replace("//", "/")
+    virtual = base.endswith(".com") and rng.random() < 0.5
+    query = [(rng.choice(["prefix", "a", "b", "uploads", "start-after"]),
+              wire_text(rng, 0, 6)) for _ in range(rng.randint(0, 4))]
+    headers = {}
+    if rng.random() < 0.4:
+        headers[rng.choice(["If-Match", "If-None-Match"])] = rng.choice(
+            ['"0123"', "*", "bare"])
+    if rng.random() < 0.3:
+        headers["Range"] = "bytes=0-9"
+    return dict(method=rng.choice(["GET", "PUT", "HEAD", "POST", "DELETE"]),
+                host=f"{bucket}.{base}" if virtual else base,
+                path=f"/{key}" if virtual else f"/{bucket}/{key}", query=query,
+                headers=headers, token=rng.choice(["", "tok+en/=="]),
+                region=rng.choice(["eu-west-1", "us-east-1", "auto"]),
+                at=rng.randint(10**9, 2 * 10**9),
+                body=rng.choice([b"", b"x", os.urandom(9)]),
+                unsigned=rng.random() < 0.3)
+
+
+def botocore_signature(case, monkeypatch, expires=None):
+    """(Authorization header) or (query) that botocore makes of the same request."""
+    import datetime
+    from botocore import auth, awsrequest, config, credentials
+    fixed = datetime.datetime.fromtimestamp(case["at"], datetime.timezone.utc)
+
+    class Frozen(datetime.datetime):
+        @classmethod
+        def utcnow(cls):
+            return fixed.replace(tzinfo=None)
+
+        @classmethod
+        def now(cls, tz=None):
+            return fixed if tz else fixed.replace(tzinfo=None)
+
+    monkeypatch.setattr(auth.datetime, "datetime", Frozen)
+    if hasattr(auth, "get_current_datetime"):
+        monkeypatch.setattr(auth, "get_current_datetime",
+                            lambda remove_tzinfo=True: fixed.replace(tzinfo=None))
+    keys = credentials.Credentials("AKID", "secret/+key", case["token"] or None)
+    url = f"https://{case['host']}{tracecraft.uri_escape(case['path'], True)}"
+    if case["query"]:
+        url += "?" + tracecraft.canonical_query(case["query"])
+    request = awsrequest.AWSRequest(case["method"], url, headers=case["headers"],
+                                    data=case["body"])
+    if case["unsigned"]:
+        s3 = {"payload_signing_enabled": False}
+        request.context["client_config"] = config.Config(s3=s3)
+    if expires:
+        auth.S3SigV4QueryAuth(keys, "s3", case["region"], expires).add_auth(request)
+        return request.url.partition("?")[2]
+    auth.S3SigV4Auth(keys, "s3", case["region"]).add_auth(request)
+    return request.headers["Authorization"]
+
+
+def test_random_requests_are_signed_as_botocore_signs_them(monkeypatch):
+    pytest.importorskip("botocore")
+    seed = int(os.environ.get("TRACECRAFT_TEST_SEED") or random.randrange(10**9))
+    print("seed", seed)
+    rng = random.Random(seed)
+    for number in range(2000):
+        case = wire_request(rng)
+        keys = tracecraft.Keys("AKID", "secret/+key", token=case["token"])
+        digest = tracecraft.UNSIGNED if case["unsigned"] else \
+            hashlib.sha256(case["body"]).hexdigest()
+        mine = tracecraft.sign(
+            case["method"], host=case["host"], path=case["path"], query=case["query"],
+            headers=case["headers"], payload_hash=digest, credentials=keys,
+            region=case["region"], at=case["at"])["authorization"]
+        theirs = botocore_signature(case, monkeypatch)
+        assert mine == theirs, (seed, number, case)
+
+
+def test_random_presigned_urls_are_those_of_botocore(monkeypatch):
+    pytest.importorskip("botocore")
+    from urllib.parse import parse_qsl
+    seed = int(os.environ.get("TRACECRAFT_TEST_SEED") or random.randrange(10**9))
+    print("seed", seed)
+    rng = random.Random(seed)
+    for number in range(500):
+        case = dict(wire_request(rng), headers={}, unsigned=False, body=b"")
+        case["query"] = list(dict(case["query"]).items())  # botocore keeps one of a name
+        keys = tracecraft.Keys("AKID", "secret/+key", token=case["token"])
+        mine = tracecraft.presign(
+            case["method"], host=case["host"], path=case["path"], query=case["query"],
+            credentials=keys, region=case["region"], at=case["at"], expires=900)
+        theirs = botocore_signature(case, monkeypatch, expires=900)
+        assert sorted(parse_qsl(mine, True)) == sorted(parse_qsl(theirs, True)), \
+            (seed, number, case)
+
+
+def test_keys_show_no_secret():
+    keys = tracecraft.Keys("AKID", "topsecret", token="toktok", source="test")
+    assert "topsecret" not in repr(keys) and "toktok" not in repr(keys)
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777.0), ("", None), (None, None),
+    ("yesterday", None), ("Sun, 06 Xyz 1994 08:49:37 GMT", None)])
+def test_http_dates(text, seconds):
+    assert tracecraft.parse_date(text) == seconds
+
+
+@pytest.mark.parametrize("a, b, same", [
+    ('"x"', "x", True), ('W/"x"', '"x"', True), ('"x"', '"y"', False),
+    (None, None, False), ("", "", False)])
+def test_etags_compare_without_quotes(a, b, same):
+    assert tracecraft.same_etag(a, b) is same
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"<a>", b"not xml", b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>",
+    b"<a>&b;</a>", "<a>\u00fc</a>".encode("latin-1"), "<a/>".encode("utf-16"),
+    b"<a>" * 100_000], ids=range(8))
+def test_what_is_not_plain_utf8_xml_is_corrupt(data):
+    with pytest.raises(tracecraft.Corrupt):
+        tracecraft.xml_root(data)
+
+
+def test_xml_beyond_the_limit_is_corrupt_and_not_parsed():
+    with pytest.raises(tracecraft.Corrupt):
+        tracecraft.xml_root(b"<a>" + b" " * tracecraft.MAX_XML + b"</a>")
+
+
+def test_an_error_document_is_read_and_nothing_else_is():
+    data = b'<Error xmlns="x"><Code>NoSuchKey</Code><Message/></Error>'
+    assert tracecraft.xml_error(data) == {"Code": "NoSuchKey", "Message": ""}
+    assert tracecraft.xml_error(b"<html><Code>no</Code></html>") == {}
+    assert tracecraft.xml_error(b"") == {}
+
+
+# == 5. HTTP ===========================================================
+#
+# One request over real sockets: a server that plays back bytes, proxies, TLS.
+
+
+
+
+OK_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nETag: \"x\"\r\n\r\nok"
+
+
+class Playback:
+    """A server that answers each request with the next of `answers`, as they stand.
+
+    b"" closes without an answer. `requests` are the heads it saw, with their bodies.
+    """
+
+    def __init__(self, *answers, tls=None, hold=0.0, family=socket.AF_INET):
+        self.answers, self.requests, self.connections = list(answers), [], 0
+        self.hold, self.tls = hold, tls
+        self.socket = socket.socket(family)
+        self.socket.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        self.socket.listen(20)
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.run, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
+
+    def run(self):
+        while True:
+            try:
+                conn, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.talk, args=(conn,), daemon=True).start()
+
+    def talk(self, conn):
+        try:
+            if self.tls:
+                conn = self.tls.wrap_socket(conn, server_side=True)
+            self.connections += 1
+            with conn:
+                while self.turn(conn):
+                    pass
+        except OSError:
+            return
+
+    def turn(self, conn):
+        data = b""
+        while b"\r\n\r\n" not in data:
+            more = conn.recv(65536)
+            if not more:
+                return False
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        size = [int(line.split(b":")[1]) for line in head.split(b"\r\n")
+                if line.lower().startswith(b"content-length:")]
+        while size and len(body) < size[0]:
+            body += conn.recv(65536)
+        self.requests.append((head.decode("latin-1"), body))
+        answer = self.answers.pop(0) if self.answers else b""
+        time.sleep(self.hold)
+        conn.sendall(answer)
+        return bool(answer) and b"Connection: close" not in answer
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *why):
+        self.socket.close()
+
+
+@pytest.fixture(params=["Http", "RequestsHttp"])
+def link_to(request):
+    """link_to(origin, **options): either of the two transports."""
+    if request.param == "RequestsHttp":
+        pytest.importorskip("requests")
+    links = []
+
+    def make(origin, **options):
+        links.append(getattr(tracecraft, request.param)(origin, **options))
+        return links[-1]
+    yield make
+    for link in links:
+        link.close()
+
+
+def closed_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_an_answer_has_status_headers_body_and_times(link_to):
+    with Playback(OK_ANSWER) as server:
+        answer = link_to(server.url).send("GET", "/a?b=", headers={"x-y": "1"})
+    assert (answer.status, answer.body, answer.headers["etag"]) == (200, b"ok", '"x"')
+    assert answer.sent_at <= answer.got_at
+    head = server.requests[0][0]
+    assert head.startswith("GET /a?b= HTTP/1.1\r\n") and "x-y: 1" in head.lower()
+    assert head.lower().count("\r\nhost:") == 1
+
+
+def test_the_connection_is_kept(link_to):
+    with Playback(OK_ANSWER, OK_ANSWER, OK_ANSWER) as server:
+        link = link_to(server.url)
+        for _ in range(3):
+            link.send("GET", "/")
+    assert server.connections == 1 and link.sent == 3
+
+
+def test_an_empty_put_says_that_it_is_empty(link_to):
+    with Playback(OK_ANSWER) as server:
+        link_to(server.url).send("PUT", "/")
+    assert "content-length: 0" in server.requests[0][0].lower()
+
+
+def test_a_file_is_sent_and_told_of(link_to, tmp_path):
+    path, seen = tmp_path / "f", []
+    path.write_bytes(b"0123456789")
+    body = tracecraft.Slice(str(path), 2, size=5, sent=seen.append)
+    body.rewind()
+    with Playback(OK_ANSWER) as server:
+        link_to(server.url).send("PUT", "/", body=body)
+    assert server.requests[0][1] == b"23456" and sum(seen) == 5
+
+
+def test_a_file_that_shrinks_is_a_conflict(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"01")
+    with pytest.raises(tracecraft.Conflict):
+        tracecraft.Slice(str(path), 0, size=5).digests()
+
+
+@pytest.mark.parametrize("cause", ["refused", "name", "tls", "proxy"])
+def test_what_never_left_is_not_sent(link_to, cause):
+    port = closed_port()
+    origin, environ = {
+        "refused": (f"http://127.0.0.1:{port}", {}),
+        "name": ("http://no-such-host.invalid", {}),
+        "tls": (f"https://127.0.0.1:{port}", {}),
+        "proxy": ("https://example.org", {"HTTPS_PROXY": f"http://127.0.0.1:{port}"}),
+    }[cause]
+    with pytest.raises(tracecraft.NotSent) as caught:
+        link_to(origin, environ=environ).send("PUT", "/")
+    assert isinstance(caught.value, tracecraft.Unavailable) and caught.value.hint
+
+
+@pytest.mark.parametrize("answer", [
+    b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"SSH-2.0-x\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\nshort",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nab",
+], ids=range(5))
+def test_what_was_sent_and_not_answered_is_lost(link_to, answer):
+    with Playback(answer) as server:
+        server.answers = [answer]
+        link = link_to(server.url, timeout=1)
+        with pytest.raises(tracecraft.Lost) as caught:
+            link.send("PUT", "/", body=b"x")
+    assert isinstance(caught.value, tracecraft.Unknown) and len(server.requests) == 1
+
+
+def test_silence_is_lost_when_the_time_is_up(link_to):
+    with Playback(OK_ANSWER, hold=3) as server:
+        began = time.monotonic()
+        with pytest.raises(tracecraft.Lost):
+            link_to(server.url, timeout=0.3).send("PUT", "/", body=b"x")
+        assert time.monotonic() - began < 2
+
+
+def kill_idle(server, link):
+    """One good request, after which the server shuts the connection for the next."""
+    server.answers = [OK_ANSWER, b"", OK_ANSWER]
+    link.send("GET", "/first")
+
+
+def test_an_idle_connection_that_died_is_replaced_for_reading():
+    with Playback() as server:
+        link = tracecraft.Http(server.url)
+        kill_idle(server, link)
+        assert link.send("GET", "/second").body == b"ok"
+    assert [head.split()[1] for head, _ in server.requests] == [
+        "/first", "/second", "/second"]
+
+
+def test_and_a_write_on_it_is_lost_never_sent_twice():
+    with Playback() as server:
+        link = tracecraft.Http(server.url)
+        kill_idle(server, link)
+        with pytest.raises(tracecraft.Lost):
+            link.send("PUT", "/second", body=b"x")
+    assert len(server.requests) == 2
+
+
+def test_a_connection_closed_while_idle_is_noticed_before_a_write():
+    closing = OK_ANSWER.replace(b"\r\n\r\n", b"\r\nX: Connection: closed\r\n\r\n")
+    with Playback(closing, OK_ANSWER) as server:  # it closes, without announcing it
+        link = tracecraft.Http(server.url)
+        link.send("GET", "/")
+        time.sleep(0.1)
+        assert link.send("PUT", "/", body=b"x").status == 200
+    assert server.connections == 2
+
+
+def test_a_body_is_cut_at_the_limit(link_to):
+    big = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100000
+    with Playback(big, big) as server:
+        answer = link_to(server.url).send("GET", "/", limit=10)
+        assert (answer.body, answer.truncated) == (b"x" * 10, True)
+        answer = link_to(server.url).send("GET", "/", limit=100000)
+        assert (len(answer.body), answer.truncated) == (100000, False)
+
+
+def test_a_sink_gets_the_body_in_pieces_and_may_decline(link_to):
+    with Playback(OK_ANSWER, OK_ANSWER) as server:
+        link, parts = link_to(server.url), []
+        answer = link.send("GET", "/", sink=lambda answer: parts.append)
+        assert (b"".join(parts), answer.body) == (b"ok", b"")
+        assert link.send("GET", "/", sink=lambda answer: None).body == b"ok"
+
+
+def test_many_threads_share_a_link(link_to):
+    with Playback(*[OK_ANSWER] * 200) as server:
+        link, seen = link_to(server.url), []
+        threads = [threading.Thread(target=lambda: seen.extend(
+            link.send("GET", "/").status for _ in range(20))) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == [200] * 200 and server.connections <= 10 + 1
+
+
+def test_the_trace_shows_requests_and_no_signature(link_to):
+    lines = []
+    with Playback(OK_ANSWER) as server:
+        link_to(server.url, trace=lines.append).send(
+            "GET", "/b/k?X-Amz-Signature=beef", headers={"authorization": "secret"})
+    assert lines[0].startswith("GET /b/k 200 ") and "B" in lines[0]
+    assert "beef" not in lines[0] and "secret" not in lines[0]
+
+
+def test_ipv6(link_to):
+    try:
+        server = Playback(OK_ANSWER, family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with server:
+        assert link_to(f"http://[::1]:{server.port}").send("GET", "/").status == 200
+    assert f"host: [::1]:{server.port}" in server.requests[0][0].lower()
+
+
+@pytest.mark.parametrize("origin", ["ftp://x", "nonsense", "http://", "https:///p"])
+def test_nonsense_is_no_origin(origin):
+    with pytest.raises(tracecraft.Usage):
+        tracecraft.Http(origin)
+
+
+# -- proxies -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("origin, environ, proxy", [
+    ("https://a.b", {}, ""),
+    ("https://a.b", {"HTTPS_PROXY": "http://p:1"}, "http://p:1"),
+    ("https://a.b", {"https_proxy": "p:1"}, "http://p:1"),
+    ("https://a.b", {"HTTP_PROXY": "http://p:1"}, ""),
+    ("http://a.b", {"ALL_PROXY": "socks5://p:1"}, "socks5://p:1"),
+    ("http://a.b", {"HTTP_PROXY": "p", "NO_PROXY": "*"}, ""),
+    ("http://a.b", {"HTTP_PROXY": "p", "NO_PROXY": "x, .b"}, ""),
+    ("http://a.b", {"HTTP_PROXY": "p", "no_proxy": "a.b:80,a.b:81"}, "http://p"),
+    ("http://a.b:81", {"HTTP_PROXY": "p", "no_proxy": "a.b:80,a.b:81"}, ""),
+    ("http://ab", {"HTTP_PROXY": "p", "NO_PROXY": "b"}, "http://p"),
+    ("http://10.1.2.3", {"HTTP_PROXY": "p", "NO_PROXY": "10.0.0.0/8"}, ""),
+    ("http://[::1]:9", {"HTTP_PROXY": "p", "NO_PROXY": "::1"}, ""),
+])
+def test_the_environment_chooses_the_proxy(origin, environ, proxy):
+    assert tracecraft.proxy_for(origin, environ) == proxy
+
+
+def test_a_plain_request_goes_through_the_proxy_with_its_password(link_to):
+    with Playback(OK_ANSWER) as proxy:
+        environ = {"HTTP_PROXY": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}"}
+        link_to("http://store.invalid", environ=environ).send("GET", "/k")
+    head = proxy.requests[0][0]
+    assert head.startswith("GET http://store.invalid/k HTTP/1.1")
+    assert "Proxy-Authorization: Basic dXNAZXI6cDp3" in head
+    assert "host: store.invalid" in head.lower()
+
+
+def test_a_proxy_that_refuses_to_connect_means_not_sent(link_to):
+    refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+    with Playback(refusal) as proxy:
+        environ = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}"}
+        with pytest.raises(tracecraft.NotSent, match="407|[Tt]unnel"):
+            link_to("https://store.invalid", environ=environ).send("PUT", "/k")
+    assert proxy.requests[0][0].startswith("CONNECT store.invalid:443")
+
+
+def test_a_socks_proxy_wants_requests():
+    pytest.importorskip("requests")
+    link = tracecraft.open_http("http://a", environ={"ALL_PROXY": "socks5://p:1"})
+    assert isinstance(link, tracecraft.RequestsHttp)
+    assert isinstance(tracecraft.open_http("http://a"), tracecraft.Http)
+
+
+def test_requests_not_installed_is_said_clearly(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "requests", None)
+    with pytest.raises(tracecraft.Usage, match="not installed") as caught:
+        tracecraft.open_http("http://a", environ={"TRACECRAFT_HTTP": "requests"})
+    assert "pip install" in caught.value.hint
+
+
+def test_an_unknown_transport_is_refused():
+    with pytest.raises(tracecraft.Usage):
+        tracecraft.open_http("http://a", environ={"TRACECRAFT_HTTP": "curl"})
+
+
+# -- TLS ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """(path of a certificate for 127.0.0.1, server-side SSLContext)."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    folder = tmp_path_factory.mktemp("ca")
+    pem, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
+                    "2", "-keyout", key, "-out", pem, "-subj", "/CN=127.0.0.1",
+                    "-addext", "subjectAltName=IP:127.0.0.1"], check=True,
+                   capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key)
+    return pem, context
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_a_ca_named_in_the_environment_is_trusted(link_to, authority, name):
+    with Playback(OK_ANSWER, tls=authority[1]) as server:
+        link = link_to(server.url, environ={name: str(authority[0])})
+        assert link.send("GET", "/").status == 200
+
+
+def test_a_hashed_directory_of_cas_is_trusted(link_to, authority, tmp_path):
+    done = subprocess.run(["openssl", "x509", "-hash", "-noout", "-in", authority[0]],
+                          check=True, capture_output=True, text=True)
+    shutil.copy(authority[0], tmp_path / f"{done.stdout.strip()}.0")
+    with Playback(OK_ANSWER, tls=authority[1]) as server:
+        link = link_to(server.url, environ={"SSL_CERT_DIR": str(tmp_path)})
+        assert link.send("GET", "/").status == 200
+
+
+def test_an_unknown_ca_is_refused_before_anything_is_sent(link_to, authority):
+    with Playback(OK_ANSWER, tls=authority[1]) as server:
+        with pytest.raises(tracecraft.NotSent) as caught:
+            link_to(server.url).send("PUT", "/", headers={"authorization": "secret"})
+    assert server.requests == [] and "AWS_CA_BUNDLE" in caught.value.hint
+
+
+def test_a_missing_bundle_is_a_wrong_setting(authority):
+    with Playback(OK_ANSWER, tls=authority[1]) as server:
+        link = tracecraft.Http(server.url, environ={"AWS_CA_BUNDLE": "/no/such.pem"})
+        with pytest.raises(tracecraft.Usage, match="AWS_CA_BUNDLE"):
+            link.send("GET", "/")
+
+
+# -- backoff and clock -------------------------------------------------
+
+
+def test_backoff_is_jittered_and_bounded():
+    assert tracecraft.backoff(0, lambda: 0.0) == 0
+    assert tracecraft.backoff(99, lambda: 1.0) == 8
+    rng = random.Random(1)
+    assert all(0 <= tracecraft.backoff(n, rng.random) <= 8 for n in range(50))
+
+
+def dated(sent, got, date, **headers):
+    text = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(date))
+    return tracecraft.Answer(200, {"date": text, **headers}, sent_at=sent, got_at=got)
+
+
+@pytest.mark.parametrize("skew", [0, 0.4, -0.7, 3600, -90000.3])
+def test_the_clock_brackets_the_offset(skew):
+    rng, clock = random.Random(7), tracecraft.Clock()
+    for number in range(200):
+        sent = 1e9 + number * 1.37
+        got = sent + rng.uniform(0.01, 0.2)
+        clock.observe(dated(sent, got, int(rng.uniform(sent, got) + skew)))
+    assert abs(clock.offset() - skew) < 0.2 or (clock.offset() == 0 and abs(skew) < 1)
+
+
+def test_cached_answers_do_not_set_the_clock():
+    clock = tracecraft.Clock()
+    clock.observe(dated(1e9, 1e9, 2e9, age="120"))
+    assert clock.offset() == 0
+    clock.observe(dated(1e9, 1e9, 1e9 + 500, age="0"))
+    assert 499 <= clock.offset() <= 501
+
+
+def test_a_clock_that_was_set_is_followed():
+    clock = tracecraft.Clock()
+    clock.observe(dated(1e9, 1e9, 1e9))
+    clock.observe(dated(1e9, 1e9, 1e9 + 3600))
+    assert 3599 <= clock.offset() <= 3601
+
+
+def test_a_fork_does_not_share_connections():
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    with Playback(OK_ANSWER, OK_ANSWER, OK_ANSWER) as server:
+        link = tracecraft.Http(server.url)
+        link.send("GET", "/")
+        pid = os.fork()
+        if not pid:
+            os._exit(0 if link.send("GET", "/").status == 200 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        link.send("GET", "/")
+    assert server.connections == 2
+
+
+# == 6. Stores =========================================================
+#
+# The directory store, with real processes, real kills and a real disk.
+
+
+
+
+
+def spawn(target, *args):
+    """A started process; forked where there is fork, so that tests stay quick."""
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    process = multiprocessing.get_context(method).Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def join_all(processes, seconds=60):
+    for process in processes:
+        process.join(seconds)
+    assert [p.exitcode for p in processes] == [0] * len(processes)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = tracecraft.DirectoryStore(str(tmp_path / "root"), "p")
+    yield store
+    store.close()
+
+
+def other(store):
+    """A second store on the same directory: what another process would have."""
+    return tracecraft.DirectoryStore(store.bucket, store.project)
+
+
+def keys(store, prefix="", **options):
+    return [entry.key for entry in store.list(prefix, **options).entries]
+
+
+def disk(store, key):
+    return os.path.join(store.bucket, store.project, *key.split("/"))
+
+
+# -- reading and writing -----------------------------------------------
+
+
+def test_what_was_put_is_got_with_etag_and_times(store):
+    stamp = store.put("a/b.json", b"one")
+    found = store.get("a/b.json")
+    assert (found.body, found.etag, found.size) == (b"one", stamp.etag, 3)
+    assert found.etag.startswith('"') and found.etag.endswith('"')
+    assert found.modified == stamp.modified and 0 <= found.age < 5
+
+
+def test_files_are_the_layout(store):
+    store.put("steps/a/claim.json", b"{}\n")
+    with open(disk(store, "steps/a/claim.json"), "rb") as file:
+        assert file.read() == b"{}\n"
+
+
+def test_a_missing_key_is_not_found(store):
+    for read in (store.get, store.head):
+        with pytest.raises(tracecraft.NotFound):
+            read("nothing/here.json")
+
+
+def test_reading_creates_no_store(store):
+    with pytest.raises(tracecraft.NotFound):
+        store.get("x")
+    assert store.list("").entries == [] and store.clock() > 0
+    assert not os.path.exists(store.bucket)
+
+
+def test_a_folder_is_no_object(store):
+    store.put("a/b", b"1")
+    with pytest.raises(tracecraft.NotFound):
+        store.get("a")
+
+
+def test_get_says_not_modified(store):
+    stamp = store.put("k", b"1")
+    assert store.get("k", if_none_match=stamp.etag).body is None
+    assert store.get("k", if_none_match='"other"').body == b"1"
+
+
+def test_get_returns_a_part(store):
+    store.put("k", b"0123456789")
+    assert store.get("k", start=3, limit=4).body == b"3456"
+    big = bytes(range(256)) * 8192  # 2 MiB: beyond SMALL
+    store.put("big", big)
+    found = store.get("big", start=1_000_000, limit=7)
+    assert found.body == big[1_000_000:1_000_007] and found.size == len(big)
+
+
+def test_head_has_size_and_etag_but_no_bytes(store):
+    stamp = store.put("k", b"12345")
+    found = store.head("k")
+    assert (found.body, found.size, found.etag) == (b"", 5, stamp.etag)
+
+
+def test_create_refuses_what_exists(store):
+    store.put("k", b"1", if_none_match=True)
+    with pytest.raises(tracecraft.Moved):
+        store.put("k", b"2", if_none_match=True)
+    assert store.get("k").body == b"1"
+
+
+@pytest.mark.parametrize("size", [3, (1 << 20) + 5])
+def test_a_replace_needs_the_etag_that_is_there(store, size):
+    first = store.put("k", b"1" * size)
+    second = store.put("k", b"2" * size, if_match=first.etag)
+    assert second.etag != first.etag
+    with pytest.raises(tracecraft.Moved):
+        store.put("k", b"3" * size, if_match=first.etag)
+    assert store.get("k").body == b"2" * size
+    store.put("k", b"4", if_match=store.get("k").etag)
+
+
+def test_a_replace_of_an_absent_key_has_moved(store):
+    with pytest.raises(tracecraft.Moved):
+        store.put("k", b"1", if_match='"abc"')
+    assert keys(store) == []
+
+
+def test_an_etag_without_quotes_matches_too(store):
+    stamp = store.put("k", b"1")
+    store.put("k", b"2", if_match=stamp.etag.strip('"'))
+
+
+def test_delete_takes_folders_along_and_may_be_repeated(store):
+    store.put("a/b/c", b"1")
+    store.delete("a/b/c")
+    store.delete("a/b/c")
+    store.put("a", b"now a file")
+    assert keys(store) == ["a"]
+
+
+def test_a_folder_left_empty_by_a_crash_does_not_block_its_name(store):
+    store.put("x", b"1")
+    os.makedirs(disk(store, "a"))
+    assert store.list("", delimiter="/").prefixes == []
+    store.put("a", b"2", if_none_match=True)
+
+
+def test_age_never_is_negative(store):
+    store.put("k", b"1")
+    ahead = time.time() + 1000
+    os.utime(disk(store, "k"), (ahead, ahead))
+    assert store.get("k").age == 0.0
+
+
+def test_age_counts_by_the_clock_of_the_files(store):
+    store.put("k", b"1")
+    past = time.time() - 100
+    os.utime(disk(store, "k"), (past, past))
+    assert 99 < store.get("k").age < 105
+    assert abs(store.offset()) < 1
+
+
+def test_a_document_is_readable_while_it_is_replaced(store):
+    store.put("k", b"a" * 5000)
+    stop, bad = threading.Event(), []
+
+    def read():
+        mine = other(store)
+        while not stop.is_set():
+            body = mine.get("k").body
+            if len(body) != 5000 or len(set(body)) != 1:
+                bad.append(body)
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(200):
+        store.put("k", b"ab"[turn % 2:turn % 2 + 1] * 5000)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert bad == []
+
+
+# -- races -------------------------------------------------------------
+
+
+def _create_all(root, name, rounds, gate):
+    store = tracecraft.DirectoryStore(root, "p")
+    gate.wait()
+    for turn in range(rounds):
+        try:
+            store.put(f"race/{turn}", name.encode(), if_none_match=True)
+            store.put(f"won/{turn}/{name}", b"")
+        except tracecraft.Moved:
+            pass
+
+
+def winners(store, rounds):
+    assert len(keys(store, "race/")) == rounds
+    for turn in range(rounds):
+        won = keys(store, f"won/{turn}/")
+        assert won == [f"won/{turn}/{store.get(f'race/{turn}').body.decode()}"]
+
+
+def test_of_8_processes_one_creates(store):
+    gate = multiprocessing.Barrier(8)
+    join_all([spawn(_create_all, store.bucket, f"w{n}", 25, gate) for n in range(8)])
+    winners(store, 25)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_of_8_threads_one_creates(store, shared, monkeypatch):
+    gate = threading.Barrier(8)
+    if shared:
+        monkeypatch.setattr(tracecraft, "DirectoryStore", lambda *_: store)
+    threads = [threading.Thread(target=_create_all,
+                                args=(store.bucket, f"w{n}", 25, gate))
+               for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners(store, 25)
+
+
+def _count(root, times):
+    store = tracecraft.DirectoryStore(root, "p")
+    for _ in range(times):
+        while True:
+            found = store.get("counter")
+            try:
+                store.put("counter", b"%d" % (int(found.body) + 1), if_match=found.etag)
+                break
+            except tracecraft.Moved:
+                time.sleep(random.random() * 0.005)
+
+
+def test_a_counter_of_8_processes_loses_no_update(store):
+    store.put("counter", b"0")
+    join_all([spawn(_count, store.bucket, 25) for _ in range(8)])
+    assert store.get("counter").body == b"200"
+
+
+def _twins(root, name, gate):
+    store = tracecraft.DirectoryStore(root, "p")
+    gate.wait()
+    try:
+        store.put(name, b"1")
+    except tracecraft.Conflict:
+        pass
+
+
+@pytest.mark.parametrize("names", [("Key", "kEY"), ("A/x", "a/y"), ("b", "b/c"),
+                                   ("C/x", "c")])
+def test_racing_twins_leave_one(store, names):
+    for turn in range(10):
+        gate = multiprocessing.Barrier(2)
+        join_all([spawn(_twins, store.bucket, f"{turn}/{name}", gate)
+                  for name in names])
+        assert len(keys(store, f"{turn}/")) == 1
+
+
+def _put_forever(root, size):
+    store, turn = tracecraft.DirectoryStore(root, "p"), 0
+    while True:
+        turn += 1
+        store.put("doc", b"%08d" % turn * (size // 8))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9")
+@pytest.mark.parametrize("size", [64, 400_000])
+def test_a_killed_writer_leaves_the_old_or_the_new_document(store, size):
+    for turn in range(12):
+        writer = spawn(_put_forever, store.bucket, size)
+        time.sleep(0.05 + random.random() * 0.05)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        if "doc" in keys(store):
+            body = store.get("doc").body
+            assert len(body) == size and body == body[:8] * (size // 8)
+        store.put("after", b"%d" % turn)  # its locks died with it
+    assert keys(store) == ["after", "doc"]
+
+
+def _hold_lock(root, ready):
+    store = tracecraft.DirectoryStore(root, "p")
+    with store._tree.lock(disk(store, "k")):
+        ready.set()
+        time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
+def test_a_stopped_holder_of_a_lock_makes_others_busy_not_hang(store, monkeypatch):
+    monkeypatch.setattr(tracecraft, "REQUEST_TIMEOUT", 0.3)
+    ready = multiprocessing.Event()
+    holder = spawn(_hold_lock, store.bucket, ready)
+    assert ready.wait(10)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with pytest.raises(tracecraft.Busy):
+        store.put("k", b"1")
+    assert keys(store) == []
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    store.put("k", b"1")
+
+
+# -- forking -----------------------------------------------------------
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+
+
+def in_child(act):
+    """Run act() in a forked child; whether it returned."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@needs_fork
+def test_a_child_does_not_share_its_parents_locks(store, monkeypatch):
+    monkeypatch.setattr(tracecraft, "REQUEST_TIMEOUT", 0.3)
+    store.put("k", b"1")
+    with store._tree.lock(disk(store, "k")):
+        assert in_child(lambda: pytest.raises(tracecraft.Busy, store.put, "k", b"2"))
+    assert in_child(lambda: store.put("k", b"3"))
+    assert store.get("k").body == b"3"
+
+
+@needs_fork
+def test_a_fork_in_the_middle_of_a_threads_put_leaves_the_child_free(store):
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            store.put("k", b"x")
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert all(in_child(lambda: store.put("k", b"child")) for _ in range(15))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@needs_fork
+def test_parent_and_children_count_with_one_inherited_store(store):
+    store.put("counter", b"0")
+
+    def count():
+        for _ in range(20):
+            while True:
+                found = store.get("counter")
+                try:
+                    store.put("counter", b"%d" % (int(found.body) + 1),
+                              if_match=found.etag)
+                    break
+                except tracecraft.Moved:
+                    pass
+    children = [spawn(count) for _ in range(3)]
+    count()
+    join_all(children)
+    assert store.get("counter").body == b"80"
+
+
+# -- names -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, second", [
+    ("a/Key.json", "a/key.json"), ("Dir/x", "dir/y"), ("é/x", "É/y"),
+    ("a/straße", "a/STRASSE"), ("caf\u00e9", "CAFE\u0301")])
+def test_keys_that_differ_only_in_case_are_refused(store, first, second):
+    store.put(first, b"1")
+    with pytest.raises(tracecraft.Conflict, match="case"):
+        store.put(second, b"2")
+    assert keys(store) == [first]
+
+
+def test_a_key_under_a_file_is_refused(store):
+    store.put("a", b"1")
+    for condition in ({}, {"if_none_match": True}):
+        with pytest.raises(tracecraft.Conflict, match="under 'a'"):
+            store.put("a/b/c", b"2", **condition)
+    with pytest.raises(tracecraft.NotFound):
+        store.get("a/b/c")
+    store.delete("a/b/c")
+    assert keys(store) == ["a"]
+
+
+def test_a_key_over_a_folder_is_refused(store):
+    store.put("a/b", b"1")
+    with pytest.raises(tracecraft.Conflict, match="directory"):
+        store.put("a", b"2")
+    store.delete("a")
+    assert keys(store) == ["a/b"]
+
+
+@pytest.mark.parametrize("key", ["", "a//b", "../x", "a/./b", "/etc/x", "a/..", "a\0b",
+                                 ".tmp-1", "a/.tmp-x", "\ud800"])
+def test_keys_that_are_no_path_below_the_root_are_refused(store, key):
+    for act in (store.get, store.delete, lambda k: store.put(k, b"")):
+        with pytest.raises(tracecraft.Usage):
+            act(key)
+
+
+@pytest.mark.parametrize("project", ["", ".locks", "..", "a/../b", ".LOCKS"])
+def test_projects_that_are_no_folder_are_refused(tmp_path, project):
+    with pytest.raises(tracecraft.Usage):
+        tracecraft.DirectoryStore(str(tmp_path), project)
+
+
+def test_a_name_too_long_for_the_disk_is_refused(store):
+    with pytest.raises(tracecraft.Usage):
+        store.put("x" * 300, b"1")
+    with pytest.raises(tracecraft.NotFound):
+        store.get("x" * 300)
+
+
+def test_artifact_names_may_be_any_text(store):
+    names = ["artifacts/s/#?&", "artifacts/s/ä ö", "artifacts/s/日本/a+b%20.txt"]
+    for name in names:
+        store.put(name, name.encode())
+    assert keys(store, "artifacts/") == names
+    assert store.get(names[0]).body == names[0].encode()
+
+
+def test_the_url_is_the_canonical_one(tmp_path):
+    store = tracecraft.DirectoryStore(str(tmp_path / "a b") + "/../a b", "p q")
+    here = tracecraft.url_path(str(tmp_path))
+    assert store.url == f"file://{here}/a%20b/p%20q"
+
+
+# -- listing -----------------------------------------------------------
+
+MANY = ["a", "a-b", "a.b", "a/b", "a/b-c", "a/b/c", "a/b0", "a0", "b/1", "b/2", "c/x/y",
+        "z", "é", "日"]
+# "a" and "a/..." cannot live in one tree
+TREE = [key for key in MANY if key not in ("a", "a/b")]
+
+
+@pytest.fixture
+def tree(store):
+    for key in random.sample(TREE, len(TREE)):
+        store.put(key, key.encode())
+    return store
+
+
+def test_listing_is_in_the_byte_order_of_keys(tree):
+    assert keys(tree) == sorted(TREE, key=str.encode)
+    sizes = {entry.key: entry.size for entry in tree.list("").entries}
+    assert sizes == {key: len(key.encode()) for key in TREE}
+    assert {entry.etag for entry in tree.list("").entries} == {None}
+
+
+@pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "a/b/", "b/", "c/x/", "nope",
+                                    "nope/x", "z", "z/", "é"])
+def test_listing_agrees_with_its_definition(tree, prefix):
+    for after in ["", *TREE, "a/", "a/b", "b", "zz"]:
+        want = sorted(k for k in TREE if k.startswith(prefix) and k > after)
+        assert keys(tree, prefix, start_after=after) == want
+        for limit in (0, 1, 3, len(want)):
+            page = tree.list(prefix, start_after=after, limit=limit)
+            assert [e.key for e in page.entries] == want[:limit]
+            assert page.truncated == (limit < len(want))
+
+
+@pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "c/", "nope/"])
+def test_a_delimiter_folds_keys_into_prefixes(tree, prefix):
+    for after in ["", "a/b/c", "b/1", "b/2"]:
+        plain, folds = [], []
+        for key in sorted(TREE):
+            if key.startswith(prefix) and key > after:
+                head, slash, _ = key[len(prefix):].partition("/")
+                (folds if slash else plain).append(prefix + head + slash)
+        page = tree.list(prefix, start_after=after, delimiter="/")
+        assert [e.key for e in page.entries] == plain
+        assert page.prefixes == sorted(set(folds))
+
+
+def test_temporary_files_are_no_keys(store):
+    store.put("a/b", b"1")
+    for name in (".tmp-1-x", "a/.tmp-2-y"):
+        with open(disk(store, name), "wb") as file:
+            file.write(b"half")
+    os.makedirs(disk(store, "c"))
+    with open(disk(store, "c/.tmp-3-z"), "wb"):
+        pass
+    assert keys(store) == ["a/b"]
+    assert store.list("", delimiter="/").prefixes == ["a/"]
+
+
+def test_old_temporary_files_are_swept_by_a_writer(store):
+    store.put("a/b", b"1")
+    old, new = disk(store, "a/.tmp-1-old"), disk(store, "a/.tmp-1-new")
+    for name in (old, new):
+        with open(name, "wb"):
+            pass
+    os.utime(old, (1, 1))
+    store.put("a/c", b"1")
+    assert not os.path.exists(old) and os.path.exists(new)
+
+
+def test_files_whose_name_is_no_text_are_passed_over(store):
+    store.put("a", b"1")
+    try:
+        os.close(os.open(os.fsencode(disk(store, "")) + b"\xff", os.O_CREAT))
+    except OSError:
+        pytest.skip("this file system takes only text")
+    assert keys(store) == ["a"]
+
+
+def test_lock_files_are_outside_the_layout_and_stay(store):
+    store.put("k", b"1")
+    locks = os.path.join(store.bucket, ".locks")
+    before = sorted(os.listdir(locks))
+    store.delete("k")
+    assert sorted(os.listdir(locks)) == before and len(before) <= 258
+    assert keys(store) == []
+
+
+# -- disks that refuse -------------------------------------------------
+
+
+def as_nobody(act):
+    """act() in a child without root's powers; whether it returned."""
+    def drop_and_act():
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        act()
+    return in_child(drop_and_act)
+
+
+def open_up(path):
+    """Let nobody reach `path` (pytest makes its folders 0700)."""
+    while path not in ("/", "/tmp"):
+        os.chmod(path, os.stat(path).st_mode | 0o055)
+        path = os.path.dirname(path)
+
+
+@needs_fork
+def test_a_read_only_directory_is_readable_and_refuses_writes(tmp_path):
+    store = tracecraft.DirectoryStore(str(tmp_path / "r"), "p")
+    store.put("a/b", b"1")
+    open_up(str(tmp_path))
+    for folder, _, names in os.walk(str(tmp_path / "r")):
+        for name in names:
+            os.chmod(os.path.join(folder, name), 0o444)
+        os.chmod(folder, 0o555)
+
+    def act():
+        mine = other(store)
+        assert mine.get("a/b").body == b"1" and mine.get("a/b").age >= 0
+        assert keys(mine) == ["a/b"] and abs(mine.offset()) < 1
+        assert mine.head("a/b").size == 1
+        for write in (lambda: mine.put("a/c", b"2"), lambda: mine.put("n/c", b"2"),
+                      lambda: mine.put("a/b", b"2"), lambda: mine.delete("a/b")):
+            with pytest.raises(tracecraft.Denied, match=str(tmp_path)):
+                write()
+    try:
+        assert as_nobody(act)
+    finally:
+        for folder, _, _ in os.walk(str(tmp_path / "r")):
+            os.chmod(folder, 0o755)
+    assert keys(store) == ["a/b"]
+
+
+def test_a_root_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for root in (tmp_path / "file" / "root", tmp_path / "file"):
+        store = tracecraft.DirectoryStore(str(root), "p")
+        assert keys(store) == []
+        for act in (store.ensure, lambda: store.put("k", b"1")):
+            with pytest.raises(tracecraft.Error, match="file") as caught:
+                act()
+            assert caught.value.exit in (3, 7, 11)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+def test_proc_is_no_place_for_a_store():
+    with pytest.raises((tracecraft.Unavailable, tracecraft.Denied), match="/proc"):
+        tracecraft.DirectoryStore("/proc/tracecraft", "p").put("k", b"1")
+
+
+@pytest.mark.parametrize("code, error", [
+    (errno.ENOSPC, "Unavailable"), (errno.EROFS, "Denied"), (errno.EIO, "Unavailable")])
+def test_a_disk_that_fails_at_fsync_leaves_nothing(store, monkeypatch, code, error):
+    store.put("k", b"old")
+
+    def refuse(fd):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(getattr(tracecraft, error), match="root/p/k"):
+        store.put("k", b"new")
+    assert store.get("k").body == b"old"
+    assert os.listdir(disk(store, "")) == ["k"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_below_a_download_is_an_oserror_of_the_callers_file(store):
+    store.put("k", b"x" * 10)
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError):
+        store.download("k", full, size=10)
+
+
+# -- files of any size -------------------------------------------------
+
+
+def test_upload_and_download_keep_every_byte(store, tmp_path):
+    data = random.Random(7).randbytes(3_500_001)
+    (tmp_path / "in").write_bytes(data)
+    told = []
+    store.upload("big", str(tmp_path / "in"), progress=lambda *now: told.append(now))
+    assert told[-1] == (len(data), len(data))
+    with open(tmp_path / "out", "wb") as file:
+        store.download("big", file, size=len(data))
+    assert (tmp_path / "out").read_bytes() == data
+    with pytest.raises(tracecraft.Moved):
+        store.upload("big", str(tmp_path / "in"), if_none_match=True)
+
+
+def test_a_small_upload_has_the_etag_of_its_bytes(store, tmp_path):
+    (tmp_path / "in").write_bytes(b"hello")
+    stamp = store.upload("a", str(tmp_path / "in"))
+    assert stamp.etag == store.get("a").etag == store.put("b", b"hello").etag
+
+
+def test_an_upload_of_no_file_names_it(store, tmp_path):
+    with pytest.raises(tracecraft.Error, match="missing"):
+        store.upload("k", str(tmp_path / "missing"))
+
+
+def test_a_download_of_another_size_has_moved(store, tmp_path):
+    store.put("k", b"12345")
+    with open(tmp_path / "out", "wb") as file, pytest.raises(tracecraft.Moved):
+        store.download("k", file, size=4)
+
+
+def test_copy_copies(store):
+    store.put("a", b"1")
+    stamp = store.copy("a", "b/c")
+    assert store.get("b/c").body == b"1" and stamp.etag == store.get("b/c").etag
+    with pytest.raises(tracecraft.NotFound):
+        store.copy("nothing", "d")
+
+
+# -- what other systems do ---------------------------------------------
+
+
+class FakeMsvcrt(types.ModuleType):
+    """msvcrt.locking as documented: one byte at the file position, no waiting."""
+
+    LK_NBLCK, LK_UNLCK = 2, 0
+
+    def __init__(self):
+        super().__init__("msvcrt")
+        self.held, self.guard = {}, threading.Lock()
+
+    def locking(self, fd, mode, count):
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 0 and count == 1
+        inode = os.fstat(fd).st_ino
+        with self.guard:
+            if mode == self.LK_UNLCK:
+                assert self.held.pop(inode) == fd
+            elif inode in self.held:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            else:
+                self.held[inode] = fd
+
+
+def test_without_fcntl_msvcrt_locks(store, monkeypatch):
+    fake = FakeMsvcrt()
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", fake)
+    monkeypatch.setattr(tracecraft, "REQUEST_TIMEOUT", 0.2)
+    store.put("k", b"1")
+    assert fake.held == {}
+    with store._tree.lock(disk(store, "k")):
+        with pytest.raises(tracecraft.Busy):
+            other(store).put("k", b"2")
+    other(store).put("k", b"3")
+    assert fake.held == {}
+
+
+def test_without_links_a_create_still_is_exclusive(store, monkeypatch):
+    monkeypatch.delattr(os, "link", raising=False)
+    store.put("k", b"1", if_none_match=True)
+    with pytest.raises(tracecraft.Moved):
+        store.put("k", b"2", if_none_match=True)
+
+
+@pytest.mark.parametrize("winerror, times, works", [(32, 3, True), (5, 1, True),
+                                                    (32, 99, False), (None, 1, False)])
+def test_a_file_in_use_is_replaced_a_little_later(store, monkeypatch, winerror, times,
+                                                  works):
+    real, calls = os.replace, []
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def replace(old, new):
+        calls.append(new)
+        if len(calls) <= times:
+            why = PermissionError(errno.EACCES, "in use")
+            if winerror:
+                why.winerror = winerror
+            raise why
+        real(old, new)
+    monkeypatch.setattr(os, "replace", replace)
+    if works:
+        store.put("k", b"1")
+        assert len(calls) == times + 1
+    else:
+        with pytest.raises(tracecraft.Denied):
+            store.put("k", b"1")
+        assert os.listdir(disk(store, "")) == []
+
+
+def test_a_disk_without_locks_is_unsafe(store, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(fd, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(tracecraft.Unsafe):
+        store.put("k", b"1")
+
+
+def test_on_a_case_blind_disk_another_spelling_is_refused(store):
+    store.put("Dir/Key", b"1")
+    store._tree._blind = True  # as on macOS and Windows: look at the names listed
+    assert store.get("Dir/Key").body == b"1" and keys(store, "Dir/") == ["Dir/Key"]
+    store.put("Dir/Key", b"2", if_match=store.get("Dir/Key").etag)
+    for twin in ("dir/Key", "Dir/key"):
+        with pytest.raises(tracecraft.Conflict):
+            store.put(twin, b"3")
+    assert keys(store) == ["Dir/Key"]
+    assert not store._tree.spelled(disk(store, "Dir/key"))
+
+
+def mountinfo(*rows):
+    return [tracecraft._mountinfo(f"36 35 98:0 / {point} rw,noatime shared:1 - {kind}"
+                                  " dev rw\n") for point, kind in rows]
+
+
+def test_mount_points_with_spaces_are_understood():
+    assert mountinfo(("/mnt/a\\040b", "nfs")) == [("/mnt/a b", "nfs")]
+
+
+@pytest.mark.parametrize("kind, atomic", [
+    ("ext4", True), ("nfs4", True), ("nfs", False), ("cifs", False), ("smb3", False),
+    ("9p", False), ("fuse.sshfs", False), ("overlay", True), ("tmpfs", True)])
+def test_network_file_systems_are_advisory(store, monkeypatch, kind, atomic):
+    monkeypatch.setattr(tracecraft, "file_system", lambda path: kind)
+    assert store.verdict["atomic"] is atomic and kind in store.verdict["why"]
+    store.verdict = {"atomic": True, "why": "set by hand"}
+    assert store.verdict["why"] == "set by hand"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+def test_the_file_system_of_proc_is_proc():
+    assert tracecraft.file_system("/proc/self/nothing") == "proc"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 256 KiB; needs root and mount(8)."""
+    import subprocess
+    point = tmp_path / "disk"
+    point.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(point)]
+    try:
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("may not mount")
+    except OSError:
+        pytest.skip("no mount")
+    yield str(point)
+    subprocess.run(["umount", str(point)], check=True)
+
+
+def test_a_full_disk_is_unavailable_and_keeps_the_old(small_disk):
+    store = tracecraft.DirectoryStore(small_disk, "p")
+    store.put("k", b"old")
+    with pytest.raises(tracecraft.Unavailable, match=f"{small_disk}/p/k.*[Ss]pace"):
+        store.put("k", b"x" * 500_000)
+    assert store.get("k").body == b"old" and os.listdir(disk(store, "")) == ["k"]
+    store.put("k", b"new")
+    store.close()
+
+
+def test_a_read_only_mount_can_be_read(small_disk):
+    import subprocess
+    store = tracecraft.DirectoryStore(small_disk, "p")
+    store.put("k", b"1")
+    store.close()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert store.get("k").body == b"1" and 0 <= store.get("k").age < 60
+    assert keys(store) == ["k"] and store.verdict["atomic"] and store.offset() == 0
+    for write in (lambda: store.put("k", b"2"), lambda: store.delete("k"),
+                  lambda: store.put("n/m", b"2")):
+        with pytest.raises(tracecraft.Denied, match=small_disk):
+            write()
+    store.close()
+
+
+# == 7. S3 =============================================================
+#
+# The bucket store against the suite's own strict server, with faults per request.
+
+
+
+
+
+@pytest.fixture
+def s3():
+    with S3Server() as server:
+        yield server
+
+
+def s3_store(server, project="p", **options):
+    """A store on `server`; options override those of S3Store."""
+    keys = tracecraft.Keys(server.access_key, server.secret_key,
+                           token=server.session_token or "")
+    how = dict(endpoint=server.url, region=server.region, keys=lambda: keys,
+               random=lambda: 0.1)
+    made = tracecraft.S3Store("bucket", project, **dict(how, **options))
+    made.deadline = time.monotonic() + 10
+    return made
+
+
+@pytest.fixture
+def store3(s3):
+    made = s3_store(s3)
+    yield made
+    made.close()
+
+
+def keys_of(listing):
+    return [entry.key for entry in listing.entries]
+
+
+# -- addresses ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("bucket, endpoint, region, path_style, place", [
+    ("b-1", "", "eu-west-1", None, ("https://b-1.s3.eu-west-1.amazonaws.com", "")),
+    ("b-1", "", "", None, ("https://b-1.s3.us-east-1.amazonaws.com", "")),
+    ("b.x", "", "eu-west-1", None, ("https://s3.eu-west-1.amazonaws.com", "/b.x")),
+    ("B-1", "", "eu-west-1", None, ("https://s3.eu-west-1.amazonaws.com", "/B-1")),
+    ("b-1", "", "cn-north-1", None,
+     ("https://b-1.s3.cn-north-1.amazonaws.com.cn", "")),
+    ("b-1", "https://s3.us-east-1.amazonaws.com", "eu-west-1", None,
+     ("https://b-1.s3.eu-west-1.amazonaws.com", "")),
+    ("b-1", "https://s3.amazonaws.com", "eu-west-1", None,
+     ("https://b-1.s3.eu-west-1.amazonaws.com", "")),
+    ("b-1", "https://x.vpce.amazonaws.com", "eu-west-1", None,
+     ("https://b-1.x.vpce.amazonaws.com", "")),
+    ("b-1", "http://localhost:9000", "r", None, ("http://localhost:9000", "/b-1")),
+    ("b-1", "https://fakeamazonaws.com", "r", None, ("https://fakeamazonaws.com",
+                                                      "/b-1")),
+    ("b-1", "http://s3.local", "r", False, ("http://b-1.s3.local", "")),
+    ("b-1", "", "eu-west-1", True, ("https://s3.eu-west-1.amazonaws.com", "/b-1")),
+    ("b-1", "https://s3.hf.co/ns/", "r", None, ("https://s3.hf.co", "/ns/b-1")),
+])
+def test_where_requests_go(bucket, endpoint, region, path_style, place):
+    assert tracecraft.s3_place(bucket, endpoint=endpoint, region=region,
+                               path_style=path_style) == place
+
+
+def test_virtual_host_addressing_is_signed_as_sent(s3):
+    url = s3.url.replace("127.0.0.1", "localhost")
+    store = s3_store(s3, endpoint=url, path_style=False)
+    try:
+        store.put("k", b"1")
+    except tracecraft.NotSent:
+        pytest.skip("bucket.localhost does not resolve here")
+    assert s3.body("p/k") == b"1"
+
+
+def test_the_url_names_the_store_without_secrets():
+    store = tracecraft.S3Store("b", "p", endpoint="http://h:1", region="r",
+                               keys=lambda: tracecraft.Keys("AK", "secret"))
+    assert store.url == "s3://b/p?endpoint=http://h:1&region=r"
+
+
+# -- reading and writing -----------------------------------------------
+
+
+ODD_KEYS = ["a", "a b/c+d", "%41~&=?#", "\u00fc/\u4f60\u597d.txt", "x'(y)!*;,$@"]
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_any_key_is_written_read_listed_copied_and_deleted(s3, store3, key):
+    store3.put(key, b"one")
+    assert store3.get(key).body == b"one" and store3.head(key).size == 3
+    assert keys_of(store3.list("")) == [key]
+    store3.copy(key, "copy of " + key)
+    assert s3.body("p/copy of " + key) == b"one"
+    store3.delete(key)
+    with pytest.raises(tracecraft.NotFound):
+        store3.get(key)
+
+
+def test_found_carries_etag_times_and_size(store3):
+    stamp = store3.put("k", b"12345")
+    found = store3.get("k")
+    assert found.etag == stamp.etag and found.size == 5 and 0 <= found.age < 3
+    assert abs(found.now - time.time()) < 3 and found.modified <= found.now + 1
+
+
+def test_a_part_of_an_object(store3):
+    store3.put("k", b"0123456789")
+    assert store3.get("k", start=2, limit=3).body == b"234"
+    assert store3.get("k", start=2, limit=3).size == 10
+    assert store3.get("k", limit=4).body == b"0123"
+    assert store3.get("k", start=99).body == b""
+    store3.put("k", b"")
+    assert store3.get("k", limit=4).body == b""
+
+
+def test_a_big_object_is_cut_at_the_limit_without_reading_it_all(store3):
+    store3.put("k", b"x" * (tracecraft.MAX_RECORD + 9))
+    found = store3.get("k", limit=tracecraft.MAX_RECORD + 1)
+    assert len(found.body) == tracecraft.MAX_RECORD + 1
+    assert found.size == tracecraft.MAX_RECORD + 9
+
+
+def test_a_known_etag_brings_no_body(store3):
+    etag = store3.put("k", b"1").etag
+    assert store3.get("k", if_none_match=etag).body is None
+    assert store3.get("k", if_none_match='"other"').body == b"1"
+
+
+def test_conditions_decide(store3):
+    etag = store3.put("k", b"1", if_none_match=True).etag
+    with pytest.raises(tracecraft.Moved):
+        store3.put("k", b"2", if_none_match=True)
+    store3.put("k", b"2", if_match=etag)
+    with pytest.raises(tracecraft.Moved):
+        store3.put("k", b"3", if_match=etag)
+    with pytest.raises(tracecraft.Moved):
+        store3.put("absent", b"3", if_match=etag)
+    assert store3.get("k").body == b"2"
+
+
+def test_deleting_what_is_absent_is_fine(store3):
+    store3.delete("nothing")
+
+
+# -- what answers mean -------------------------------------------------
+
+
+@pytest.mark.parametrize("fault, options, kind, landed", [
+    (409, {}, "Busy", False), (412, {}, "Moved", False), (429, {}, "Throttled", False),
+    (403, {}, "Denied", False), (501, {}, "Unsafe", False), (500, {}, "Unknown", False),
+    (503, {}, "Unknown", False), ("landed", {}, "Unknown", True),
+    ("landed", {"status": 503}, "Unknown", True), ("lose", {}, "Unknown", True),
+    ("reset", {}, "Unknown", False), ("reset_after", {}, "Unknown", True),
+    ("refuse", {}, "Unknown", False), ("truncate", {}, "Unknown", True),
+    ("truncate", {"at": 120}, "Unknown", True), ("truncate", {"at": 150}, "Unknown", True),
+    ("html", {}, "Unavailable", False)])
+def test_a_write_is_one_attempt_and_says_what_became_of_it(s3, store3, fault, options,
+                                                           kind, landed):
+    s3.fault(fault, "PUT", **options)
+    with pytest.raises(tracecraft.Error) as caught:
+        store3.put("k", b"1", if_none_match=True)
+    assert isinstance(caught.value, getattr(tracecraft, kind))
+    assert (s3.body("p/k") == b"1") is landed and s3.count("PUT") == 1
+
+
+def test_a_refused_connection_certainly_wrote_nothing(s3, store3):
+    s3.stop()
+    with pytest.raises(tracecraft.Unavailable):
+        store3.put("k", b"1")
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "reset", "lose", "truncate"])
+def test_reading_is_repeated(s3, store3, fault):
+    store3.put("k", b"body")
+    s3.fault(fault, "GET", times=3)
+    assert store3.get("k").body == b"body" and s3.count("GET") >= 4
+
+
+def test_listing_and_deleting_are_repeated(s3, store3):
+    store3.put("k", b"1")
+    s3.fault(503, times=4)
+    assert keys_of(store3.list("")) == ["k"]
+    s3.fault("lose", "DELETE")
+    store3.delete("k")
+    assert s3.body("p/k") is None
+
+
+def test_retrying_ends_at_the_deadline(s3, store3):
+    s3.fault(503, "GET", times=10**6)
+    store3.deadline = time.monotonic() + 0.5
+    began = time.monotonic()
+    with pytest.raises(tracecraft.Throttled):
+        store3.get("k")
+    assert time.monotonic() - began < 1.5 and s3.count("GET") > 1
+
+
+def test_retry_after_is_obeyed(s3, store3):
+    store3.put("k", b"1")
+    s3.fault(503, "GET", retry_after=1)
+    began = time.monotonic()
+    store3.get("k")
+    assert 1 <= time.monotonic() - began < 3
+    s3.fault(429, "PUT", retry_after=9999)
+    with pytest.raises(tracecraft.Throttled) as caught:
+        store3.put("k", b"2")
+    assert caught.value.after == tracecraft.PATIENCE
+
+
+def test_an_address_that_never_answered_is_given_up_soon(s3):
+    s3.stop()
+    store = s3_store(s3)
+    began = time.monotonic()
+    with pytest.raises(tracecraft.Unavailable, match="cannot connect"):
+        store.get("k")
+    assert time.monotonic() - began < 2
+
+
+def test_a_store_that_drops_out_and_comes_back_is_waited_for(s3, store3):
+    store3.put("k", b"1")
+    s3.stop()
+    threading.Timer(0.7, s3.start).start()
+    assert store3.get("k").body == b"1"
+
+
+def test_errors_name_operation_key_status_code_and_request(s3, store3):
+    s3.fault(403, "GET")
+    with pytest.raises(tracecraft.Denied) as caught:
+        store3.get("some/key")
+    error = caught.value
+    assert "read some/key: 403 AccessDenied" in error.message and error.hint
+    assert f"(request {s3.log[-1].id})" in error.message
+    assert (error.details["status"], error.details["s3_code"]) == (403, "AccessDenied")
+
+
+@pytest.mark.parametrize("change, code", [
+    (dict(secret_key="wrongwrong"), "SignatureDoesNotMatch"),
+    (dict(access_key="nobodynobody"), "InvalidAccessKeyId")])
+def test_wrong_keys_are_denied_and_not_shown(s3, change, code):
+    pair = dict(dict(access_key=s3.access_key, secret_key=s3.secret_key), **change)
+    store = s3_store(s3, keys=lambda: tracecraft.Keys(**pair))
+    with pytest.raises(tracecraft.Denied, match=code) as caught:
+        store.put("k", b"1")
+    told = caught.value.message + caught.value.hint + repr(caught.value.details)
+    assert not any(value in told for value in change.values())
+
+
+def test_no_keys_means_an_unsigned_request(s3):
+    store = s3_store(s3, keys=lambda: None)
+    with pytest.raises(tracecraft.Denied):
+        store.get("k")
+    assert "authorization" not in s3.log[-1].headers
+    s3.verify = False
+    store.put("k", b"1")
+
+
+def test_session_tokens_are_sent_and_signed(s3):
+    s3.session_token = "tok/en+=="
+    s3_store(s3).put("k", b"1")
+    assert s3.body("p/k") == b"1"
+
+
+def test_a_missing_bucket_is_not_a_missing_key(s3):
+    s3.buckets = set()
+    store = s3_store(s3)
+    acts = [lambda: store.get("k"), lambda: store.list(""), lambda: store.delete("k"),
+            lambda: store.put("k", b"1", if_match='"x"'),
+            lambda: store.upload("k", __file__)]
+    for act in acts:
+        with pytest.raises(tracecraft.NotFound, match="no bucket 'bucket'") as caught:
+            act()
+        assert caught.value.details["bucket"] == "bucket"
+        assert "init" in caught.value.hint
+    assert store.ensure() is True and store.ensure() is False
+    store.put("k", b"1")
+
+
+@pytest.mark.parametrize("act", ["get", "head", "list", "put", "delete", "copy"])
+def test_a_captive_portal_is_not_a_store(s3, store3, act):
+    store3.deadline = time.monotonic() + 0.3
+    s3.fault("html", times=10**6)
+    arguments = dict(get=("k",), head=("k",), list=("",), put=("k", b"1"),
+                     delete=("k",), copy=("k", "l"))[act]
+    with pytest.raises(tracecraft.Unavailable, match="in place of the store|ETag"):
+        getattr(store3, act)(*arguments)
+
+
+def test_a_listing_that_is_something_else_is_a_portal(s3, store3):
+    store3.deadline = time.monotonic()
+    s3.fault("garbage", "GET", body=b"<ListAllMyBucketsResult/>", times=99)
+    with pytest.raises(tracecraft.Unavailable, match="in place of the store"):
+        store3.list("")
+
+
+def test_a_put_answered_without_an_etag_is_read_back(s3, store3, monkeypatch):
+    real = S3Server.put_key
+
+    def without(self, req):
+        return S3Reply(200, {}) if real(self, req) else None
+    monkeypatch.setattr(S3Server, "put_key", without)
+    stamp = store3.put("k", b"1")
+    assert stamp.etag == store3.get("k").etag
+    monkeypatch.setattr(S3Server, "put_key", lambda self, req: S3Reply(200))
+    with pytest.raises(tracecraft.Unknown):  # what is stored is not what was sent
+        store3.put("k", b"2")
+
+
+# -- regions, redirects, clocks ----------------------------------------
+
+
+def test_the_right_region_is_learned_and_kept(s3):
+    s3.region = "eu-central-1"
+    store = s3_store(s3, region="us-east-1")
+    store.put("k", b"1", if_none_match=True)
+    store.put("k", b"2")
+    assert [req.status for req in s3.log] == [400, 200, 200]
+    assert store.region == "eu-central-1" and store.requests == 3
+
+
+def test_a_region_in_a_redirect_is_learned(s3, store3):
+    s3.region = "eu-west-3"
+    s3.fault("region", region="eu-west-3")
+    store3.put("k", b"1")
+    assert store3.region == "eu-west-3"
+
+
+def test_a_head_learns_the_region_too(s3):
+    s3.region = "eu-central-1"
+    store = s3_store(s3, region="us-east-1")
+    with pytest.raises(tracecraft.NotFound):
+        store.head("k")
+    assert store.region == "eu-central-1"
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:1/x", "https://elsewhere/x", ""])
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "HEAD"])
+def test_a_redirect_elsewhere_is_refused(s3, store3, location, method):
+    store3.deadline = time.monotonic() + 0.2
+    s3.fault("redirect", location=location, times=99)
+    act = {"PUT": lambda: store3.put("k", b"1"), "HEAD": lambda: store3.head("k"),
+           "DELETE": lambda: store3.delete("k")}[method]
+    with pytest.raises(tracecraft.Unavailable, match="redirects"):
+        act()
+
+
+def test_a_get_follows_to_https_without_credentials(s3, store3, monkeypatch):
+    store3.put("k", b"1")
+    sent = []
+
+    class Cdn:
+        sent = 0
+
+        def send(self, method, target, **how):
+            sent.append((method, target, how["headers"]))
+            answer = tracecraft.Answer(200, {"etag": '"c"', "date": "x"}, sent_at=0,
+                                       got_at=0)
+            answer.body = b"from the cdn"
+            return answer
+
+        def close(self):
+            return None
+
+    store3._links["https://cdn.example"] = Cdn()
+    s3.fault("redirect", "GET", location="https://cdn.example/b?sig=1", status=302)
+    found = store3.get("k", start=3)
+    assert found.body.endswith(b"m the cdn") and found.now > 1e9
+    assert sent == [("GET", "/b?sig=1", {"range": "bytes=3-"})]
+    s3.fault("redirect", "GET", location="http://cdn.example/b", times=99)
+    store3.deadline = time.monotonic() + 0.2
+    with pytest.raises(tracecraft.Unavailable, match="redirects"):
+        store3.get("k")
+
+
+@pytest.mark.parametrize("skew", [3600, -7200])
+@pytest.mark.parametrize("first", ["put", "head"])
+def test_a_wrong_clock_heals_itself(s3, skew, first):
+    s3.skew = skew
+    store = s3_store(s3)
+    if first == "head":
+        with pytest.raises(tracecraft.NotFound):
+            store.head("k")
+    store.put("k", b"1")
+    assert s3.count() == (3 if first == "head" else 2)
+    assert abs(store.offset() - skew) < 2 and abs(store.clock() - time.time() - skew) < 2
+    assert store.get("k").age < 3
+
+
+def test_a_clock_within_the_precision_of_date_is_left_alone(store3):
+    store3.put("k", b"1")
+    assert store3.offset() == 0
+
+
+def test_an_aged_answer_does_not_date_an_object(s3, store3):
+    store3.put("k", b"1")
+    s3.fault("age", "GET")
+    found = store3.get("k")
+    assert abs(found.now - time.time()) < 3 and store3.offset() == 0
+
+
+def test_an_answer_without_last_modified_has_no_age(s3, store3):
+    s3.lm = False
+    store3.put("k", b"1")
+    assert store3.get("k").age is None
+
+
+# -- dialects ----------------------------------------------------------
+
+
+def test_a_store_that_wants_bare_etags_is_found_out_and_remembered(s3, store3):
+    s3.etags = "unquoted"
+    etag = store3.put("k", b"1").etag
+    etag = store3.put("k", b"2", if_match=etag).etag
+    assert [req.method for req in s3.log] == ["PUT", "PUT", "HEAD", "PUT"]
+    s3.clear_log()
+    store3.put("k", b"3", if_match=etag)
+    assert s3.log[0].headers["if-match"] == etag.strip('"') and s3.count() == 1
+
+
+def test_a_known_dialect_costs_no_look(s3):
+    s3.etags = "unquoted"
+    store = s3_store(s3, verdict={"atomic": True, "dialect": "unquoted"})
+    etag = store.put("k", b"1").etag
+    store.put("k", b"2", if_match=etag)
+    with pytest.raises(tracecraft.Moved):
+        store.put("k", b"3", if_match=etag)
+    assert s3.count() == 3
+
+
+def test_a_lost_race_is_lost_in_any_dialect(s3, store3):
+    etag = store3.put("k", b"1").etag
+    store3.put("k", b"2")
+    with pytest.raises(tracecraft.Moved):
+        store3.put("k", b"3", if_match=etag)
+    assert store3.get("k").body == b"2"
+
+
+# -- listing -----------------------------------------------------------
+
+
+def test_all_pages_come_in_byte_order(s3, store3):
+    s3.max_keys = 7
+    names = sorted((f"d/{n:03d}" for n in range(40)), key=str.encode)
+    for name in [*names, "\U0001f600", "\uffee", "other"]:
+        store3.put(name, b"")
+    assert keys_of(store3.list("d/")) == names
+    assert keys_of(store3.list("d/", start_after="d/030")) == names[31:]
+    assert keys_of(store3.list(""))[-2:] == ["\uffee", "\U0001f600"]
+
+
+def test_a_limit_ends_a_listing_and_says_so(s3, store3):
+    for n in range(5):
+        store3.put(f"k{n}", b"")
+    assert len(store3.list("", limit=3).entries) == 3
+    assert store3.list("", limit=3).truncated
+    assert not store3.list("", limit=5).truncated and not store3.list("").truncated
+
+
+def test_a_delimiter_rolls_up(s3, store3):
+    s3.max_keys = 2
+    for name in ("a/1", "a/2", "b/1", "c", "d/1"):
+        store3.put(name, b"")
+    listing = store3.list("", delimiter="/")
+    assert (listing.prefixes, keys_of(listing)) == (["a/", "b/", "d/"], ["c"])
+
+
+def test_entries_are_relative_to_the_project(s3, store3):
+    store3.put("k", b"12")
+    s3_store(s3, project="other").put("k", b"")
+    (entry,) = store3.list("").entries
+    assert (entry.key, entry.size) == ("k", 2) and entry.etag
+    assert abs(entry.modified - time.time()) < 3
+
+
+@pytest.mark.parametrize("broken", ["ignores the token", "gives none"])
+def test_a_server_without_working_tokens_is_asked_by_the_last_key(s3, store3, broken,
+                                                                  monkeypatch):
+    s3.max_keys, real = 2, S3Server.get_bucket
+    for name in ("a/1", "a/2", "b", "c", "d/1", "e", "f"):
+        store3.put(name, b"")
+
+    def crippled(self, req):
+        if broken == "ignores the token":
+            req.query.pop("continuation-token", None)
+        reply = real(self, req)
+        if broken == "gives none":
+            head, _, rest = reply.body.partition(b"<NextContinuationToken>")
+            reply = reply._replace(
+                body=head + rest.partition(b"</NextContinuationToken>")[2])
+        return reply
+    monkeypatch.setattr(S3Server, "get_bucket", crippled)
+    assert keys_of(store3.list("")) == ["a/1", "a/2", "b", "c", "d/1", "e", "f"]
+    assert store3.list("", delimiter="/").prefixes == ["a/", "d/"]
+
+
+def test_a_listing_that_never_ends_is_given_up(s3, store3, monkeypatch):
+    real = S3Server.get_bucket
+    store3.put("k", b"")
+
+    def stuck(self, req):
+        req.query.pop("start-after", None)
+        body = real(self, req).body.replace(b"<IsTruncated>false", b"<IsTruncated>true")
+        return S3Reply(200, {}, body)
+    monkeypatch.setattr(S3Server, "get_bucket", stuck)
+    with pytest.raises(tracecraft.Unavailable, match="repeats itself"):
+        store3.list("")
+
+
+# -- files -------------------------------------------------------------
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(tracecraft, "MULTIPART", 3 << 20)
+    monkeypatch.setattr(tracecraft, "PART", 1 << 20)
+
+
+@pytest.fixture
+def big_file(tmp_path):
+    path = tmp_path / "big"
+    path.write_bytes(os.urandom((4 << 20) + 777))
+    return path
+
+
+def uploads(s3):
+    return [req for req in s3.log if "partNumber" in req.query]
+
+
+def test_a_small_file_is_one_put(s3, store3, tmp_path):
+    path, seen = tmp_path / "f", []
+    path.write_bytes(b"content")
+    stamp = store3.upload("f", str(path), if_none_match=True,
+                          progress=lambda done, total: seen.append((done, total)))
+    assert s3.body("p/f") == b"content" and seen[-1] == (7, 7) and s3.count() == 1
+    assert stamp.etag == store3.head("f").etag
+    with pytest.raises(tracecraft.Moved):
+        store3.upload("f", str(path), if_none_match=True)
+
+
+def test_an_empty_file_is_uploaded(s3, store3, tmp_path):
+    (tmp_path / "f").write_bytes(b"")
+    store3.upload("f", str(tmp_path / "f"))
+    assert s3.body("p/f") == b""
+
+
+def test_a_plain_upload_is_repeated_a_conditional_one_is_not(s3, store3, tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"content")
+    s3.fault("lose", "PUT")
+    store3.upload("f", str(path))
+    s3.fault("lose", "PUT")
+    with pytest.raises(tracecraft.Unknown):
+        store3.upload("g", str(path), if_none_match=True)
+
+
+def test_a_big_file_goes_in_parts(s3, store3, big_file, small_parts):
+    seen = []
+    stamp = store3.upload("big", str(big_file),
+                          progress=lambda done, total: seen.append(done))
+    assert s3.body("p/big") == big_file.read_bytes() and len(uploads(s3)) == 5
+    assert stamp.etag == store3.head("big").etag
+    assert seen[-1] == big_file.stat().st_size and not s3.uploads
+
+
+@pytest.mark.parametrize("fault", [500, 503, "lose", "reset", "landed"])
+def test_every_request_of_an_upload_is_repeated(s3, store3, big_file, small_parts, fault):
+    s3.fault(fault, "POST")
+    s3.fault(fault, "PUT", times=3)
+    s3.fault(fault, "POST", skip=2)
+    store3.upload("big", str(big_file))
+    assert s3.body("p/big") == big_file.read_bytes()
+
+
+def test_a_failed_upload_is_aborted(s3, store3, big_file, small_parts):
+    s3.fault(403, "PUT", skip=2, times=99)
+    with pytest.raises(tracecraft.Denied):
+        store3.upload("big", str(big_file))
+    assert not s3.uploads and s3.body("p/big") is None
+
+
+def test_unless_it_can_be_resumed(s3, store3, big_file, small_parts):
+    resume = {}
+    s3.fault(403, "PUT", skip=2, times=99)
+    with pytest.raises(tracecraft.Denied):
+        store3.upload("big", str(big_file), resume=resume)
+    assert list(s3.uploads) == [resume["upload_id"]]
+    there = len(s3.uploads[resume["upload_id"]].parts)
+    s3.faults.clear()
+    s3.clear_log()
+    store3.upload("big", str(big_file), resume=resume)
+    assert len(uploads(s3)) == 5 - there < 5
+    assert s3.body("p/big") == big_file.read_bytes()
+
+
+def test_a_resumed_upload_that_is_gone_begins_anew(s3, store3, big_file, small_parts):
+    resume = {}
+    s3.fault(403, "PUT", times=99)
+    with pytest.raises(tracecraft.Denied):
+        store3.upload("big", str(big_file), resume=resume)
+    s3.faults.clear()
+    s3.uploads.clear()
+    store3.upload("big", str(big_file), resume=resume)
+    assert s3.body("p/big") == big_file.read_bytes()
+
+
+def test_a_big_file_does_not_replace_what_is_there(s3, store3, big_file, small_parts):
+    store3.put("big", b"mine")
+    with pytest.raises(tracecraft.Moved):
+        store3.upload("big", str(big_file), if_none_match=True)
+    assert s3.body("p/big") == b"mine"
+
+
+def test_a_missing_local_file_is_said(store3, tmp_path):
+    with pytest.raises(tracecraft.Error, match="cannot read"):
+        store3.upload("f", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("ignores_range", [False, True])
+def test_a_broken_download_goes_on_where_it_broke(s3, store3, ignores_range,
+                                                  monkeypatch):
+    data, file, seen = os.urandom(2 << 20), io.BytesIO(), []
+    store3.put("k", data)
+    if ignores_range:
+        monkeypatch.setitem(globals(), "_byte_range", lambda spec, size: None)
+    for part in range(1, 4):
+        s3.fault("truncate", "GET", at=part * 600_000 if ignores_range else 600_000)
+    store3.download("k", file, size=len(data),
+                    progress=lambda done, total: seen.append(done))
+    assert file.getvalue() == data and seen[-1] == len(data) and s3.count("GET") == 4
+    assert seen == sorted(seen)
+    assert all("if-match" in req.headers for req in s3.log[2:])
+
+
+def test_a_download_of_what_changed_meanwhile_is_refused(s3, store3):
+    store3.put("k", b"a" * 100_000)
+    s3.fault("truncate", "GET", at=50_000)
+    s3.fault("call", "GET", fn=lambda req: s3.store.write(
+        ("bucket", "p/k"), s3_object(b"b" * 100_000)))
+    with pytest.raises(tracecraft.Moved):
+        store3.download("k", io.BytesIO(), size=100_000)
+
+
+def s3_object(body):
+    etag = hashlib.md5(body).hexdigest()
+    return SimpleNamespace(body=body, etag=f'"{etag}"', modified=time.time(), headers={})
+
+
+def test_a_download_of_another_size_is_refused_before_it_begins(store3):
+    store3.put("k", b"12345")
+    with pytest.raises(tracecraft.Moved):
+        store3.download("k", io.BytesIO(), size=4)
+
+
+def test_a_full_disk_is_not_the_networks_fault(s3, store3):
+    class Full(io.BytesIO):
+        name = "target"
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    store3.put("k", b"12345")
+    with pytest.raises(tracecraft.Unavailable, match="write target: No space"):
+        store3.download("k", Full(), size=5)
+    assert s3.count("GET") == 1
+
+
+def test_a_download_of_nothing_is_not_found(store3):
+    with pytest.raises(tracecraft.NotFound):
+        store3.download("k", io.BytesIO(), size=1)
+
+
+# -- the probe ---------------------------------------------------------
+
+
+def test_an_honest_store_is_atomic_and_left_clean(s3, store3):
+    verdict = tracecraft.probe_store(store3, seconds=2)
+    assert verdict["atomic"] and verdict["dialect"] == "quoted" and verdict["races"]
+    assert store3.verdict is verdict and keys_of(store3.list("")) == []
+
+
+@pytest.mark.parametrize("etags, dialect", [("quoted", "quoted"),
+                                            ("unquoted", "unquoted")])
+def test_the_probe_learns_the_dialect(s3, store3, etags, dialect):
+    s3.etags = etags
+    assert tracecraft.probe_store(store3, races=False)["dialect"] == dialect
+
+
+@pytest.mark.parametrize("options, why", [
+    (dict(ignores=True), "ignores"), (dict(races=True), "checks, then acts")])
+def test_a_store_that_cannot_arbitrate_is_refused(s3, store3, options, why):
+    vars(s3).update(options)
+    verdict = tracecraft.probe_store(store3, seconds=5)
+    assert not verdict["atomic"] and why in verdict["why"]
+    assert keys_of(store3.list("")) == []
+
+
+def test_a_store_that_refuses_conditions_is_refused(s3, store3):
+    s3.fault(501, "PUT", times=99)
+    verdict = tracecraft.probe_store(store3)
+    assert not verdict["atomic"] and "refuses conditional writes" in verdict["why"]
+
+
+def test_a_store_in_trouble_gets_no_verdict(s3, store3):
+    s3.stop()
+    store3.deadline = time.monotonic()
+    with pytest.raises(tracecraft.Unavailable):
+        tracecraft.probe_store(store3)
+    assert store3.verdict is None
+
+
+def test_faults_do_not_make_an_honest_store_look_bad(s3, store3):
+    rng = random.Random(3)
+    for fault in ("lose", 500, 409, "landed", 429, "reset") * 5:
+        s3.fault(fault, "PUT", skip=rng.randrange(8))
+    assert tracecraft.probe_store(store3, seconds=3)["atomic"]
+
+
+def test_a_directory_passes_the_probe(tmp_path):
+    store = tracecraft.DirectoryStore(str(tmp_path), "p")
+    verdict = tracecraft.probe_store(store, seconds=1)
+    assert verdict["atomic"] and keys_of(store.list("")) == []
+
+
+# == 8. Settings =======================================================
+#
+# Where a command works and as whom: real files, real git, no mocks of our own.
+
+
+
+
+OLD_08 = {"backend": "s3", "bucket": "team", "project": "site", "agent_id": "designer",
+       "endpoint": "http://localhost:9000", "access_key": "AKIA",
+       "secret_key": "s3cr3t"}
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+
+
+@pytest.fixture
+def home(tmp_path):
+    (tmp_path / "home").mkdir()
+    return str(tmp_path / "home")
+
+
+@pytest.fixture
+def work(tmp_path):
+    (tmp_path / "work").mkdir()
+    return str(tmp_path / "work")
+
+
+def load(cwd, home=None, *, flags=None, **environ):
+    if home:
+        environ["HOME"] = home
+    return tracecraft.load_settings(flags or {}, {"USER": "bob", **environ}, cwd)
+
+
+def write(path, doc):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(doc if isinstance(doc, str) else json.dumps(doc))
+
+
+def git(cwd, *words):
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.com",
+                    *words], cwd=cwd, check=True, capture_output=True)
+
+
+def repository(path):
+    os.makedirs(path, exist_ok=True)
+    git(path, "init", "-q")
+    git(path, "commit", "-q", "--allow-empty", "-m", "start")
+    return os.path.realpath(path)
+
+
+# -- store URLs --------------------------------------------------------
+
+
+@pytest.mark.parametrize("url, parts", [
+    ("s3://b/p", {"kind": "s3", "bucket": "b", "project": "p"}),
+    ("s3://b", {"kind": "s3", "bucket": "b", "project": ""}),
+    ("s3://b/a/b/", {"kind": "s3", "bucket": "b", "project": "a/b"}),
+    ("s3://my.b-1/My%20Project", {"kind": "s3", "bucket": "my.b-1",
+                                  "project": "My Project"}),
+    ("s3://b/p?endpoint=http://localhost:9000&region=eu-west-1",
+     {"kind": "s3", "bucket": "b", "project": "p", "endpoint": "http://localhost:9000",
+      "region": "eu-west-1"}),
+    ("s3://b/p?endpoint=http%3A%2F%2F[::1]:9000/&path_style=1",
+     {"kind": "s3", "bucket": "b", "project": "p", "endpoint": "http://[::1]:9000",
+      "path_style": "1"}),
+    ("hf://user/bucket/project", {"kind": "hf", "bucket": "user/bucket",
+                                  "project": "project"}),
+    ("file:///srv/a%20b/p", {"kind": "file", "bucket": "/srv/a b", "project": "p"}),
+    ("file://localhost/srv/p", {"kind": "file", "bucket": "/srv", "project": "p"}),
+])
+def test_store_urls_are_read_and_written_back(url, parts):
+    assert tracecraft.parse_store_url(url) == parts
+    assert tracecraft.parse_store_url(tracecraft.store_url(parts)) == parts
+
+
+@pytest.mark.parametrize("url, says", [
+    ("", "begins with none"), ("bucket/project", "begins with none"),
+    ("gs://b/p", "begins with none"), ("s3:/b/p", "begins with none"),
+    ("s3://", "bucket"), ("s3:///p", "bucket"), ("s3://b c/p", "bucket"),
+    ("s3://key:secret@b/p", "keys"), ("s3://b/../p", "project"),
+    ("s3://b//p/a//b", "does"),
+    ("s3://b/p?regio=x", "did you mean region"), ("s3://b/p?region=", "region"),
+    ("s3://b/p?region=a&region=b", "repeated"), ("s3://b/p#x", "%23"),
+    ("s3://b/p?endpoint=localhost:9000", "http"), ("s3://b/p?path_style=yes", "0 or 1"),
+    ("s3://b/p?endpoint=http://u:pw@h", "password"), ("s3://b/p\x1b[31m", "control"),
+    ("hf://user", "USER/BUCKET"), ("file://dir/p", "three slashes"),
+    ("file:///p", "project"), ("file:///", "project"), ("file:///a/../../p", "project"),
+    ("file:///d/p?x=1", "unknown"), ("s3://b/p%00", "does not fit"),
+])
+def test_nonsense_is_no_store_url(url, says):
+    with pytest.raises(tracecraft.Usage, match=says) as caught:
+        tracecraft.parse_store_url(url)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_secret_in_a_url_is_not_repeated():
+    with pytest.raises(tracecraft.Usage) as caught:
+        tracecraft.parse_store_url("s3://AKIA:hunter2@b/p")
+    assert "hunter2" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("url, hint", [
+    ("https://minio:9000", "s3://BUCKET/PROJECT?endpoint=https://minio:9000"),
+    ("./dir", "file:///DIR/PROJECT"), ("/srv/dir", "file:///DIR/PROJECT")])
+def test_a_likely_mistake_gets_the_right_form(url, hint):
+    with pytest.raises(tracecraft.Usage) as caught:
+        tracecraft.parse_store_url(url)
+    assert hint in caught.value.hint
+
+
+# -- which setting wins ------------------------------------------------
+
+
+def test_flag_before_environment_before_config_before_default(work, home):
+    steps = [({}, {}, None, "work", True)]
+    config = {"store": "s3://c/from-config"}
+    steps.append(({}, {}, config, "from-config", False))
+    environ = {"TRACECRAFT_STORE": "s3://e/from-env"}
+    steps.append(({}, environ, config, "from-env", False))
+    steps.append(({"store": "s3://f/from-flag"}, environ, config, "from-flag", False))
+    for flags, variables, doc, project, embedded in steps:
+        if doc:
+            write(f"{work}/.tracecraft.json", doc)
+        found = load(work, home, flags=flags, **variables)
+        assert (found.project, found.embedded) == (project, embedded)
+
+
+@pytest.mark.parametrize("flags, environ, project", [
+    ({"project": "f"}, {"TRACECRAFT_PROJECT": "e"}, "f"),
+    ({}, {"TRACECRAFT_PROJECT": "e"}, "e"), ({}, {"TRACECRAFT_PROJECT": ""}, "site"),
+    ({"store": "s3://b/u"}, {"TRACECRAFT_PROJECT": "e"}, "u"),
+    ({"store": "s3://b"}, {"TRACECRAFT_PROJECT": "e"}, "e"),
+    ({}, {"TRACECRAFT_STORE": "s3://b/u"}, "u"),
+    ({}, {"TRACECRAFT_STORE": "s3://b/u", "TRACECRAFT_PROJECT": "e"}, "e"),
+    ({"store": "s3://b"}, {}, "site")])
+def test_a_project_comes_from_the_first_that_names_one(work, home, flags, environ,
+                                                       project):
+    write(f"{work}/.tracecraft.json", OLD_08)
+    assert load(work, home, flags=flags, **environ).project == project
+
+
+def test_agent_and_numbers_by_the_same_order(work, home):
+    write(f"{work}/.tracecraft.json", {**OLD_08, "ttl": 60})
+    found = load(work, home)
+    assert (found.agent, found.agent_given, found.ttl) == ("designer", True, 60)
+    assert (found.as_json, found.token, found.deadline) == (False, None, 60)
+    found = load(work, home, TRACECRAFT_AGENT="tester", TRACECRAFT_TTL="90",
+                 TRACECRAFT_JSON="1", TRACECRAFT_KEY="k")
+    assert (found.agent, found.ttl) == ("tester", 90)
+    assert (found.as_json, found.key) == (True, "k")
+    found = load(work, home, TRACECRAFT_AGENT="tester", TRACECRAFT_TTL="90",
+                 flags={"agent": "x", "ttl": 0, "token": 7, "deadline": "1.5"})
+    assert (found.agent, found.ttl, found.token, found.deadline) == ("x", 0, 7, 1.5)
+
+
+@pytest.mark.parametrize("flags, environ", [
+    ({"agent": "a b"}, {}), ({"agent": "_x"}, {}), ({}, {"TRACECRAFT_AGENT": "a/b"}),
+    ({}, {"TRACECRAFT_TTL": "soon"}), ({"token": "x"}, {}), ({"deadline": "nan"}, {}),
+    ({"deadline": "later"}, {}), ({"project": "a/../b"}, {}), ({"store": "x"}, {}),
+    ({"instance": "a b"}, {}), ({}, {"TRACECRAFT_STORE": "s3://"}),
+    ({"store": "s3://b/p"}, {"AWS_ENDPOINT_URL": "nonsense"})])
+def test_bad_values_are_usage_errors(work, home, flags, environ):
+    with pytest.raises(tracecraft.Usage):
+        load(work, home, flags=flags, **environ)
+
+
+def test_the_environment_names_the_endpoint_unless_the_url_does(work, home):
+    aws = {"AWS_ENDPOINT_URL": "http://all:1", "AWS_ENDPOINT_URL_S3": "http://s3:2/"}
+    found = load(work, home, flags={"store": "s3://b/p"}, **aws)
+    assert found.store["endpoint"] == "http://s3:2"
+    assert found.store_url == "s3://b/p?endpoint=http://s3:2"
+    found = load(work, home, flags={"store": "s3://b/p?endpoint=http://mine"}, **aws)
+    assert found.store["endpoint"] == "http://mine"
+
+
+def test_an_endpoint_that_overrides_the_config_is_told(work, home):
+    write(f"{work}/.tracecraft.json", OLD_08)
+    found = load(work, home, AWS_ENDPOINT_URL="http://other:1")
+    assert found.store["endpoint"] == "http://other:1"
+    assert "localhost:9000" in " ".join(found.notes)
+
+
+def test_a_lent_token_is_for_the_named_resource_only(work, home):
+    assert load(work, home, TRACECRAFT_TOKEN="3").lent() == {}
+    found = load(work, home, TRACECRAFT_TOKEN="3", TRACECRAFT_STEP="S1.A")
+    assert found.lent() == {"step/s1-a": 3} and found.token is None
+    found = load(work, home, TRACECRAFT_TOKEN="3", TRACECRAFT_LOCK="models.py")
+    assert found.lent() == {"lock/models.py": 3}
+
+
+# -- config files ------------------------------------------------------
+
+
+def test_an_02_config_is_read_as_it_is(work, home):
+    write(f"{work}/.tracecraft.json", OLD_08)
+    found = load(work, home)
+    assert found.store_url == "s3://team/site?endpoint=http://localhost:9000"
+    assert (found.agent, found.project, found.embedded) == ("designer", "site", False)
+    assert found.config["secret_key"] == "s3cr3t" and "s3cr3t" not in found.store_url
+    with open(f"{work}/.tracecraft.json", encoding="utf-8") as file:
+        assert json.load(file) == OLD_08
+
+
+def test_an_02_hf_config_is_read(work, home):
+    write(f"{work}/.tracecraft.json", {"backend": "hf", "bucket": "me/b",
+                                       "project": "p", "agent_id": "a",
+                                       "hf_token": "hf_x"})
+    found = load(work, home)
+    assert found.store_url == "hf://me/b/p" and found.config["hf_token"] == "hf_x"
+
+
+def test_keys_of_one_store_are_not_shown_to_another(work, home):
+    write(f"{work}/.tracecraft.json", OLD_08)
+    found = load(work, home, flags={"store": "s3://team/site?endpoint=http://evil:1"})
+    assert "secret_key" not in found.config and "access_key" not in found.config
+    same = "s3://team/other?endpoint=http://localhost:9000"
+    assert load(work, home, flags={"store": same}).config["secret_key"] == "s3cr3t"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"bucket": 5}', "\x00" * 9,
+                                  '{"bucket": "b", "backend": "ftp"}',
+                                  '{"store": "nonsense"}', '{"agent_id": ["x"]}',
+                                  '{"bucket": "b", "endpoint": "here"}', "[" * 100_000])
+def test_a_damaged_config_is_named_not_a_traceback(work, home, text):
+    write(f"{work}/.tracecraft.json", text)
+    with pytest.raises(tracecraft.Usage):
+        load(work, home)
+
+
+def test_a_config_with_a_byte_order_mark_is_read(work, home):
+    write(f"{work}/.tracecraft.json", "\ufeff" + json.dumps(OLD_08))
+    assert load(work, home).project == "site"
+
+
+def test_a_named_config_must_exist(work, home):
+    for flags, environ in (({"config": "no.json"}, {}),
+                           ({}, {"TRACECRAFT_CONFIG": "no"})):
+        with pytest.raises(tracecraft.Usage, match="no"):
+            load(work, home, flags=flags, **environ)
+
+
+def test_a_named_config_wins(work, home):
+    write(f"{work}/.tracecraft.json", OLD_08)
+    write(f"{work}/env.json", {**OLD_08, "project": "env"})
+    write(f"{work}/flag.json", {**OLD_08, "project": "flag"})
+    assert load(work, home, TRACECRAFT_CONFIG="env.json").project == "env"
+    flags = {"config": "flag.json"}
+    found = load(work, home, flags=flags, TRACECRAFT_CONFIG="env.json")
+    assert found.project == "flag"
+
+
+def test_parents_then_home_are_searched(work, home):
+    deep = f"{work}/a/b"
+    os.makedirs(deep)
+    assert tracecraft.find_config(deep, {"HOME": home}) == ""
+    write(f"{home}/.tracecraft/config.json", {**OLD_08, "project": "home"})
+    assert load(deep, home).project == "home"
+    write(f"{work}/.tracecraft.json", OLD_08)
+    assert load(deep, home).project == "site"
+
+
+@needs_git
+def test_the_search_ends_at_the_git_root(work, home):
+    write(f"{work}/.tracecraft.json", OLD_08)
+    top = repository(f"{work}/repo")
+    os.makedirs(f"{top}/src")
+    assert tracecraft.find_config(f"{top}/src", {"HOME": home}) == ""
+    write(f"{top}/.tracecraft.json", {**OLD_08, "project": "inner"})
+    assert load(f"{top}/src", home).project == "inner"
+
+
+@needs_git
+def test_a_worktree_uses_the_main_worktrees_config(work, home):
+    top = repository(f"{work}/repo")
+    git(top, "worktree", "add", "-q", f"{work}/tree")
+    write(f"{top}/.tracecraft.json", OLD_08)
+    os.makedirs(f"{work}/tree/src")
+    assert load(f"{work}/tree/src", home).project == "site"
+    write(f"{work}/tree/.tracecraft.json", {**OLD_08, "project": "own"})
+    assert load(f"{work}/tree/src", home).project == "own"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs root")
+def test_a_strangers_config_in_an_open_directory_is_passed_over(work, home):
+    os.chmod(work, 0o1777)
+    os.makedirs(f"{work}/mine")
+    write(f"{work}/.tracecraft.json", OLD_08)
+    os.chown(f"{work}/.tracecraft.json", 65534, 65534)
+    assert load(f"{work}/mine", home).embedded
+    assert not load(work, home).embedded  # there it was asked for
+
+
+def test_a_config_is_written_for_its_owner_only(work):
+    path = f"{work}/sub/.tracecraft.json"
+    assert tracecraft.write_config(path, OLD_08) == []
+    assert tracecraft.read_config(path) == OLD_08
+    if os.name != "nt":
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert os.listdir(f"{work}/sub") == [".tracecraft.json"]
+
+
+@needs_git
+def test_in_git_a_config_is_ignored_once(work):
+    top = repository(f"{work}/repo")
+    write(f"{top}/.gitignore", "*.pyc")
+    lines = tracecraft.write_config(f"{top}/.tracecraft.json", OLD_08)
+    assert lines == ["Added .tracecraft.json to .gitignore"]
+    assert tracecraft.write_config(f"{top}/.tracecraft.json", OLD_08) == []
+    with open(f"{top}/.gitignore", encoding="utf-8") as file:
+        assert file.read() == "*.pyc\n.tracecraft.json\n"
+    git(top, "check-ignore", ".tracecraft.json")
+
+
+@needs_git
+def test_a_gitignore_that_cannot_be_written_is_told(work):
+    top = repository(f"{work}/repo")
+    os.mkdir(f"{top}/.gitignore")
+    lines = tracecraft.write_config(f"{top}/.tracecraft.json", OLD_08)
+    assert lines == ["warning: could not write to .gitignore — add '.tracecraft.json'"
+                     " manually"]
+
+
+def test_a_config_that_cannot_be_written_is_an_error(work):
+    write(f"{work}/file", "x")
+    with pytest.raises(tracecraft.Error, match="file"):
+        tracecraft.write_config(f"{work}/file/.tracecraft.json", OLD_08)
+
+
+# -- the embedded default ----------------------------------------------
+
+
+def test_outside_git_it_is_here(work, home):
+    found = load(work, home)
+    assert found.embedded and found.store == {
+        "kind": "file", "bucket": os.path.realpath(f"{work}/.tracecraft/store"),
+        "project": "work"}
+    assert not os.path.exists(f"{work}/.tracecraft")  # looking makes nothing
+
+
+def test_outside_git_the_nearest_existing_one_above_is_used(work, home):
+    deep = f"{work}/a/b"
+    os.makedirs(deep)
+    os.makedirs(f"{work}/.tracecraft/store")
+    found = load(deep, home)
+    assert found.store["bucket"] == os.path.realpath(f"{work}/.tracecraft/store")
+    assert found.project == "work"
+
+
+@needs_git
+def test_inside_git_it_is_in_the_git_directory(work, home):
+    top = repository(f"{work}/My Repo")
+    os.makedirs(f"{top}/src/deep")
+    found = load(f"{top}/src/deep", home)
+    assert found.store["bucket"] == f"{top}/.git/tracecraft/store"
+    assert found.project == "My-Repo"
+    tracecraft.DirectoryStore(found.store["bucket"], found.project).put("k", b"1")
+    said = subprocess.run(["git", "status", "--porcelain"], cwd=top, check=True,
+                          capture_output=True).stdout
+    assert said == b""
+
+
+@needs_git
+def test_work_trees_share_one_store_but_not_one_agent(work, home):
+    top = repository(f"{work}/repo")
+    git(top, "worktree", "add", "-q", f"{work}/tree")
+    main, tree = load(top, home), load(f"{work}/tree", home)
+    assert tree.store == main.store and tree.project == "repo"
+    assert tree.agent != main.agent and tree.instance != main.instance
+
+
+@needs_git
+def test_submodules_and_bare_repositories_have_their_own(work, home):
+    inner = repository(f"{work}/inner")
+    outer = repository(f"{work}/outer")
+    git(outer, "-c", "protocol.file.allow=always", "submodule", "add", "-q", inner,
+        "sub")
+    assert tracecraft.find_repository(f"{outer}/sub").common \
+        == f"{outer}/.git/modules/sub"
+    assert load(f"{outer}/sub", home).project == "sub"
+    git(work, "clone", "-q", "--bare", inner, "bare.git")
+    git(f"{work}/bare.git", "worktree", "add", "-q", f"{work}/out")
+    found = load(f"{work}/out", home)
+    assert found.store["bucket"] \
+        == os.path.realpath(f"{work}/bare.git/tracecraft/store")
+    assert found.project == "bare"
+
+
+@needs_git
+@pytest.mark.parametrize("where", ["", "src"])
+def test_git_itself_agrees_on_the_common_directory(work, where):
+    top = repository(f"{work}/repo")
+    git(top, "worktree", "add", "-q", f"{work}/tree")
+    for place in (top, f"{work}/tree"):
+        cwd = os.path.join(place, where)
+        os.makedirs(cwd, exist_ok=True)
+        said = subprocess.run(["git", "rev-parse", "--git-common-dir"], cwd=cwd,
+                              check=True, capture_output=True, text=True).stdout.strip()
+        assert os.path.realpath(os.path.join(cwd, said)) \
+            == tracecraft.find_repository(cwd).common
+
+
+@pytest.mark.parametrize("text", ["", "gitdir: nowhere", "garbage", "gitdir:"])
+def test_a_broken_git_file_is_no_repository(work, text):
+    write(f"{work}/sub/.git", text)
+    assert tracecraft.find_repository(f"{work}/sub") is None
+
+
+def test_the_embedded_store_is_told_once(work, home):
+    assert "embedded store" in " ".join(load(work, home).notes)
+    assert load(work, home).notes == []
+
+
+# -- identity and local state ------------------------------------------
+
+
+def test_the_default_agent_stays_and_differs_between_fresh_states(work, home, tmp_path):
+    first = load(work, home)
+    assert load(work, home).agent == first.agent and not first.agent_given
+    assert load(work, home).instance == first.instance and not first.instance_given
+    user, _, rest = first.agent.partition("-")
+    assert user == "bob" and len(rest.rpartition("-")[2]) == 4
+    others = {load(work, str(tmp_path / f"home{n}")).agent for n in range(4)}
+    assert len(others | {first.agent}) > 3  # two of five may meet, once in 6,000
+
+
+def test_sessions_are_different_agents(work, home):
+    one = load(work, home, CLAUDE_CODE_SESSION_ID="s-1")
+    two = load(work, home, CLAUDE_CODE_SESSION_ID="s-2")
+    assert one.instance != two.instance and one.state.directory != two.state.directory
+    assert load(work, home, CLAUDE_CODE_SESSION_ID="s-1").instance == one.instance
+
+
+def test_a_given_instance_is_taken_and_has_its_own_state(work, home):
+    plain, given = load(work, home), load(work, home, TRACECRAFT_INSTANCE="i1")
+    assert (given.instance, given.instance_given) == ("i1", True)
+    assert given.state.directory != plain.state.directory
+    found = load(work, home, TRACECRAFT_INSTANCE="i1", flags={"instance": "i2"})
+    assert found.instance == "i2"
+
+
+def test_a_fresh_instance_is_new_each_time_and_keeps_nothing(work, home):
+    plain = load(work, home)
+    one, two = (load(work, home, flags={"fresh": True}) for _ in range(2))
+    assert len({plain.instance, one.instance, two.instance}) == 3
+    assert one.state is None and one.agent == plain.agent and one.state_root
+
+
+def test_state_is_per_store_and_agent_and_the_same_below_the_directory(work, home):
+    os.makedirs(f"{work}/.tracecraft/store")
+    os.makedirs(f"{work}/sub")
+    seen = {load(work, home, TRACECRAFT_AGENT=a, TRACECRAFT_STORE=s).state.directory
+            for a in ("a", "b") for s in ("s3://b/p", "s3://b/q", "s3://c/p", "")}
+    assert len(seen) == 8
+    for store in ("", "s3://b/p"):  # a token is found again after `cd`
+        here, below = (load(cwd, home, TRACECRAFT_STORE=store)
+                       for cwd in (work, f"{work}/sub"))
+        assert here.instance == below.instance
+
+
+def _first_use(cwd, home, queue):
+    found = load(cwd, home)
+    queue.put((found.agent, found.instance))
+
+
+def test_8_processes_at_first_use_agree(work, home):
+    queue = multiprocessing.Queue()
+    processes = [multiprocessing.Process(target=_first_use, args=(work, home, queue))
+                 for _ in range(8)]
+    for process in processes:
+        process.start()
+    assert len({queue.get(timeout=30) for _ in processes}) == 1
+    for process in processes:
+        process.join()
+
+
+def test_state_lies_in_xdg_state_home(work, home, tmp_path):
+    found = load(work, home, XDG_STATE_HOME=str(tmp_path / "xdg"))
+    assert found.state.directory.startswith(str(tmp_path / "xdg" / "tracecraft"))
+    found = load(work, home, XDG_STATE_HOME="relative")  # the standard: ignore it
+    assert found.state.directory.startswith(f"{home}/.local/state/tracecraft")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no modes")
+def test_state_is_for_its_owner_only(work, home):
+    found = load(work, home)
+    found.state.hold("step/x", 3, ttl=60, at=1.0)
+    for folder, _, names in os.walk(found.state_root):
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        for name in names:
+            assert stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) == 0o600
+
+
+def no_home(tmp_path, kind):
+    """HOME variables that cannot hold state."""
+    (tmp_path / "plain").write_text("a file, no directory")
+    return {"unset": {}, "empty": {"HOME": ""},
+            "a file": {"HOME": str(tmp_path / "plain")},
+            "below a file": {"HOME": str(tmp_path / "plain" / "home")},
+            "read-only": {"HOME": "/proc/1/nothing"}}[kind]
+
+
+HOMELESS = ["unset", "empty", "a file", "below a file", "read-only"]
+
+
+@pytest.mark.parametrize("kind", HOMELESS)
+def test_without_a_home_state_lies_beside_the_config(work, tmp_path, kind):
+    environ = no_home(tmp_path, kind)
+    write(f"{work}/.tracecraft.json", {k: v for k, v in OLD_08.items() if k != "agent_id"})
+    found = load(work, **environ)
+    assert found.state_root == os.path.realpath(f"{work}/.tracecraft/state")
+    found.state.hold("step/x", 3, ttl=60, at=1.0)
+    again = load(work, **environ)
+    assert again.agent == found.agent and again.state.token("step/x")["token"] == 3
+    with open(f"{found.state_root}/.gitignore", encoding="utf-8") as file:
+        assert file.read() == "*\n"
+
+
+@pytest.mark.parametrize("kind", HOMELESS)
+def test_without_a_home_the_embedded_store_keeps_state_beside_it(work, tmp_path, kind):
+    found = load(work, **no_home(tmp_path, kind))
+    assert found.state_root == os.path.realpath(work) + "/.tracecraft/state"
+
+
+@pytest.mark.parametrize("kind", HOMELESS)
+def test_without_any_place_there_is_no_state_but_a_stable_name(work, tmp_path, kind):
+    environ = {**no_home(tmp_path, kind), "TRACECRAFT_STORE": "s3://b/p"}
+    found = load(work, **environ)
+    assert found.state is None and found.state_root == "" and found.instance
+    assert any("--token" in note for note in found.notes)
+    assert load(work, **environ).agent == found.agent
+    assert load(work, **environ).instance != found.instance
+    assert found.verdicts().load() is None
+    found.verdicts().save({"atomic": True})
+    assert sorted(os.listdir(work)) == []
+
+
+def test_an_unknown_user_has_an_agent_name_too(work, home):
+    found = tracecraft.load_settings({}, {"HOME": home, "USER": "J. Ö/x"}, work)
+    assert tracecraft.check_name("agent id", found.agent) == found.agent
+    found = tracecraft.load_settings({}, {"HOME": home}, work)
+    assert tracecraft.check_name("agent id", found.agent)
+
+
+# -- class State -------------------------------------------------------
+
+
+@pytest.fixture
+def state(tmp_path):
+    return tracecraft.State(str(tmp_path / "s" / "t"), about={"store": "x"})
+
+
+def test_tokens_are_held_and_dropped(state):
+    assert state.token("step/x") is None and state.holds() == {}
+    state.drop("step/x")
+    state.hold("step/x", 3, ttl=60, at=5.0)
+    state.hold("lock/x", 4, ttl=0, at=6.0)
+    assert state.token("step/x") == {"name": "step/x", "token": 3, "ttl": 60, "at": 5.0}
+    assert {name: doc["token"] for name, doc in state.holds().items()} \
+        == {"step/x": 3, "lock/x": 4}
+    state.drop("step/x")
+    assert list(state.holds()) == ["lock/x"]
+
+
+def test_facts_have_a_value_and_an_age(state):
+    assert state.get("presence") is None and state.age("presence") is None
+    state.set("presence", {"a": [1, None]})
+    assert state.get("presence") == {"a": [1, None]}
+    assert -2 <= state.age("presence") < 9
+    path = state._path("fact", "presence")
+    os.utime(path, (time.time() - 100,) * 2)
+    assert 99 < state.age("presence") < 105
+    os.utime(path, (time.time() + 100,) * 2)
+    assert state.age("presence") is None
+
+
+def test_names_of_all_kinds_do_not_meet(state):
+    names = ["a/b", "a-b", "A/b", "a b", "..", "", "é", "x" * 300, "a\nb"]
+    for number, name in enumerate(names):
+        state.set(name, number)
+        state.hold(name, number, ttl=1, at=0)
+    assert [state.get(name) for name in names] == list(range(len(names)))
+    assert set(state.holds()) == set(names)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": 1}', "\x00"])
+def test_a_damaged_file_reads_as_not_known(state, text):
+    state.set("f", 1)
+    state.hold("r", 1, ttl=1, at=0)
+    for path in (state._path("fact", "f"), state._path("hold", "r")):
+        write(path, text)
+    assert (state.get("f"), state.token("r"), state.holds()) == (None, None, {})
+    state.set("f", 2)
+    assert state.get("f") == 2
+
+
+def test_a_disk_that_refuses_is_silent(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "s", tmp_path / "file", "/proc/1/tracecraft"):
+        state = tracecraft.State(str(place))
+        state.set("f", 1)
+        state.hold("r", 1, ttl=1, at=0)
+        state.drop("r")
+        assert (state.get("f"), state.token("r"), state.holds()) == (None, None, {})
+        assert state.age("f") is None and state.settle("f", 5) == 5
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_8_threads_one_settles_a_fact(state, links, monkeypatch):
+    if not links:
+        monkeypatch.delattr(os, "link", raising=False)
+        state.settle("f", "first")  # without links only the later writers are certain
+    gate, seen = threading.Barrier(8), []
+
+    def settle(number):
+        gate.wait()
+        seen.append(state.settle("f", f"v{number}"))
+    threads = [threading.Thread(target=settle, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 8 and set(seen) == {state.get("f")}
+
+
+def test_nothing_half_written_is_left(state):
+    for number in range(20):
+        state.set("f", number)
+        state.settle("f", "x")
+    assert sorted(os.listdir(state.directory)) \
+        == sorted(["about.json", os.path.basename(state._path("fact", "f"))])
+
+
+def test_verdicts_are_kept_per_endpoint_and_bucket(tmp_path):
+    root = str(tmp_path)
+    mine = tracecraft.Verdicts(root, "http://e", bucket="b")
+    assert mine.load() is None
+    mine.save({"atomic": True, "dialect": "quoted"})
+    again = tracecraft.Verdicts(root, "http://e", bucket="b").load()
+    assert again["dialect"] == "quoted"
+    for endpoint, bucket in (("http://e", "c"), ("http://f", "b"), ("", "b")):
+        assert tracecraft.Verdicts(root, endpoint, bucket=bucket).load() is None
+
+
+def test_settings_of_a_directory_load_neither_ssl_nor_http(work, home):
+    code = ("import sys, tracecraft\n"
+            f"s = tracecraft.load_settings({{}}, {{'HOME': {home!r}}}, {work!r})\n"
+            "d = tracecraft.DirectoryStore(s.store['bucket'], s.project)\n"
+            "d.put('k', b'1'); d.get('k'); d.list('')\n"
+            "bad = {'ssl', 'http', 'urllib.parse', 'subprocess', 'tempfile', 'logging',"
+            " 'dataclasses', 'pathlib', 'socket'} & set(sys.modules)\n"
+            "print(sorted(bad))")
+    folder = os.path.dirname(os.path.abspath(tracecraft.__file__))
+    said = subprocess.run([sys.executable, "-I", "-S", "-c",
+                           f"import sys; sys.path.insert(0, {folder!r})\n{code}"],
+                          capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
+
+
+# == 10. Ledger ========================================================
+#
+# Everything between the pure records and the commands, on a store in memory that
+# loses, delays, repeats or refuses any answer, and whose clock is a number.
+
+
+
+
+HOUR = 3600
+LEASE_OVER = tracecraft.TTL + tracecraft.GRACE
+TRANSIENT = ("lose", "drop", "busy", "throttle", "down", "twice", "late")
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+class Memories:
+    """What the handles of one memory store share: objects, clock, log of writes."""
+
+    def __init__(self):
+        self.lock, self.objects, self.late = threading.RLock(), {}, []
+        self.clock_at, self.serial, self.log = 1_700_000_000.0, 0, []
+
+
+class MemoryStore:
+    """A store in memory, linearisable under a lock; one handle for each agent.
+
+    clock_at: its clock, a number; 1 ms passes with each request. Stamps are whole
+    seconds, as on S3. log: every write that landed, in order. sent: every PUT of this
+    handle. counts: requests of this handle by (method, key).
+    """
+
+    kind, endpoint, bucket = "memory", "", "memory"
+
+    def __init__(self, project="p", shared=None, name="?"):
+        self.project, self.name = project, name
+        self.shared = shared or Memories()
+        self.verdict = {"atomic": True, "dialect": "quoted", "why": "", "at": ""}
+        self.deadline, self.chaos = time.monotonic() + 60, None
+        self.forget()
+
+    def forget(self):
+        """Start counting afresh, without faults."""
+        self.requests, self.counts, self.sent = 0, collections.Counter(), []
+        self.faults, self.crash_at = [], None
+
+    def handle(self, name="?"):
+        """Another client of the same bucket."""
+        return MemoryStore(self.project, self.shared, name)
+
+    @property
+    def url(self):
+        return f"memory:///{self.project}"
+
+    @property
+    def clock_at(self):
+        return self.shared.clock_at
+
+    @clock_at.setter
+    def clock_at(self, seconds):
+        self.shared.clock_at = seconds
+
+    @property
+    def log(self):
+        return self.shared.log
+
+    # -- faults
+
+    def fault(self, kind, method="PUT", key="", *, times=1, before=None, after=None):
+        """The next request of `method` whose key contains `key` goes wrong.
+
+        kind: lose (acts, no answer), drop (does not act, no answer), busy, throttle,
+        down, dead (a read fails for good), twice (the first lands, the copy gets 412),
+        late (no answer; lands just before the second request from now), crash-before,
+        crash-after, denied, unsafe, ok. before, after: called around the act.
+        """
+        self.faults += [[kind, method, key, before, after] for _ in range(times)]
+
+    def _next_fault(self, method, key):
+        for fault in self.faults:
+            if fault[1] in ("", method) and fault[2] in key:
+                self.faults.remove(fault)
+                return fault[0], fault[3], fault[4]
+        if self.chaos and self.chaos[0].random() < self.chaos[1]:
+            return self.chaos[0].choice(TRANSIENT), None, None
+        return "ok", None, None
+
+    def _request(self, method, key, act):
+        """One attempt: count it, let a fault have its way, perhaps act."""
+        with self.shared.lock:
+            self.requests += 1
+            self.counts[method, key] += 1
+            number = self.requests
+            kind, before, after = self._next_fault(method, key)
+        if self.crash_at == (number, "before") or kind == "crash-before":
+            raise Crash(f"before {method} {key}")
+        if before:
+            before()
+        answer = self._perform(kind, act)
+        if after:
+            after()
+        if self.crash_at == (number, "after") or kind == "crash-after":
+            raise Crash(f"after {method} {key}")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _perform(self, kind, act):
+        with self.shared.lock:
+            self.clock_at += 0.001
+            self._land()
+            if kind == "late":
+                self.shared.late.append([2, act])
+            refused = {
+                "drop": tracecraft.Unknown("dropped"), "late": tracecraft.Unknown("late"),
+                "busy": tracecraft.Busy("409"), "throttle": tracecraft.Throttled("429"),
+                "down": tracecraft.Unavailable("503"),
+                "dead": tracecraft.Unavailable("unreachable"),
+                "denied": tracecraft.Denied("403"),
+                "unsafe": tracecraft.Unsafe("501")}.get(kind)
+            if refused:
+                return refused
+            answer = _outcome(act)
+            if kind == "lose" and not isinstance(answer, tracecraft.Moved):
+                return tracecraft.Unknown("the answer was lost")
+            return _outcome(act) if kind == "twice" else answer
+
+    def _land(self):
+        """What was under way when its sender gave up arrives at last."""
+        for late in self.shared.late[:]:
+            late[0] -= 1
+            if not late[0]:
+                self.shared.late.remove(late)
+                _outcome(late[1])
+
+    def _read(self, method, key, act):
+        # Reads are repeated inside, as the interface says; "dead" is past the deadline.
+        while True:
+            try:
+                return self._request(method, key, act)
+            except (tracecraft.Unknown, tracecraft.Unavailable) as why:
+                if "unreachable" in why.message:
+                    raise
+
+    # -- the interface
+
+    def get(self, key, *, if_none_match=None, start=0, limit=None):
+        def act():
+            body, etag, at = self._there(key)
+            end = None if limit is None else start + limit
+            part = None if if_none_match == etag else body[start:end]
+            return tracecraft.Found(key, part, etag=etag, modified=at,
+                                    now=float(int(self.clock_at)), size=len(body))
+        return self._read("GET", key, act)
+
+    def head(self, key):
+        def act():
+            body, etag, at = self._there(key)
+            return tracecraft.Found(key, b"", etag=etag, modified=at, size=len(body),
+                                    now=float(int(self.clock_at)))
+        return self._read("HEAD", key, act)
+
+    def _there(self, key):
+        if key not in self.shared.objects:
+            raise tracecraft.NotFound(f"{key} does not exist", key=key)
+        return self.shared.objects[key]
+
+    def put(self, key, data, *, if_match=None, if_none_match=False):
+        self.sent.append((key, data))
+
+        def act():
+            was = self.shared.objects.get(key)
+            if if_none_match and was or if_match and (not was or was[1] != if_match):
+                raise tracecraft.Moved(f"{key}: 412", key=key)
+            return self._store(key, data)
+        return self._request("PUT", key, act)
+
+    def _store(self, key, data):
+        self.shared.serial += 1
+        etag, at = f'"{self.shared.serial:x}"', float(int(self.clock_at))
+        self.shared.objects[key] = (bytes(data), etag, at)
+        self.log.append((key, bytes(data), self.clock_at, self.name))
+        return tracecraft.Stamp(etag, modified=at, now=at)
+
+    def delete(self, key):
+        def act():
+            if self.shared.objects.pop(key, None):
+                self.log.append((key, None, self.clock_at, self.name))
+        return self._read("DELETE", key, act)
+
+    def list(self, prefix, *, start_after="", delimiter="", limit=None):
+        return self._read("LIST", prefix, lambda: self._listing(
+            prefix, start_after, delimiter, limit))
+
+    def _listing(self, prefix, start_after, delimiter, limit):
+        entries, prefixes = [], []
+        for key in sorted(self.shared.objects):
+            if not key.startswith(prefix) or key <= start_after:
+                continue
+            head, cut, _ = key[len(prefix):].partition(delimiter or "\n")
+            if limit is not None and len(entries) + len(prefixes) >= limit:
+                return tracecraft.Listing(entries, prefixes, truncated=True,
+                                          now=float(int(self.clock_at)))
+            if cut and prefix + head + cut not in prefixes:
+                prefixes.append(prefix + head + cut)
+            elif not cut:
+                body, etag, at = self.shared.objects[key]
+                entries.append(tracecraft.Entry(key, size=len(body), etag=etag,
+                                                modified=at))
+        return tracecraft.Listing(entries, prefixes, now=float(int(self.clock_at)),
+                                  truncated=False)
+
+    def upload(self, key, path, *, if_none_match=False, progress=None):
+        with open(path, "rb") as file:
+            return self.put(key, file.read(), if_none_match=if_none_match)
+
+    def download(self, key, file, *, size, progress=None):
+        file.write(self.get(key).body)
+
+    def copy(self, key_from, key_to):
+        return self.put(key_to, self.get(key_from).body)
+
+    def clock(self):
+        return self.clock_at
+
+    def offset(self):
+        return self.clock_at - time.time()
+
+    def ensure(self):
+        return None
+
+    def close(self):
+        return None
+
+    # -- what tests ask
+
+    def doc(self, key):
+        """The document at `key` now, without a request; None when absent."""
+        there = self.shared.objects.get(key)
+        return json.loads(there[0]) if there else None
+
+    def place(self, key, doc):
+        """Write as somebody else would: 0.2, or a person with a bucket browser."""
+        with self.shared.lock:
+            self._store(key, doc if isinstance(doc, bytes) else json.dumps(doc).encode())
+
+    def writes(self, key):
+        """How many writes of `key` landed."""
+        return sum(1 for name, body, *_ in self.log if name == key and body is not None)
+
+    def history(self, key):
+        """Every document `key` has held, in order."""
+        return [json.loads(body) for name, body, *_ in self.log
+                if name == key and body is not None]
+
+    def under(self, prefix):
+        return sorted(key for key in self.shared.objects if key.startswith(prefix))
+
+    def asked(self):
+        """{"METHOD key": times} of this handle, event names shortened."""
+        tally = collections.Counter()
+        for (method, key), times in self.counts.items():
+            folder, _, leaf = key.rpartition("/")
+            event = tracecraft.event_parts(leaf)[0] is not None
+            tally[f"{method} {folder + '/*' if event else key}"] += times
+        return dict(tally)
+
+
+def _outcome(act):
+    try:
+        return act()
+    except tracecraft.Error as why:
+        return why
+
+
+class LocalState:
+    """Local state that survives a crash of its agent: what section 8 keeps on disk."""
+
+    def __init__(self):
+        self.kept, self.facts = {}, {}
+
+    def token(self, resource):
+        return self.kept.get(resource)
+
+    def hold(self, resource, token, *, ttl, at):
+        self.kept[resource] = {"token": token, "ttl": ttl, "at": at}
+
+    def drop(self, resource):
+        self.kept.pop(resource, None)
+
+    def holds(self):
+        return dict(self.kept)
+
+    def get(self, name):
+        return self.facts.get(name)
+
+    def set(self, name, value):
+        self.facts[name] = json.loads(json.dumps(value))
+
+
+def agent_on(bucket, name, *, instance="", ledger=tracecraft.Ledger, deadline=5, **who):
+    """A Project of agent `name` on its own handle; its warnings are in .warned."""
+    warned = []
+    ledger = ledger(bucket.handle(name), deadline=deadline, warn=warned.append)
+    me = tracecraft.Who(name, instance or f"{name}-1", **who)
+    settings = types.SimpleNamespace(
+        project="p", config_path=None, config={}, state=who.get("state"),
+        environ={"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"})
+    project = tracecraft.Project(settings, ledger, me)
+    project.warned = warned
+    return project
+
+
+@pytest.fixture
+def bucket():
+    return MemoryStore()
+
+
+@pytest.fixture
+def ada(bucket):
+    return agent_on(bucket, "ada")
+
+
+@pytest.fixture
+def bob(bucket):
+    return agent_on(bucket, "bob")
+
+
+def refused(kind, act, *args, **how):
+    """The error of exactly that kind which the act raises."""
+    with pytest.raises(kind) as caught:
+        act(*args, **how)
+    assert type(caught.value) is kind
+    return caught.value
+
+
+def count_up(record):
+    old = record.doc or {}
+    return {**old, "n": old.get("n", 0) + 1}
+
+
+def bump(project, times=1, **how):
+    for _ in range(times):
+        change = project.ledger.change("n.json", count_up, **how)
+    return change
+
+
+# -- outcomes of one write ---------------------------------------------
+
+
+@pytest.mark.parametrize("kind, attempts", [
+    ("ok", 1), ("lose", 1), ("drop", 2), ("busy", 2), ("throttle", 2), ("down", 2),
+    ("twice", 1), ("late", 2)])
+def test_one_change_is_applied_once_whatever_happens_to_it(ada, bucket, kind, attempts):
+    ada.store.fault(kind)
+    change = bump(ada)
+    assert (change.wrote, change.doc["n"], bucket.doc("n.json")["n"]) == (True, 1, 1)
+    assert bucket.writes("n.json") == 1
+    assert ada.store.counts["PUT", "n.json"] == attempts
+
+
+@pytest.mark.parametrize("first", TRANSIENT)
+@pytest.mark.parametrize("second", TRANSIENT)
+def test_two_troubles_in_a_row_apply_it_once_too(ada, bucket, first, second):
+    bump(ada)
+    ada.store.fault(first)
+    ada.store.fault(second)
+    bump(ada)
+    assert [doc["n"] for doc in bucket.history("n.json")] == [1, 2]
+
+
+def test_every_retry_sends_the_same_bytes(ada):
+    for kind in ("drop", "busy", "throttle", "down", "late"):
+        ada.store.fault(kind)
+    bump(ada)
+    assert len(ada.store.sent) >= 5
+    assert len({data for _, data in ada.store.sent}) == 1
+
+
+def test_a_lost_answer_is_settled_though_others_wrote_since(ada, bob, bucket):
+    ada.store.fault("lose", after=lambda: bump(bob, 3))
+    change = bump(ada)
+    assert (change.wrote, change.doc["n"], change.after.doc["n"]) == (True, 1, 4)
+    assert bucket.doc("n.json")["n"] == 4
+
+
+def test_a_write_that_did_not_land_is_decided_again(ada, bob, bucket):
+    bump(ada)
+    ada.store.fault("drop", after=lambda: bump(bob))
+    assert bump(ada).doc["n"] == 3
+    assert bucket.writes("n.json") == 3
+
+
+def test_a_late_landing_is_never_a_second_application(ada, bob, bucket):
+    bump(ada)
+    ada.store.fault("late", after=lambda: bump(bob))
+    bump(ada)
+    assert bucket.doc("n.json")["n"] == bucket.writes("n.json") == 3
+
+
+def test_409_is_never_lost(ada):
+    decided = []
+    ada.store.fault("busy", times=3)
+    ada.ledger.change("n.json", lambda r: decided.append(1) or count_up(r))
+    assert decided == [1]
+
+
+def test_409_until_the_deadline_is_unavailable_and_nothing_landed(bucket):
+    ada = agent_on(bucket, "ada", deadline=0.1)
+    ada.store.fault("busy", times=50)
+    assert refused(tracecraft.Busy, bump, ada).exit == 7
+    assert bucket.under("") == []
+
+
+def test_412_on_ones_own_write_is_a_success(ada):
+    decided = []
+    ada.store.fault("twice")
+    change = ada.ledger.change("n.json", lambda r: decided.append(1) or count_up(r))
+    assert change.wrote and decided == [1]
+
+
+def test_a_rival_between_read_and_write_is_seen_by_the_next_decision(ada, bob, bucket):
+    ada.store.fault("ok", before=lambda: bump(bob))
+    assert bump(ada).doc["n"] == 2
+
+
+def test_what_cannot_be_settled_is_unknown_and_never_applied_twice(ada, bob, bucket):
+    ada.store.fault("lose", after=lambda: bump(bob, tracecraft.RECENT))
+    error = refused(tracecraft.Unknown, bump, ada)
+    op = error.details["op"]
+    assert error.exit == 9 and op.endswith("@1") and f"--op {op}" in error.hint
+    refused(tracecraft.Unknown, bump, ada, op=op)
+    assert bucket.doc("n.json")["n"] == tracecraft.RECENT + 1
+
+
+@pytest.mark.parametrize("kind, landed", [("lose", True), ("drop", False)])
+def test_an_unknown_outcome_is_settled_later_by_its_op(ada, bucket, kind, landed):
+    ada.store.fault(kind)
+    ada.store.fault("ok", "GET")
+    ada.store.fault("dead", "GET")
+    op = refused(tracecraft.Unknown, bump, ada).details["op"]
+    assert bucket.writes("n.json") == landed
+    assert bump(ada, op=op).wrote is not landed
+    assert bucket.doc("n.json")["n"] == 1
+
+
+def test_an_op_that_did_not_land_is_applied_after_others_wrote(ada, bob, bucket):
+    bump(bob)
+    ada.store.fault("drop")
+    ada.store.fault("ok", "GET")
+    ada.store.fault("dead", "GET")
+    op = refused(tracecraft.Unknown, bump, ada).details["op"]
+    assert op.endswith("@2")
+    bump(bob)
+    assert bump(ada, op=op).doc["n"] == 3
+
+
+def test_a_writer_without_rev_makes_a_doubtful_outcome_unknown(ada, bucket):
+    ada.store.fault("lose", after=lambda: bucket.place("n.json", {"n": 7}))
+    refused(tracecraft.Unknown, bump, ada)
+    assert bucket.doc("n.json") == {"n": 7}
+
+
+def test_a_plain_412_without_doubt_is_decided_again_after_a_writer_without_rev(
+        ada, bucket):
+    bump(ada)
+    ada.store.fault("ok", before=lambda: bucket.place("n.json", {"n": 7}))
+    assert bump(ada).doc["n"] == 8
+
+
+@pytest.mark.parametrize("after", ["denied", "dead", "down"])
+def test_trouble_after_a_doubt_is_unknown_not_refused(bucket, after):
+    ada = agent_on(bucket, "ada", deadline=0.1)
+    ada.store.fault("drop")
+    ada.store.fault(after, times=60)
+    error = refused(tracecraft.Unknown, bump, ada)
+    assert error.details["op"].endswith("@1")
+
+
+def test_an_op_is_applied_once(ada, bob, bucket):
+    bump(ada, op="job7")
+    bump(bob, 3)
+    assert bump(ada, op="job7").wrote is False
+    bump(ada, op="job8")
+    assert bucket.doc("n.json")["n"] == 5
+
+
+def test_an_op_is_one_for_each_key(ada, bucket):
+    bump(ada, op="job7")
+    assert ada.ledger.change("m.json", count_up, op="job7").wrote
+
+
+def test_what_follows_the_at_of_an_op_must_be_a_number(ada):
+    assert refused(tracecraft.Usage, bump, ada, op="job@x").exit == 2
+
+
+def test_eight_threads_lose_no_update(bucket):
+    agents = [agent_on(bucket, f"a{n}", deadline=30) for n in range(8)]
+    run_all([lambda a=a: bump(a, 25) for a in agents])
+    assert bucket.doc("n.json")["n"] == bucket.writes("n.json") == 200
+    assert chain_faults(bucket) == []
+
+
+def run_all(acts):
+    """Run the acts in threads of their own; the first of their errors is raised."""
+    errors = []
+
+    def guarded(act):
+        try:
+            act()
+        except BaseException as why:  # noqa: a thread's error belongs to the test
+            errors.append(why)
+    threads = [threading.Thread(target=guarded, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_rev_prev_and_recent_form_one_chain(ada, bob, bucket):
+    for turn in range(20):
+        bump((ada, bob)[turn % 2])
+    docs = bucket.history("n.json")
+    assert [doc["rev"] for doc in docs] == list(range(1, 21))
+    assert [doc["prev"] for doc in docs[1:]] == [doc["nonce"] for doc in docs[:-1]]
+    assert docs[-1]["recent"] == [f"{d['rev']}:{d['nonce']}" for d in docs[-16:]]
+
+
+def test_a_decision_for_no_change_writes_nothing(ada, bob, bucket):
+    bump(bob)
+    change = ada.ledger.change("n.json", lambda record: record.doc)
+    assert (change.wrote, ada.store.counts["PUT", "n.json"]) == (False, 0)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff", b"", b"[" * 99999])
+def test_a_damaged_record_is_reported_and_kept(ada, bucket, body):
+    bucket.place("n.json", body)
+    error = refused(tracecraft.Corrupt, bump, ada)
+    assert error.exit == 8 and "n.json" in error.message
+    assert bucket.shared.objects["n.json"][0] == body
+
+
+def test_fields_we_do_not_know_survive(ada, bucket):
+    bucket.place("n.json", {"n": 1, "colour": {"deep": [1]}})
+    bump(ada)
+    assert bucket.doc("n.json")["colour"] == {"deep": [1]}
+
+
+def test_a_created_record_is_written_once(ada, bucket):
+    for kind in ("lose", "twice", "drop"):
+        ada.store.fault(kind)
+        assert ada.ledger.create(f"e/{kind}.json", {})
+        assert bucket.writes(f"e/{kind}.json") == 1
+
+
+def test_a_created_name_that_is_taken_is_not_mine(ada, bob):
+    assert ada.ledger.create("e/x.json", {"by": "ada"})
+    assert not bob.ledger.create("e/x.json", {"by": "bob"})
+
+
+def test_creating_needs_no_arbiter(ada, bucket):
+    ada.store.verdict = {"atomic": False, "why": "ignores If-Match"}
+    ada.store.fault("unsafe")
+    assert ada.ledger.create("e/x.json", {"a": 1})
+    assert bucket.doc("e/x.json")["a"] == 1
+
+
+def test_information_is_overwritten_with_retries(ada, bucket):
+    for kind in ("lose", "drop", "busy", "down"):
+        ada.store.fault(kind)
+    ada.ledger.put("agents/ada.json", {"id": "ada"})
+    assert bucket.doc("agents/ada.json") == {"id": "ada"}
+
+
+def test_an_advisory_store_is_refused(ada, bucket):
+    ada.store.verdict = {"atomic": False, "why": "ignores If-Match"}
+    error = refused(tracecraft.Unsafe, bump, ada)
+    assert error.exit == 10 and "ignores If-Match" in error.message
+    assert bucket.under("") == []
+
+
+def test_an_allowed_advisory_store_warns_each_time(ada):
+    ada.store.verdict = {"atomic": False, "why": "ignores If-Match"}
+    ada.ledger.allow_advisory = True
+    bump(ada, 2)
+    assert [("advisory" in text) for text in ada.warned] == [True, True]
+
+
+def test_the_verdict_of_the_project_saves_the_probe(ada, bucket):
+    bucket.place("_project.json", {"verdicts": {bucket.url: {"atomic": True}}})
+    ada.store.verdict = None
+    bump(ada, 2)
+    assert ada.store.counts["GET", "_project.json"] == 1
+
+
+def test_the_verdict_of_this_user_saves_the_question(ada):
+    kept = types.SimpleNamespace(load=lambda: {"atomic": True}, save=None)
+    ada.store.verdict, ada.ledger.verdicts = None, kept
+    bump(ada)
+    assert ("GET", "_project.json") not in ada.store.counts
+
+
+def test_an_age_is_the_difference_of_two_times_of_one_answer(ada, bucket):
+    bump(ada)
+    bucket.clock_at += 90
+    assert ada.ledger.read("n.json").age == 90
+
+
+def test_an_age_survives_a_proxy_that_strips_last_modified(ada, bucket, monkeypatch):
+    bump(ada)
+    bucket.clock_at += 90
+    get = ada.store.get
+
+    def stripped(key, **how):
+        found = get(key, **how)
+        found.modified = None
+        return found
+    monkeypatch.setattr(ada.store, "get", stripped)
+    assert ada.ledger.read("n.json").age == 90
+
+
+def test_a_project_that_lives_longer_than_its_deadline_still_retries(bucket):
+    ada = agent_on(bucket, "ada", deadline=0.3)
+    time.sleep(0.35)
+    ada.store.fault("busy")
+    assert ada.memory.incr("n")["value"] == "1"
+
+
+def chain_faults(bucket):
+    """What is wrong with the rev/nonce/prev chains of all records; [] if nothing."""
+    wrong, last = [], {}
+    for key, body, *_ in bucket.log:
+        doc = json.loads(body) if body is not None else {}
+        if "nonce" not in doc:
+            last.pop(key, None)
+            continue
+        old = last.get(key)
+        if old and (doc["rev"], doc["prev"]) != (old["rev"] + 1, old["nonce"]):
+            wrong.append(f"{key}: rev {doc['rev']} does not follow {old['rev']}")
+        if not old and doc["prev"] is not None:
+            wrong.append(f"{key}: rev {doc['rev']} follows nothing")
+        last[key] = doc
+    return wrong
+
+
+# == 11. Steps =========================================================
+#
+# The table of protocol.md 4 with two agents, and one agent in two instances.
+
+CLAIM = "steps/s/claim.json"
+STATUS = "steps/s/status.json"
+HANDOFF = "steps/s/handoff.json"
+
+
+@pytest.fixture
+def ada2(bucket):
+    """The same agent in another session."""
+    return agent_on(bucket, "ada", instance="ada-2")
+
+
+def pass_time(bucket, seconds=LEASE_OVER + 1):
+    bucket.clock_at += seconds
+
+
+def test_the_first_claim_gets_token_1(ada, bucket):
+    claim = ada.claim("s")
+    doc = bucket.doc(CLAIM)
+    assert (claim.token, claim.attempt, claim.fresh) == (1, 1, True)
+    assert (doc["agent"], doc["instance"], doc["state"], doc["ttl"], doc["rev"]) == (
+        "ada", "ada-1", "in_progress", tracecraft.TTL, 1)
+
+
+def test_a_held_step_is_refused_with_holder_age_and_seconds_left(ada, bob, bucket):
+    ada.claim("s")
+    pass_time(bucket, 100)
+    error = refused(tracecraft.Held, bob.claim, "s")
+    assert error.exit == 3 and error.details == {
+        "holder": "ada", "age_s": 100, "expires_in_s": LEASE_OVER - 100, "token": 1}
+    assert bucket.writes(CLAIM) == 1
+
+
+def test_my_own_claim_is_mine_again_without_a_write(ada, bucket):
+    ada.claim("s")
+    claim = ada.claim("s")
+    assert (claim.token, claim.fresh, bucket.writes(CLAIM)) == (1, False, 1)
+
+
+def test_my_own_claim_older_than_half_its_lease_is_renewed(ada, bucket):
+    ada.claim("s")
+    pass_time(bucket, tracecraft.TTL / 2 + 1)
+    assert ada.claim("s").token == 1
+    assert bucket.writes(CLAIM) == 2
+    assert ada.step_status("s")["age_s"] == 0
+
+
+def test_my_other_instance_is_refused_and_told_of_resume(ada, ada2):
+    ada.claim("s")
+    error = refused(tracecraft.Held, ada2.claim, "s")
+    assert error.exit == 3 and "--resume" in error.hint
+
+
+def test_resume_takes_over_and_fences_my_old_instance(ada, ada2):
+    ada.claim("s")
+    claim = ada2.claim("s", resume=True)
+    assert (claim.token, claim.attempt) == (2, 1)
+    assert refused(tracecraft.Fenced, ada.complete, "s").exit == 4
+
+
+def test_resume_does_not_take_from_another_agent(ada, bob):
+    ada.claim("s")
+    refused(tracecraft.Held, bob.claim, "s", resume=True)
+
+
+@pytest.mark.parametrize("seconds, free", [
+    (tracecraft.TTL, False), (LEASE_OVER - 1, False), (LEASE_OVER, True)])
+def test_a_lease_ends_ttl_and_grace_after_its_last_write(ada, bob, bucket, seconds, free):
+    ada.claim("s")
+    pass_time(bucket, seconds)
+    if free:
+        assert bob.claim("s").token == 2
+    else:
+        refused(tracecraft.Held, bob.claim, "s")
+
+
+def test_a_takeover_adds_one_to_token_and_attempt_and_says_why(ada, bob, bucket):
+    ada.claim("s")
+    pass_time(bucket)
+    claim = bob.claim("s")
+    assert (claim.token, claim.attempt, bucket.doc(CLAIM)["agent"]) == (2, 2, "bob")
+    assert "takeover" in bucket.doc(CLAIM)["history"][-1]["why"]
+
+
+def test_the_previous_holder_gets_a_message(ada, bob, bucket):
+    ada.claim("s")
+    pass_time(bucket)
+    bob.claim("s")
+    [message] = ada.inbox(new=True).messages
+    assert (message["from"], message["step"]) == ("bob", "s")
+    assert "token 2" in message["message"]
+
+
+def test_a_holder_that_cannot_be_told_does_not_spoil_the_takeover(bob, bucket):
+    bucket.place(CLAIM, {"agent": "no name/at all", "state": "in_progress", "ttl": 9})
+    pass_time(bucket, 15)
+    assert bob.claim("s").token == 2
+    assert "was not told" in bob.warned[-1]
+
+
+@pytest.mark.parametrize("act", ["renew", "complete", "release"])
+def test_a_stale_holder_is_fenced_and_changes_nothing(ada, bob, bucket, act):
+    ada.claim("s")
+    pass_time(bucket)
+    bob.claim("s")
+    before = bucket.doc(CLAIM)
+    error = refused(tracecraft.Fenced, getattr(ada, act), "s")
+    assert error.exit == 4 and "bob" in error.message
+    assert (error.details["holder"], error.details["token"]) == ("bob", 2)
+    assert bucket.doc(CLAIM) == before
+
+
+@pytest.mark.parametrize("ended", ["complete", "release"])
+def test_a_stale_holder_is_fenced_after_the_next_one_ended_it_too(
+        ada, bob, bucket, ended):
+    ada.claim("s")
+    pass_time(bucket)
+    bob.claim("s")
+    getattr(bob, ended)("s")
+    for act in (ada.renew, ada.complete, ada.release):
+        refused(tracecraft.Fenced, act, "s")
+
+
+@pytest.mark.parametrize("act", ["renew", "complete", "release"])
+def test_who_never_held_it_gets_a_conflict(ada, bob, bucket, act):
+    ada.claim("s")
+    error = refused(tracecraft.Held, getattr(bob, act), "s")
+    assert error.exit == 3
+    assert bucket.writes(CLAIM) == 1
+
+
+@pytest.mark.parametrize("act", ["renew", "release"])
+def test_nothing_to_renew_or_release_is_a_conflict(ada, bucket, act):
+    assert refused(tracecraft.Conflict, getattr(ada, act), "s").exit == 3
+    assert bucket.under("") == []
+
+
+def test_a_token_given_by_the_caller_acts_for_another_instance(ada, ada2):
+    token = ada.claim("s").token
+    ada2.renew("s", token=token)
+    assert ada2.complete("s", token=token)["state"] == "complete"
+
+
+def test_a_token_of_the_environment_is_for_its_step_only(ada, bucket):
+    ada.claim("s")
+    ada.claim("t")
+    lent = agent_on(bucket, "ada", instance="x", lent={"step/s": 1})
+    lent.renew("s")
+    refused(tracecraft.Held, lent.renew, "t")
+
+
+def test_an_explicit_instance_may_use_the_token_of_the_record(ada, bucket):
+    ada.claim("s")
+    again = agent_on(bucket, "ada", instance="ada-1", explicit=True)
+    assert again.complete("s")["token"] == 1
+
+
+def test_without_a_token_another_process_cannot_end_my_claim(ada, ada2):
+    ada.claim("s")
+    refused(tracecraft.Held, ada2.complete, "s")
+
+
+def test_renewing_begins_the_lease_anew_and_keeps_the_token(ada, bob, bucket):
+    ada.claim("s")
+    pass_time(bucket, LEASE_OVER - 5)
+    assert ada.renew("s")["token"] == 1
+    pass_time(bucket, LEASE_OVER - 5)
+    refused(tracecraft.Held, bob.claim, "s")
+
+
+def test_a_renewal_that_loses_to_my_other_process_goes_on(ada, bucket):
+    ada.claim("s")
+    twin = agent_on(bucket, "ada", lent={"step/s": 1})
+    ada.store.fault("ok", key=CLAIM, before=lambda: twin.renew("s"))
+    assert ada.renew("s")["rev"] == 3
+
+
+def test_a_lease_of_ttl_0_never_ends(ada, bob, bucket):
+    ada.claim("s", ttl=0)
+    pass_time(bucket, 10_000 * HOUR)
+    assert refused(tracecraft.Held, bob.claim, "s").details["expires_in_s"] is None
+
+
+def test_release_gives_it_back_and_twice_is_once(ada, bob, bucket):
+    ada.claim("s")
+    ada.release("s")
+    assert ada.release("s")["state"] == "released"
+    assert bucket.writes(CLAIM) == 2
+    assert (bob.claim("s").token, bucket.doc(CLAIM)["attempt"]) == (2, 2)
+
+
+def test_a_released_step_names_nobody_and_reads_as_pending_for_02(ada, bucket):
+    ada.claim("s")
+    ada.release("s")
+    assert bucket.doc(CLAIM)["agent"] == "(released)"
+    assert bucket.doc(STATUS)["status"] == "pending"
+
+
+@pytest.mark.parametrize("state, status", [
+    ("complete", "complete"), ("failed", "blocked"), ("blocked", "blocked"),
+    ("needs_review", "needs_review")])
+def test_an_end_is_projected_as_02_reads_it(ada, bucket, state, status):
+    ada.claim("s")
+    ada.complete("s", state=state, note="why", to="bob", findings=["f"])
+    claim, shown, note = (bucket.doc(k) for k in (CLAIM, STATUS, HANDOFF))
+    assert (shown["status"], shown["state"], shown["agent"]) == (status, state, "ada")
+    assert (shown["token"], shown["rev"]) == (claim["token"], claim["rev"])
+    assert (note["schema"], note["from_agent"], note["next_agent"], note["note"]) == (
+        2, "ada", "bob", "why")
+    assert note["findings"] == ["f"] and claim["handoffs"][-1]["note"] == "why"
+
+
+def test_the_same_end_again_writes_nothing(ada, bucket):
+    ada.claim("s")
+    ada.complete("s", note="one")
+    before = len(bucket.log)
+    assert ada.complete("s", note="two")["state"] == "complete"
+    assert len(bucket.log) == before
+
+
+def test_another_end_is_refused(ada, bucket):
+    ada.claim("s")
+    ada.complete("s")
+    assert refused(tracecraft.Conflict, ada.complete, "s", state="failed").exit == 3
+    assert bucket.doc(CLAIM)["state"] == "complete"
+
+
+def test_an_end_without_any_claim_creates_it_ended(ada, bob, bucket):
+    ada.complete("s", note="done by hand")
+    assert (bucket.doc(CLAIM)["state"], bucket.doc(CLAIM)["token"]) == ("complete", 1)
+    refused(tracecraft.Conflict, bob.complete, "s", state="failed")
+
+
+@pytest.mark.parametrize("state", ["complete", "failed", "blocked", "needs_review"])
+def test_an_ended_step_is_claimed_only_with_reopen(ada, bob, state):
+    ada.complete("s", state=state)
+    error = refused(tracecraft.Conflict, bob.claim, "s")
+    assert error.exit == 3 and "--reopen" in error.hint
+    claim = bob.claim("s", reopen=True)
+    assert (claim.token, claim.attempt) == (2, 1)
+
+
+def test_reopening_a_held_step_is_no_takeover(ada, bob):
+    ada.claim("s")
+    refused(tracecraft.Held, bob.claim, "s", reopen=True)
+
+
+def test_force_ends_it_with_the_next_token_and_the_reason(ada, bob, bucket):
+    ada.claim("s")
+    doc = bob.complete("s", force="ada is gone", note="n")
+    assert (doc["token"], doc["agent"], doc["state"]) == (2, "bob", "complete")
+    assert "ada is gone" in doc["history"][-1]["why"]
+    refused(tracecraft.Fenced, ada.complete, "s")
+
+
+def test_approving_completes_and_rejecting_gives_back(ada, bob, bucket):
+    ada.complete("s", state="needs_review")
+    ada.complete("t", state="needs_review")
+    assert bob.approve("s")["state"] == "complete"
+    doc = bob.reject("t", note="no tests")
+    assert (doc["state"], doc["token"]) == ("released", 1)
+    assert "no tests" in doc["history"][-1]["why"]
+    assert bob.claim("t").token == 2
+    refused(tracecraft.Conflict, bob.approve, "s")
+
+
+def test_a_step_whose_attempts_are_used_up_fails(ada, bob, bucket):
+    for agent in (ada, bob, ada):
+        agent.claim("s")
+        pass_time(bucket)
+    error = refused(tracecraft.Conflict, bob.claim, "s")
+    doc = bucket.doc(CLAIM)
+    assert error.exit == 3 and (doc["state"], doc["token"]) == ("failed", 4)
+    assert bucket.doc(STATUS)["status"] == "blocked"
+    refused(tracecraft.Fenced, ada.complete, "s")
+    assert bob.claim("s", reopen=True).attempt == 1
+
+
+def test_a_spec_may_allow_fewer_attempts(ada, bob, bucket):
+    ada.add_step("s", max_attempts=1)
+    ada.claim("s")
+    pass_time(bucket)
+    refused(tracecraft.Conflict, bob.claim, "s")
+    assert bucket.doc(CLAIM)["state"] == "failed"
+
+
+def test_a_failed_step_tells_its_last_holder_that_it_failed(ada, bob, bucket):
+    ada.add_step("s", max_attempts=1)
+    ada.claim("s")
+    pass_time(bucket)
+    refused(tracecraft.Conflict, bob.claim, "s")
+    [message] = ada.inbox().messages
+    assert "took it over" not in message["message"]
+
+
+# -- winners -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_a_claim_wins_once_through_any_trouble(ada, bob, bucket, kind):
+    ada.store.fault(kind)
+    assert ada.claim("s").token == 1
+    assert bucket.writes(CLAIM) == 1
+    refused(tracecraft.Held, bob.claim, "s")
+
+
+def test_a_claim_whose_rival_landed_first_is_refused(ada, bob):
+    ada.store.fault("ok", before=lambda: bob.claim("s"))
+    assert refused(tracecraft.Held, ada.claim, "s").details["holder"] == "bob"
+
+
+def test_sixteen_claims_at_once_have_one_winner(bucket):
+    winners, agents = [], [agent_on(bucket, f"a{n}") for n in range(16)]
+
+    def claim(agent):
+        try:
+            winners.append(agent.claim("s").token)
+        except tracecraft.Held:
+            pass
+    run_all([lambda a=a: claim(a) for a in agents])
+    assert winners == [1]
+
+
+def test_sixteen_takeovers_at_once_have_one_winner(ada, bucket):
+    ada.claim("s")
+    pass_time(bucket)
+    winners, agents = [], [agent_on(bucket, f"a{n}") for n in range(16)]
+
+    def claim(agent):
+        try:
+            winners.append(agent.claim("s").token)
+        except tracecraft.Held:
+            pass
+    run_all([lambda a=a: claim(a) for a in agents])
+    assert winners == [2] and bucket.doc(CLAIM)["token"] == 2
+
+
+def test_a_takeover_fails_when_the_holder_renewed_meanwhile(ada, bob, bucket):
+    ada.claim("s")
+    pass_time(bucket)
+    bob.store.fault("ok", key=CLAIM, before=lambda: ada.renew("s"))
+    refused(tracecraft.Held, bob.claim, "s")
+    assert ada.complete("s")["token"] == 1
+
+
+def test_a_claim_taken_over_before_its_answer_was_settled_is_fenced(ada, bob, bucket):
+    def overtake():
+        pass_time(bucket)
+        bob.claim("s")
+    ada.store.fault("lose", key=CLAIM, after=overtake)
+    assert refused(tracecraft.Fenced, ada.claim, "s").exit == 4
+    assert bucket.doc(CLAIM)["agent"] == "bob"
+
+
+def test_a_renewal_taken_over_before_its_answer_was_settled_is_fenced(
+        ada, bob, bucket):
+    def overtake():
+        pass_time(bucket)
+        bob.claim("s")
+    ada.claim("s")
+    ada.store.fault("lose", key=CLAIM, after=overtake)
+    refused(tracecraft.Fenced, ada.renew, "s")
+
+
+def test_a_lease_lost_during_a_slow_claim_is_not_handed_out(ada, bob, bucket):
+    def slow():
+        time.sleep(0.4)  # over a third of the lease of one second
+        pass_time(bucket, 7)
+        bob.claim("s")
+    ada.store.fault("ok", key=CLAIM, after=slow)
+    refused(tracecraft.Fenced, ada.claim, "s", ttl=1)
+
+
+def test_a_slow_claim_is_renewed_before_it_is_handed_out(ada, bucket):
+    ada.store.fault("ok", key=CLAIM, after=lambda: time.sleep(0.4))
+    assert ada.claim("s", ttl=1).token == 1
+    assert bucket.writes(CLAIM) == 2
+
+
+def test_a_repeated_op_does_not_hand_out_the_token_of_a_successor(ada, bob, bucket):
+    ada.claim("s", op="c1")
+    pass_time(bucket)
+    bob.claim("s")
+    with pytest.raises((tracecraft.Fenced, tracecraft.Conflict)):
+        ada.claim("s", op="c1")
+
+
+def test_a_repeated_op_does_not_give_my_next_instances_token_to_the_old_one(ada, ada2):
+    ada.claim("s", op="c1")
+    ada2.claim("s", resume=True)
+    with pytest.raises((tracecraft.Fenced, tracecraft.Conflict)):
+        ada.claim("s", op="c1")
+    refused(tracecraft.Fenced, ada.complete, "s")
+
+
+@pytest.mark.parametrize("act", ["renew", "complete"])
+def test_a_repeated_end_or_renewal_does_not_learn_a_newer_token(ada, ada2, act):
+    ada.claim("s")
+    getattr(ada, act)("s", op="x1")
+    ada2.claim("s", resume=True, reopen=True)
+    try:
+        getattr(ada, act)("s", op="x1")
+    except tracecraft.Fenced:
+        pass
+    refused(tracecraft.Fenced, ada.release, "s")
+
+
+def test_a_repeated_claim_op_of_a_step_ended_since_hands_out_no_claim(ada):
+    ada.claim("s", op="c1")
+    ada.complete("s")
+    refused(tracecraft.Conflict, ada.claim, "s", op="c1")
+
+
+def test_a_claim_as_a_context_completes_or_releases(ada, bucket):
+    with ada.claim("s"):
+        pass
+    with pytest.raises(ZeroDivisionError), ada.claim("t"):
+        raise ZeroDivisionError
+    assert bucket.doc(CLAIM)["state"] == "complete"
+    assert bucket.doc("steps/t/claim.json")["state"] == "released"
+
+
+def test_a_claim_that_was_fenced_leaves_quietly(ada, bob, bucket):
+    with pytest.raises(tracecraft.Fenced):
+        with ada.claim("s") as claim:
+            pass_time(bucket)
+            bob.claim("s")
+            claim.renew()
+    assert bucket.doc(CLAIM)["agent"] == "bob"
+
+
+# -- needs and waiting -------------------------------------------------
+
+
+def test_a_step_waits_for_its_needs(ada, bob):
+    ada.add_step("s", needs=["a", "b"])
+    ada.complete("a")
+    error = refused(tracecraft.Blocked, bob.claim, "s")
+    assert error.exit == 5 and error.details["missing"] == ["b"]
+    assert bob.step_status("s")["state"] == "waiting"
+    ada.complete("b")
+    assert bob.claim("s").token == 1
+
+
+@pytest.mark.parametrize("state", ["failed", "blocked", "needs_review"])
+def test_a_need_that_ended_otherwise_is_not_met(ada, bob, state):
+    ada.add_step("s", needs=["a"])
+    ada.complete("a", state=state)
+    refused(tracecraft.Blocked, bob.claim, "s")
+
+
+def test_needs_can_be_ignored(ada, bob):
+    ada.add_step("s", needs=["a"])
+    assert bob.claim("s", ignore_needs=True).token == 1
+
+
+def test_many_needs_are_looked_up_in_one_listing(ada, bob):
+    ada.add_step("s", needs=[f"n{i}" for i in range(9)])
+    assert len(refused(tracecraft.Blocked, bob.claim, "s").details["missing"]) == 9
+    assert sum(n for (method, _), n in bob.store.counts.items() if method == "LIST") == 2
+
+
+def test_needs_count_when_a_lost_race_leaves_a_released_step(ada, bob, bucket):
+    ada.claim("s", ignore_needs=True)
+    ada.add_step("s", needs=["a"])
+    pass_time(bucket)
+    bob.store.fault("ok", key=CLAIM, before=lambda: ada.release("s"))
+    refused(tracecraft.Blocked, bob.claim, "s")
+
+
+def test_the_same_spec_again_changes_nothing_and_another_is_refused(ada, bob, bucket):
+    ada.add_step("S.1", title="t", needs=["a"])
+    bob.add_step("s-1", title="t", needs=["a"])
+    assert bucket.writes("steps/s-1/spec.json") == 1
+    refused(tracecraft.Conflict, bob.add_step, "s-1", title="other", needs=["a"])
+    refused(tracecraft.Usage, bob.add_step, "x", needs=["x"])
+
+
+def test_a_claim_can_wait_for_its_holder(ada, bob, bucket):
+    ada.claim("s")
+    threading.Timer(0.2, lambda: ada.release("s")).start()
+    assert bob.claim("s", wait=5).token == 2
+
+
+def test_a_wait_that_ends_says_who_holds_it(ada, bob):
+    ada.claim("s")
+    error = refused(tracecraft.TimedOut, bob.claim, "s", wait=0.1)
+    assert error.exit == 6 and error.details["holder"] == "ada"
+
+
+def test_waiting_ends_when_all_are_complete(ada, bob):
+    ada.complete("s")
+    threading.Timer(0.2, lambda: ada.complete("t")).start()
+    views = bob.wait_for(["s", "t"], timeout=5)
+    assert [(v["step"], v["state"]) for v in views] == [("s", "complete"),
+                                                        ("t", "complete")]
+
+
+def test_waiting_for_any_ends_with_the_first(ada, bob):
+    ada.complete("t")
+    assert [v["state"] for v in bob.wait_for(["s", "t"], any_=True)] == [
+        "pending", "complete"]
+
+
+@pytest.mark.parametrize("state", ["blocked", "failed"])
+def test_waiting_for_what_needs_somebody_ends_at_once(ada, bob, state):
+    ada.complete("s", state=state)
+    error = refused(tracecraft.Blocked, bob.wait_for, ["s", "t"])
+    assert (error.exit, error.details["step"]) == (5, "s")
+
+
+def test_waiting_for_any_goes_on_while_one_can_come_true(ada, bob):
+    ada.complete("s", state="failed")
+    refused(tracecraft.TimedOut, bob.wait_for, ["s", "t"], any_=True, timeout=0.1)
+    ada.complete("t", state="blocked")
+    refused(tracecraft.Blocked, bob.wait_for, ["s", "t"], any_=True)
+
+
+def test_a_review_is_waited_for(ada, bob):
+    ada.complete("s", state="needs_review")
+    threading.Timer(0.2, lambda: bob.approve("s")).start()
+    assert bob.wait_for(["s"], timeout=5)[0]["state"] == "complete"
+
+
+def test_a_wait_times_out_and_ticks(ada):
+    ticks = []
+    tick = lambda views, left: ticks.append((views[0]["state"], left))
+    error = refused(tracecraft.TimedOut, ada.wait_for, ["s"], timeout=0.3, tick=tick)
+    assert error.exit == 6 and ticks[0][0] == "pending" and 0 < ticks[0][1] <= 0.3
+
+
+def test_waiting_for_six_steps_is_one_listing_a_round(ada, bob):
+    names = [f"w{n}" for n in range(6)]
+    for name in names:
+        ada.complete(name)
+    bob.wait_for(names + names)
+    assert [m for m, _ in bob.store.counts].count("LIST") == 1
+
+
+# -- 0.2.x in the same bucket ------------------------------------------
+
+
+def test_a_claim_of_02_never_ends_and_is_mine_by_name(ada, bob, bucket):
+    bucket.place(CLAIM, {"agent": "ada", "claimed_at": "2024-01-01T00:00:00+00:00"})
+    pass_time(bucket, 9999 * HOUR)
+    refused(tracecraft.Held, bob.claim, "s")
+    assert ada.complete("s")["token"] == 1
+
+
+def test_a_bare_status_without_claim_is_the_state(ada, bob, bucket):
+    bucket.place(STATUS, {"status": "in_progress", "agent": "ada"})
+    assert bob.step_status("s")["agent"] == "ada"
+    refused(tracecraft.Held, bob.claim, "s")
+    assert ada.claim("s").token == 1
+    assert bucket.doc(CLAIM)["agent"] == "ada"
+
+
+def test_a_bare_pending_status_leaves_the_step_free(ada, bucket):
+    bucket.place(STATUS, {"status": "pending", "agent": None})
+    assert ada.claim("s").token == 1
+    assert bucket.doc(STATUS)["status"] == "in_progress"
+
+
+def test_a_bare_end_of_my_own_step_is_honoured_at_once(ada, bob, bucket):
+    ada.claim("s")
+    bucket.place(STATUS, {"status": "complete", "agent": "ada"})
+    assert bob.step_status("s")["state"] == "complete"
+    refused(tracecraft.Conflict, bob.claim, "s")
+    assert bob.claim("s", reopen=True).token == 2
+
+
+def test_an_end_forced_by_02_fences_the_holder(ada, bob, bucket):
+    ada.claim("s")
+    bucket.place(STATUS, {"status": "complete", "agent": "eve"})
+    view = bob.step_status("s")
+    assert (view["state"], view["agent"], view["token"]) == ("complete", "eve", 2)
+    refused(tracecraft.Fenced, ada.complete, "s")
+
+
+@pytest.mark.parametrize("act", ["renew", "release"])
+def test_an_end_forced_by_02_is_not_undone_by_its_stale_holder(ada, bob, bucket, act):
+    ada.claim("s")
+    bucket.place(STATUS, {"status": "complete", "agent": "eve"})
+    try:
+        getattr(ada, act)("s")
+    except tracecraft.Fenced:
+        pass
+    assert bob.step_status("s")["state"] == "complete"
+
+
+def test_a_status_seen_when_the_token_rose_is_never_adopted_again(ada, bob, bucket):
+    bucket.place(STATUS, {"status": "complete", "agent": "eve"})
+    bob.store.fault("crash-before", key=STATUS)
+    with pytest.raises(Crash):
+        bob.claim("s", reopen=True)
+    assert ada.step_status("s")["state"] == "in_progress"
+    refused(tracecraft.Held, ada.claim, "s")
+
+
+def test_a_takeover_rewrites_the_status_that_02_reads_first(ada, bob, bucket):
+    ada.complete("s")
+    bob.claim("s", reopen=True)
+    assert (bucket.doc(STATUS)["status"], bucket.doc(STATUS)["agent"]) == (
+        "in_progress", "bob")
+
+
+def test_a_handoff_of_02_is_kept_when_ours_is_projected(ada, bucket):
+    ada.claim("s")
+    bucket.place(HANDOFF, {"schema": 2, "from_agent": "old", "note": "from 0.2"})
+    ada.complete("s", note="ours")
+    assert [note["note"] for note in bucket.doc(CLAIM)["handoffs"]] == [
+        "from 0.2", "ours"]
+    assert bucket.doc(HANDOFF)["note"] == "ours"
+
+
+def test_a_handoff_that_only_02_wrote_is_shown(ada, bucket):
+    bucket.place(HANDOFF, {"schema": 2, "from_agent": "old", "note": "from 0.2"})
+    assert ada.handoff("s")["note"] == "from 0.2"
+    refused(tracecraft.NotFound, ada.handoff, "t")
+
+
+def test_a_projection_never_goes_back(ada, bob, bucket):
+    """A slow projector meets the status of a later token (protocol.md 11.3)."""
+    def later():
+        bob.claim("s", reopen=True)
+        bob.complete("s", note="later")
+    ada.claim("s")
+    ada.store.fault("ok", key=STATUS, before=later)
+    ada.complete("s", note="earlier")
+    assert (bucket.doc(STATUS)["token"], bucket.doc(HANDOFF)["note"]) == (2, "later")
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_projections_survive_any_trouble(ada, bucket, kind):
+    ada.claim("s")
+    ada.store.fault(kind, key=HANDOFF)
+    ada.store.fault(kind, key=STATUS)
+    ada.complete("s")
+    assert bucket.doc(STATUS)["rev"] == bucket.doc(HANDOFF)["rev"] == 2
+
+
+def test_a_projection_that_cannot_be_written_is_a_warning(ada, bucket):
+    ada.ledger.allow_seconds = 0.1
+    ada.claim("s")
+    ada.store.fault("down", key=STATUS, times=99)
+    assert ada.complete("s")["state"] == "complete"
+    assert STATUS in ada.warned[-1]
+
+
+def test_a_projection_that_is_denied_is_a_warning_too(ada, bucket):
+    ada.claim("s")
+    ada.store.fault("denied", key=STATUS)
+    assert ada.complete("s")["state"] == "complete"
+
+
+# -- damage ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaf", ["claim.json", "spec.json", "status.json"])
+def test_a_damaged_document_stops_its_step_and_no_other(ada, bob, bucket, leaf):
+    ada.complete("t")
+    bucket.place(f"steps/s/{leaf}", b"{not json")
+    error = refused(tracecraft.Corrupt, bob.claim, "s")
+    assert error.exit == 8 and f"steps/s/{leaf}" in error.message
+    assert bucket.shared.objects[f"steps/s/{leaf}"][0] == b"{not json"
+    assert bob.step_status("t")["state"] == "complete"
+    assert bob.claim("u").token == 1
+
+
+def test_a_damaged_spec_does_not_stop_the_holder(ada, bucket):
+    ada.claim("s")
+    bucket.place("steps/s/spec.json", b"[]")
+    ada.renew("s")
+    assert ada.complete("s")["state"] == "complete"
+
+
+def test_a_damaged_handoff_does_not_stop_the_end(ada, bucket):
+    ada.claim("s")
+    bucket.place(HANDOFF, b"oops")
+    assert ada.complete("s")["state"] == "complete"
+    assert bucket.shared.objects[HANDOFF][0] == b"oops" and HANDOFF in ada.warned[0]
+    assert bucket.doc(STATUS)["state"] == "complete"
+
+
+@pytest.mark.parametrize("doc", [
+    {}, {"agent": 5}, {"agent": "ada", "token": "x", "history": 7, "handoffs": {}},
+    {"agent": None, "state": ["x"], "ttl": "soon"}, {"recent": 5, "rev": "no"}])
+def test_a_claim_of_wrong_shape_is_held_or_reported_never_free(bob, bucket, doc):
+    bucket.place(CLAIM, doc)
+    with pytest.raises((tracecraft.Held, tracecraft.Corrupt)):
+        bob.claim("s")
+    assert bucket.writes(CLAIM) == 1
+
+
+def test_fields_of_a_claim_that_we_do_not_know_survive(ada, bob, bucket):
+    ada.claim("s")
+    bucket.place(CLAIM, {**bucket.doc(CLAIM), "x-colour": "red"})
+    ada.renew("s")
+    ada.release("s")
+    bob.claim("s")
+    bob.complete("s")
+    assert bucket.doc(CLAIM)["x-colour"] == "red"
+
+
+def test_two_spellings_of_one_step_meet(ada, bob, bucket):
+    ada.claim("S1.A")
+    refused(tracecraft.Held, bob.claim, "s1-a")
+    assert bucket.doc("steps/s1-a/claim.json")["spelling"] == "S1.A"
+
+
+@pytest.mark.parametrize("name", ["", " ", "_x", "a/b", "..", "ä", "x" * 201, "a b"])
+def test_names_that_do_not_fit_are_refused_before_any_request(ada, name):
+    assert refused(tracecraft.Usage, ada.claim, name).exit == 2
+    assert ada.store.requests == 0
+
+
+# -- presence ----------------------------------------------------------
+
+
+def test_presence_keeps_what_was_there_and_counts_age_by_the_store(ada, bob, bucket):
+    bucket.place("agents/ada.json", {"id": "ada", "started_at": "then", "x": 1})
+    ada.heartbeat(step="s")
+    pass_time(bucket, 400)
+    [row] = bob.agents()
+    assert (row["started_at"], row["x"], row["step"]) == ("then", 1, "s")
+    assert (row["status"], row["heartbeat_age_s"]) == ("stale", 400)
+
+
+def test_checkin_renews_my_claims_and_says_what_was_lost(ada, bob, bucket):
+    ada.claim("s")
+    ada.claim("t", ttl=60)
+    pass_time(bucket, 100)
+    bob.claim("t")
+    bob.send("ada", "hello")
+    seen = ada.checkin()
+    assert (seen["renewed"], seen["lost"], seen["unread"]) == (["s"], ["t"], 2)
+
+
+def test_who_left_reads_as_left(ada, bob):
+    ada.heartbeat()
+    ada.leave()
+    assert [row["status"] for row in bob.agents()] == ["left"]
+
+
+def test_a_damaged_presence_does_not_hide_the_others(ada, bob, bucket):
+    bucket.place("agents/eve.json", b"}")
+    bucket.place("agents/joe.json", {"heartbeat": 5, "status": []})
+    ada.heartbeat()
+    assert "ada" in [row["id"] for row in bob.agents()]
+
+
+# == 12. Memory ========================================================
+#
+# Values with revisions; their history; what 0.2 wrote between.
+
+
+def test_a_value_is_read_back_with_who_and_which_revision(ada, bob):
+    ada.memory.set("plan.status", "ready")
+    doc = bob.memory.get("plan.status")
+    assert (doc["key"], doc["value"], doc["set_by"], doc["rev"]) == (
+        "plan.status", "ready", "ada", 1)
+
+
+def test_the_last_writer_wins_and_history_has_all(ada, bob):
+    ada.memory.set("k", "one")
+    bob.memory.set("k", "two")
+    assert ada.memory.get("k")["value"] == "two"
+    assert [d["value"] for d in ada.memory.history("k")] == ["one", "two"]
+    assert [d["value"] for d in ada.memory.history("k", limit=1)] == ["two"]
+
+
+@pytest.mark.parametrize("condition, holds", [
+    ({"if_rev": 1}, True), ({"if_rev": 2}, False), ({"if_rev": 0}, False),
+    ({"if_absent": True}, False), ({"if_value": "one"}, True),
+    ({"if_value": "two"}, False)])
+def test_a_condition_on_memory_holds_or_refuses_with_the_rev(ada, bob, condition, holds):
+    ada.memory.set("k", "one")
+    if holds:
+        assert bob.memory.set("k", "new", **condition)["rev"] == 2
+        return
+    error = refused(tracecraft.Conflict, bob.memory.set, "k", "new", **condition)
+    assert error.exit == 3 and error.details["rev"] == 1
+    assert [d["value"] for d in ada.memory.history("k")] == ["one"]
+
+
+def test_if_absent_and_if_rev_0_create(ada):
+    assert ada.memory.set("a", "x", if_absent=True)["rev"] == 1
+    assert ada.memory.set("b", "x", if_rev=0)["rev"] == 1
+    refused(tracecraft.Conflict, ada.memory.set, "c", "x", if_value="")
+
+
+def test_a_condition_is_judged_again_after_a_lost_race(ada, bob):
+    ada.memory.set("k", "one")
+    ada.store.fault("ok", key="memory/k.json", before=lambda: bob.memory.set("k", "two"))
+    refused(tracecraft.Conflict, ada.memory.set, "k", "three", if_rev=1)
+    assert [d["value"] for d in ada.memory.history("k")] == ["one", "two"]
+
+
+def test_a_deleted_key_is_absent_keeps_its_history_and_counts_on(ada, bucket):
+    ada.memory.set("k", "one")
+    ada.memory.delete("k")
+    refused(tracecraft.NotFound, ada.memory.get, "k")
+    refused(tracecraft.NotFound, ada.memory.delete, "k")
+    assert ada.memory.list() == ([], False)
+    assert bucket.doc("memory/k.json")["value"] == ""
+    assert ada.memory.set("k", "two", if_absent=True)["rev"] == 3
+    assert "deleted_at" not in bucket.doc("memory/k.json")
+
+
+def test_a_value_expires_by_the_stores_clock(ada, bucket):
+    ada.memory.set("k", "v", expires_in=60)
+    pass_time(bucket, 59)
+    assert ada.memory.get("k")["value"] == "v"
+    pass_time(bucket, 2)
+    refused(tracecraft.NotFound, ada.memory.get, "k")
+    assert ada.memory.incr("k")["value"] == "1"
+    assert ada.memory.get("k")["value"] == "1"
+
+
+@pytest.mark.parametrize("start, by, total", [
+    (None, 1, "1"), ("41", 1, "42"), ("1.5", 1, "2.5"), ("1.5", 0.5, "2"),
+    ("-3", -4, "-7"), ("9007199254740993", 1, "9007199254740994"), ("0", 0, "0")])
+def test_incr_adds(ada, start, by, total):
+    if start:
+        ada.memory.set("n", start)
+    assert ada.memory.incr("n", by)["value"] == total
+
+
+@pytest.mark.parametrize("text", ["x", "true", "[1]", "null", '"5"', "1 2"])
+def test_incr_of_what_is_no_number_is_refused(ada, text):
+    ada.memory.set("n", text)
+    assert refused(tracecraft.Conflict, ada.memory.incr, "n").exit == 3
+    assert len(ada.memory.history("n")) == 1
+
+
+def test_append_grows_text_by_lines_and_lists_by_elements(ada):
+    ada.memory.append("t", "a")
+    assert ada.memory.append("t", "b")["value"] == "a\nb"
+    ada.memory.set("l", '["a"]', as_json=True)
+    ada.memory.append("l", '{"b": 1}')
+    assert json.loads(ada.memory.append("l", "plain")["value"]) == [
+        "a", {"b": 1}, "plain"]
+
+
+def test_merge_follows_rfc_7396(ada):
+    ada.memory.merge("o", '{"a": {"b": 1, "c": 2}}')
+    doc = ada.memory.merge("o", '{"a": {"b": null}, "d": [1]}')
+    assert json.loads(doc["value"]) == {"a": {"c": 2}, "d": [1]}
+    refused(tracecraft.Usage, ada.memory.merge, "o", "{")
+    ada.memory.set("t", "text")
+    refused(tracecraft.Conflict, ada.memory.merge, "t", "{}")
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_an_update_of_memory_is_applied_once_through_any_trouble(ada, bucket, kind):
+    ada.memory.append("k", "0")
+    ada.store.fault(kind, key="memory/k.json")
+    ada.store.fault(kind, key="memory/_history")
+    assert ada.memory.append("k", "1")["value"] == "0\n1"
+    assert [d["value"] for d in ada.memory.history("k")] == ["0", "0\n1"]
+
+
+def test_two_hundred_increments_from_eight_agents_count_two_hundred(bucket):
+    agents = [agent_on(bucket, f"a{n}", deadline=30) for n in range(8)]
+
+    def work(agent):
+        for _ in range(25):
+            agent.memory.incr("n")
+    run_all([lambda a=a: work(a) for a in agents])
+    assert agents[0].memory.get("n")["value"] == "200"
+    values = [int(d["value"]) for d in agents[0].memory.history("n", limit=0)]
+    assert sorted(values) == list(range(1, 201))
+    assert chain_faults(bucket) == []
+
+
+def test_an_op_of_memory_is_applied_once_even_after_200_others(ada, bob):
+    ada.memory.incr("n", 5, op="o1")
+    for _ in range(200):
+        bob.memory.incr("n")
+    assert ada.memory.incr("n", 5, op="o1")["value"] == "205"
+
+
+def test_an_unknown_update_keeps_its_snapshot_and_is_settled_by_its_op(ada, bucket):
+    ada.store.fault("lose", key="memory/n.json")
+    ada.store.fault("ok", "GET", "memory/n.json")
+    ada.store.fault("dead", "GET", "memory/n.json")
+    error = refused(tracecraft.Unknown, ada.memory.incr, "n")
+    assert [d["value"] for d in ada.memory.history("n")] == ["1"]
+    assert ada.memory.incr("n", op=error.details["op"])["value"] == "1"
+    assert len(ada.memory.history("n")) == 1
+
+
+def test_the_history_of_a_crashed_attempt_is_told_by_what_landed(ada, bob):
+    """The first attempt is refused, its snapshot survives a crash, the op comes again."""
+    ada.memory.incr("n")
+    ada.store.fault("ok", key="memory/n.json", before=lambda: bob.memory.incr("n"))
+    ada.store.fault("crash-before", "GET", "memory/n.json")
+    ada.store.faults.insert(0, ["ok", "GET", "memory/n.json", None, None])
+    with pytest.raises(Crash):
+        ada.memory.incr("n", op="o1")
+    ada.store.forget()
+    assert ada.memory.incr("n", op="o1")["value"] == "3"
+    assert [d["value"] for d in ada.memory.history("n")] == ["1", "2", "3"]
+
+
+def test_a_value_over_64_kib_moves_to_a_blob_and_comes_back(ada, bob, bucket):
+    ada.memory.set("big", "ä" * 40_000)
+    assert "sha256" in bucket.doc("memory/big.json")["value"]
+    assert bob.memory.get("big")["value"] == "ä" * 40_000
+    ada.memory.append("big", "end")
+    assert bob.memory.get("big")["value"].endswith("ä\nend")
+
+
+@pytest.mark.parametrize("text", ["", "\x00\x1b[31m", "\ud800", "a\r\nb\u2028", "ﬁ\u202e"])
+def test_any_text_is_kept_as_it_is_or_escaped(ada, text):
+    ada.memory.set("k", text)
+    got = ada.memory.get("k")["value"]
+    assert got == text or got == text.encode("utf-8", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize("key", ["", "a..b", ".a", "a/b", "_x", "a._x", "ä", "a b", "a\n"])
+def test_keys_that_do_not_fit_are_refused(ada, key):
+    assert refused(tracecraft.Usage, ada.memory.set, key, "v").exit == 2
+    assert ada.store.requests == 0
+
+
+def test_existing_names_of_02_are_readable(ada, bucket):
+    bucket.place("memory/with space.json", {"value": "v", "set_by": "x"})
+    assert ada.memory.get("with space")["value"] == "v"
+    assert [d["key"] for d in ada.memory.list()[0]] == ["with space"]
+
+
+def test_after_02_overwrote_it_the_rev_exceeds_all_history(ada, bucket):
+    for _ in range(3):
+        ada.memory.incr("n")
+    bucket.place("memory/n.json", {"value": "7", "set_by": "eve", "set_at": "x"})
+    refused(tracecraft.Conflict, ada.memory.set, "n", "1", if_rev=3)
+    refused(tracecraft.Conflict, ada.memory.set, "n", "1", if_rev=0)
+    doc = ada.memory.incr("n")
+    assert (doc["value"], doc["rev"]) == ("8", 4)
+
+
+def test_a_list_is_cut_and_says_so(ada):
+    for n in range(5):
+        ada.memory.set(f"a.k{n}", "v")
+    ada.memory.delete("a.k0")
+    items, truncated = ada.memory.list("a", limit=3)
+    assert [d["key"] for d in items] == ["a.k1", "a.k2", "a.k3"] and truncated
+    assert ada.memory.list("a", limit=4)[1] is False
+    assert ada.memory.list("b") == ([], False)
+
+
+def test_damaged_memory_is_reported_kept_and_hides_nothing(ada, bucket):
+    ada.memory.set("good", "v")
+    bucket.place("memory/bad.json", b"{")
+    for act in (lambda: ada.memory.set("bad", "x"), lambda: ada.memory.get("bad")):
+        assert "memory/bad.json" in refused(tracecraft.Corrupt, act).message
+    assert [d["key"] for d in ada.memory.list()[0]] == ["good"]
+    assert "memory/bad.json" in ada.warned[0]
+    assert bucket.shared.objects["memory/bad.json"][0] == b"{"
+
+
+def test_a_damaged_snapshot_does_not_hide_the_history(ada, bucket):
+    ada.memory.set("k", "v")
+    bucket.place("memory/_history/k/1700000000000000000_eve_00000000.json", b"{")
+    assert [d["value"] for d in ada.memory.history("k")] == ["v"]
+
+
+@pytest.mark.parametrize("doc", [{}, {"value": 5}, {"value": None}, {"value": ["x"]},
+                                 {"value": "v", "expires_at": "never"},
+                                 {"value": "v", "blob": "no", "rev": "x"}])
+def test_memory_of_odd_shape_can_be_read_listed_and_replaced(ada, bucket, doc):
+    bucket.place("memory/k.json", doc)
+    assert ada.memory.get("k")["key"] == "k"
+    assert len(ada.memory.list()[0]) == 1
+    assert ada.memory.set("k", "new")["value"] == "new"
+
+
+def test_a_refused_update_leaves_no_snapshot(ada, bob, bucket):
+    ada.store.fault("ok", key="memory/k.json", before=lambda: bob.memory.set("k", "b"))
+    ada.memory.set("k", "a")
+    assert len(bucket.under("memory/_history/k/")) == 2
+
+
+def test_a_denied_update_leaves_no_snapshot(ada, bucket):
+    ada.store.fault("denied", key="memory/k.json")
+    refused(tracecraft.Denied, ada.memory.set, "k", "a")
+    assert bucket.under("memory/") == []
+
+
+# == 13. Mail ==========================================================
+#
+# A cursor that trusts only the store's clock, moved after the output was flushed.
+
+
+def texts_of(batch):
+    return [message["message"] for message in batch.messages]
+
+
+def read_new(project, **how):
+    """The texts of a read that was shown and committed."""
+    batch = project.inbox(new=True, **how)
+    batch.commit()
+    return texts_of(batch)
+
+
+def place_message(bucket, to, text, *, behind=0, sender="eve", seq=0):
+    """A message whose sender's clock is `behind` seconds slow."""
+    ns = int((bucket.clock_at - behind) * 1e9) + seq
+    key = tracecraft.event_key(f"messages/{to}/", at_ns=ns, agent=sender,
+                               uuid8=f"{seq:08x}")
+    bucket.place(key, {"from": sender, "to": to, "message": text, "sent_at": "x"})
+    return key
+
+
+def test_a_message_arrives_with_its_fields(ada, bob):
+    ada.send("bob", "hello", step="S.1", thread="t", reply_to="r", kind="question",
+             subject="su", importance="high", ack=True)
+    [message] = bob.inbox().messages
+    assert {name: message[name] for name in ("from", "to", "message", "step", "thread",
+                                             "reply_to", "kind", "subject", "ack")} == {
+        "from": "ada", "to": "bob", "message": "hello", "step": "s-1", "thread": "t",
+        "reply_to": "r", "kind": "question", "subject": "su", "ack": True}
+    assert message["target"] == "direct" and message["verified"] is False
+
+
+def test_a_message_is_new_until_it_was_committed(ada, bob):
+    ada.send("bob", "one")
+    assert texts_of(bob.inbox(new=True)) == ["one"]
+    assert read_new(bob) == ["one"]
+    assert read_new(bob) == []
+    assert texts_of(bob.inbox()) == ["one"]
+
+
+def test_messages_come_in_the_order_they_were_sent(ada, bob):
+    for n in range(5):
+        ada.send("bob" if n % 2 else "_broadcast", str(n))
+    assert read_new(bob) == list("01234")
+
+
+def test_a_broadcast_reaches_everybody_but_its_sender(ada, bob):
+    ada.send("_broadcast", "all")
+    bob.send("_broadcast", "too")
+    assert (read_new(ada), read_new(bob)) == (["too"], ["all"])
+
+
+def test_only_own_broadcasts_are_no_news_and_cost_no_reads(ada):
+    for n in range(3):
+        ada.send("_broadcast", str(n))
+    ada.store.forget()
+    assert read_new(ada) == []
+    assert set(m for m, _ in ada.store.counts) == {"LIST"}
+
+
+@pytest.mark.parametrize("behind", [3 * HOUR, 200, -200, -3 * HOUR])
+def test_a_sender_with_a_wrong_clock_is_read_once(bob, bucket, behind):
+    place_message(bucket, "bob", "first")
+    assert read_new(bob) == ["first"]
+    pass_time(bucket, HOUR)
+    place_message(bucket, "bob", "skewed", behind=behind, seq=1)
+    assert read_new(bob) == ["skewed"]
+    for _ in range(5):
+        pass_time(bucket, HOUR)
+        place_message(bucket, "bob", "more", seq=9)
+        assert read_new(bob) == ["more"]
+
+
+def test_a_message_that_surfaces_up_to_five_minutes_late_is_new(bob, bucket):
+    late = place_message(bucket, "bob", "late")
+    hidden = bucket.shared.objects.pop(late)
+    pass_time(bucket, 299)
+    place_message(bucket, "bob", "prompt", seq=1)
+    assert read_new(bob) == ["prompt"]
+    bucket.shared.objects[late] = hidden
+    assert read_new(bob) == ["late"]
+
+
+def test_what_a_limit_withheld_is_shown_next(bob, bucket):
+    for n in range(7):
+        place_message(bucket, "bob", str(n), seq=n)
+        pass_time(bucket, HOUR)
+    batch = bob.inbox(new=True, limit=3)
+    batch.commit()
+    assert texts_of(batch) == ["0", "1", "2"] and batch.truncated
+    assert read_new(bob, limit=3) == ["3", "4", "5"]
+    assert read_new(bob) == ["6"]
+
+
+def test_what_a_filter_withheld_stays_new(ada, bob, bucket):
+    ada.send("bob", "from ada", thread="t1")
+    pass_time(bucket, HOUR)
+    place_message(bucket, "bob", "from eve")
+    assert read_new(bob, by="eve") == ["from eve"]
+    pass_time(bucket, HOUR)
+    assert read_new(bob, thread="t1") == ["from ada"]
+    assert read_new(bob) == []
+
+
+def test_a_crash_between_showing_and_committing_shows_it_again(ada, bob, bucket):
+    ada.send("bob", "one")
+    bob.inbox(new=True)
+    again = agent_on(bucket, "bob")
+    assert read_new(again) == ["one"]
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_a_commit_survives_any_trouble(ada, bob, kind):
+    ada.send("bob", "one")
+    bob.store.fault(kind, key="_cursor")
+    assert read_new(bob) == ["one"]
+    assert read_new(bob) == []
+
+
+def test_of_two_readers_both_see_all_and_none_loses_a_message(ada, bob, bucket):
+    other = agent_on(bucket, "bob", instance="bob-2")
+    ada.send("bob", "one")
+    first = bob.inbox(new=True)
+    ada.send("bob", "two")
+    second = other.inbox(new=True)
+    second.commit()
+    first.commit()
+    assert (texts_of(first), texts_of(second)) == (["one"], ["one", "two"])
+    assert read_new(agent_on(bucket, "bob")) == []
+
+
+def test_a_reader_with_a_limit_does_not_hide_what_another_has_not_shown(
+        ada, bob, bucket):
+    other = agent_on(bucket, "bob", instance="bob-2")
+    for n in range(4):
+        ada.send("bob", str(n))
+        pass_time(bucket, HOUR)
+    first, second = bob.inbox(new=True, limit=1), other.inbox(new=True, limit=2)
+    second.commit()
+    first.commit()
+    assert read_new(agent_on(bucket, "bob")) == ["2", "3"]
+
+
+def test_many_readers_at_once_lose_no_message(bucket):
+    """Invariant 2 of protocol.md 11, over readers that share one agent id."""
+    shown = collections.Counter()
+    senders = [agent_on(bucket, f"s{n}") for n in range(3)]
+    readers = [agent_on(bucket, "bob", instance=f"b{n}") for n in range(3)]
+
+    def send(agent):
+        for n in range(10):
+            agent.send("bob", f"{agent.agent}-{n}")
+
+    def read(agent):
+        for _ in range(8):
+            shown.update(read_new(agent, limit=4))
+            time.sleep(0.005)
+    run_all([lambda a=a: send(a) for a in senders] +
+            [lambda a=a: read(a) for a in readers])
+    while True:
+        rest = read_new(readers[0])
+        shown.update(rest)
+        if not rest:
+            break
+    assert set(shown) == {f"s{a}-{n}" for a in range(3) for n in range(10)}
+
+
+def test_waiting_for_mail_ends_with_the_first_message(ada, bob):
+    threading.Timer(0.2, lambda: ada.send("bob", "now")).start()
+    assert texts_of(bob.inbox(new=True, wait=5)) == ["now"]
+
+
+def test_waiting_for_mail_times_out(bob):
+    assert refused(tracecraft.TimedOut, bob.inbox, new=True, wait=0.1).exit == 6
+
+
+def test_an_unknown_recipient_gets_it_and_the_sender_a_suggestion(ada, bob):
+    bob.heartbeat()
+    ada.send("bbo", "hello")
+    assert "'bbo'" in ada.warned[0] and "did you mean bob?" in ada.warned[0]
+    ada.send("bob", "hello")
+    assert len(ada.warned) == 1
+
+
+@pytest.mark.parametrize("name", ["", "_x", "a/b", "..", "_broadcastx", "ä"])
+def test_a_recipient_that_does_not_fit_is_refused(ada, name):
+    assert refused(tracecraft.Usage, ada.send, name, "hi").exit == 2
+    assert ada.store.requests == 0
+
+
+def test_a_message_of_ten_megabytes_is_sent_by_digest(ada, bob, bucket):
+    text = "long\n" * (2 << 20)
+    sent = ada.send("bob", text)
+    [message] = bob.inbox().messages
+    [part] = message["artifacts"]
+    assert (part["size"], len(message["message"]) < 2000) == (len(text), True)
+    assert len(bucket.shared.objects[sent["key"]][0]) < tracecraft.MAX_MESSAGE
+    assert message["message"].startswith("long\nlong")
+
+
+@pytest.mark.parametrize("text", ["", "\x1b[2J\x00", "\u202eevil", "\ud800", "a\r\nb"])
+def test_a_message_of_odd_characters_is_delivered_not_interpreted(ada, bob, text):
+    ada.send("bob", text)
+    [got] = texts_of(bob.inbox())
+    assert got == text or got == text.encode("utf-8", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_a_message_is_sent_once_through_any_trouble(ada, bob, bucket, kind):
+    ada.send("bob", "warm up")
+    ada.store.fault(kind)
+    ada.send("bob", "one")
+    assert texts_of(bob.inbox()) == ["warm up", "one"]
+
+
+def test_a_message_sent_again_with_its_op_is_one_message(ada, bob, bucket):
+    ada.send("bob", "one", op="m1")
+    pass_time(bucket, 10)
+    ada.send("bob", "one", op="m1")
+    assert texts_of(bob.inbox()) == ["one"]
+
+
+def test_a_message_of_unknown_outcome_is_settled_by_its_op(ada, bob):
+    ada.send("bob", "warm up")
+    ada.store.fault("lose")
+    ada.store.fault("dead", "GET")
+    error = refused(tracecraft.Unknown, ada.send, "bob", "one")
+    ada.send("bob", "one", op=error.details["op"])
+    assert texts_of(bob.inbox()) == ["warm up", "one"]
+
+
+def test_a_damaged_message_is_shown_as_such_and_once(ada, bob, bucket):
+    key = place_message(bucket, "bob", "x")
+    bucket.place(key, b"{")
+    ada.send("bob", "good")
+    shown = read_new(bob)
+    assert len(shown) == 2 and "unreadable" in shown[0] and key in shown[0]
+    assert read_new(bob) == []
+
+
+@pytest.mark.parametrize("doc", [{}, {"from": 5, "message": ["x"]}, {"message": None}])
+def test_a_message_of_odd_shape_is_shown(bob, bucket, doc):
+    key = place_message(bucket, "bob", "x")
+    bucket.place(key, doc)
+    assert len(read_new(bob)) == 1
+
+
+def test_a_message_deleted_while_it_is_read_is_skipped(ada, bob):
+    sent = ada.send("bob", "gone")
+    ada.send("bob", "stays")
+    bob.store.fault("ok", "GET", sent["key"], before=lambda: bob.mail.delete(sent["key"]))
+    assert read_new(bob) == ["stays"]
+
+
+def test_deleting_is_for_my_own_mailbox(ada, bob):
+    sent = ada.send("bob", "x")
+    refused(tracecraft.Usage, ada.mail.delete, sent["key"])
+    bob.mail.delete(sent["key"])
+    assert texts_of(bob.inbox()) == []
+
+
+# -- acknowledging -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["id", "key", "start"])
+def test_a_message_is_acknowledged_by_id_beginning_or_key(ada, bob, bucket, name):
+    sent = ada.send("bob", "x", ack=True)
+    ada.send("bob", "y")
+    sent["start"] = sent["id"][:8]
+    assert bob.ack(sent[name])["message"] == sent["key"]
+    leaf = sent["key"].rsplit("/", 1)[1]
+    assert bucket.doc(f"messages/bob/_acks/{leaf}")["by"] == "bob"
+
+
+def test_acknowledging_twice_is_once(ada, bob, bucket):
+    sent = ada.send("bob", "x")
+    bob.ack(sent["id"])
+    pass_time(bucket, 60)
+    bob.ack(sent["id"])
+    assert bucket.writes(bucket.under("messages/bob/_acks/")[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["nope", "", "00000000", "../x", "_cursor.json"])
+def test_acknowledging_what_is_not_there_is_not_found(bob, ada, name):
+    ada.send("bob", "x")
+    assert refused(tracecraft.NotFound, bob.ack, name).exit == 1
+
+
+def test_acknowledging_is_not_reading(ada, bob):
+    sent = ada.send("bob", "x")
+    bob.ack(sent["id"])
+    assert read_new(bob) == ["x"]
+
+
+# -- cursors of 0.2 and damage -----------------------------------------
+
+
+def test_a_cursor_of_02_is_taken_with_its_seen_and_its_age_as_floor(bob, bucket):
+    old = place_message(bucket, "bob", "old")
+    pass_time(bucket, HOUR)
+    seen = place_message(bucket, "bob", "seen", seq=1)
+    place_message(bucket, "bob", "unseen", seq=2)
+    bucket.place("messages/bob/_cursor.json", {
+        "direct": {"watermark": old, "seen": [seen]}, "updated_at": "x"})
+    assert read_new(bob) == ["unseen"]
+    assert bucket.doc("messages/bob/_cursor.json")["rev"] == 1
+
+
+def test_our_cursor_hides_from_02_only_what_was_shown(ada, bob, bucket):
+    """0.2 shows keys above `watermark` that are not in `seen`."""
+    place_message(bucket, "bob", "one")
+    pass_time(bucket, HOUR)
+    place_message(bucket, "bob", "two", seq=1)
+    read_new(bob)
+    stream = bucket.doc("messages/bob/_cursor.json")["direct"]
+    late = place_message(bucket, "bob", "late", behind=200, seq=2)
+    keys = [key for key in bucket.under("messages/bob/1")
+            if key > stream["watermark"] and key not in stream["seen"]]
+    assert keys == [late]
+
+
+@pytest.mark.parametrize("doc", [
+    {}, {"direct": "text"}, {"direct": 5}, {"direct": {"seen": 7, "floor": "x"}},
+    {"rev": 1, "direct": None}, {"rev": "x", "direct": {"floor": True}}])
+def test_a_cursor_of_odd_shape_shows_rather_than_hides(bob, bucket, doc):
+    bucket.place("messages/bob/_cursor.json", doc)
+    place_message(bucket, "bob", "one")
+    assert read_new(bob) == ["one"]
+    assert read_new(bob) == []
+
+
+def test_a_damaged_cursor_is_reported_not_overwritten(ada, bob, bucket):
+    ada.send("bob", "one")
+    bucket.place("messages/bob/_cursor.json", b"{")
+    error = refused(tracecraft.Corrupt, bob.inbox, new=True)
+    assert error.exit == 8 and "_cursor.json" in error.message
+    assert texts_of(bob.inbox()) == ["one"]
+    assert bucket.shared.objects["messages/bob/_cursor.json"][0] == b"{"
+
+
+def test_a_cursor_kept_locally_is_dropped_when_another_moved_it(ada, bob, bucket):
+    ada.send("bob", "one")
+    read_new(bob)
+    ada.send("bob", "two")
+    read_new(agent_on(bucket, "bob"))
+    assert read_new(bob) == []
+
+
+def test_the_cursor_keeps_no_keys_that_its_floor_covers(ada, bob, bucket):
+    for n in range(20):
+        place_message(bucket, "bob", str(n), seq=n)
+        pass_time(bucket, HOUR)
+        read_new(bob)
+    assert len(bucket.doc("messages/bob/_cursor.json")["direct"]["seen"]) <= 2
+
+
+# == Requests per command ==============================================
+#
+# What a command costs once verdict and local state are warm (protocol.md 1.7).
+
+
+def spent(project, act, *args, **how):
+    """The requests of one act, as {"METHOD key": times}."""
+    project.store.counts.clear()
+    try:
+        act(*args, **how)
+    except tracecraft.Error:
+        pass
+    return project.store.asked()
+
+
+def test_a_claim_of_a_free_step_costs_two_requests(ada):
+    assert spent(ada, ada.claim, "s") == {"LIST steps/s/": 1, f"PUT {CLAIM}": 1}
+
+
+def test_a_refused_claim_costs_two_requests(ada, bob):
+    ada.claim("s")
+    assert spent(bob, bob.claim, "s") == {"LIST steps/s/": 1, f"GET {CLAIM}": 1}
+
+
+def test_a_claim_with_a_need_costs_its_spec_and_the_need(ada, bob):
+    ada.add_step("s", needs=["a"])
+    ada.complete("a")
+    assert spent(bob, bob.claim, "s") == {
+        "LIST steps/s/": 1, "GET steps/s/spec.json": 1, "LIST steps/a/": 1,
+        "GET steps/a/claim.json": 1, "GET steps/a/status.json": 1, f"PUT {CLAIM}": 1}
+
+
+def test_completing_costs_two_requests_and_the_projections(ada):
+    ada.claim("s")
+    assert spent(ada, ada.complete, "s") == {
+        f"GET {CLAIM}": 1, f"PUT {CLAIM}": 1, f"GET {STATUS}": 1,
+        f"PUT {HANDOFF}": 1, f"PUT {STATUS}": 1}
+
+
+def test_releasing_costs_two_requests_and_the_projection(ada):
+    ada.claim("s")
+    assert spent(ada, ada.release, "s") == {
+        f"GET {CLAIM}": 1, f"PUT {CLAIM}": 1, f"GET {STATUS}": 1, f"PUT {STATUS}": 1}
+
+
+def test_renewing_costs_two_requests_and_a_look_for_acts_of_02(ada):
+    ada.claim("s")
+    assert spent(ada, ada.renew, "s") == {f"GET {CLAIM}": 1, f"GET {STATUS}": 1,
+                                          f"PUT {CLAIM}": 1}
+
+
+def test_a_takeover_costs_a_claim_its_projection_and_a_notice(ada, bob, bucket):
+    ada.claim("s")
+    pass_time(bucket)
+    assert spent(bob, bob.claim, "s") == {
+        "LIST steps/s/": 1, f"GET {CLAIM}": 1, f"PUT {CLAIM}": 1, f"PUT {STATUS}": 1,
+        "PUT messages/ada/*": 1}
+
+
+def test_sending_costs_one_request_and_a_listing_the_first_time(ada, bob):
+    bob.heartbeat()
+    assert spent(ada, ada.send, "bob", "1") == {"LIST agents/": 1,
+                                                "PUT messages/bob/*": 1}
+    assert spent(ada, ada.send, "bob", "2") == {"PUT messages/bob/*": 1}
+
+
+def test_looking_for_new_mail_when_there_is_none_costs_two_listings(ada, bob):
+    nothing = {"LIST messages/bob/": 1, "LIST messages/_broadcast/": 1}
+    assert spent(bob, read_new, bob) == nothing
+    ada.send("bob", "1")
+    ada.send("_broadcast", "2")
+    read_new(bob)
+    assert spent(bob, read_new, bob) == nothing
+
+
+def test_reading_one_new_message_costs_the_message_and_the_cursor(ada, bob):
+    for _ in range(2):
+        ada.send("bob", "1")
+        cost = spent(bob, read_new, bob)
+    assert cost == {"LIST messages/bob/": 1, "LIST messages/_broadcast/": 1,
+                    "GET messages/bob/*": 1, "PUT messages/bob/_cursor.json": 1}
+
+
+def test_memory_costs_one_request_to_read_and_three_to_write(ada):
+    write = {"GET memory/a/b.json": 1, "PUT memory/_history/a/b/*": 1,
+             "PUT memory/a/b.json": 1}
+    for act in (ada.memory.set, ada.memory.append):
+        assert spent(ada, act, "a.b", "v") == write
+    assert spent(ada, ada.memory.get, "a.b") == {"GET memory/a/b.json": 1}
+
+
+def test_listing_memory_costs_a_listing_and_its_documents(ada):
+    for n in range(3):
+        ada.memory.set(f"a.k{n}", "v")
+    cost = spent(ada, ada.memory.list, "a.")
+    assert cost == {"LIST memory/a/": 1, **{f"GET memory/a/k{n}.json": 1
+                                            for n in range(3)}}
+
+
+def test_a_heartbeat_costs_one_request_once_it_is_known(ada):
+    assert spent(ada, ada.heartbeat) == {"GET agents/ada.json": 1,
+                                         "PUT agents/ada.json": 1}
+    assert spent(ada, ada.heartbeat) == {"PUT agents/ada.json": 1}
+
+
+def test_acknowledging_costs_a_listing_and_a_create(ada, bob):
+    sent = ada.send("bob", "x")
+    cost = spent(bob, bob.ack, sent["id"])
+    assert cost["PUT messages/bob/_acks/*"] == 1 and sum(cost.values()) <= 3
+
+
+def test_who_am_i_costs_nothing(ada):
+    ada.claim("s")
+    assert spent(ada, ada.whoami) == {}
+    assert ada.whoami()["holds"] == {"step/s": {"token": 1, "ttl": tracecraft.TTL}}
+
+
+def test_a_round_of_waiting_costs_a_listing_and_what_changed(ada, bob):
+    ada.complete("s")
+    bob.store.counts.clear()
+    with pytest.raises(tracecraft.TimedOut):
+        bob.wait_for(["s", "t"], timeout=0.5)
+    rounds = bob.store.counts["LIST", "steps/s/"]
+    assert rounds >= 2 and bob.store.counts["LIST", "steps/t/"] == rounds
+    assert bob.store.counts["GET", CLAIM] == bob.store.counts["GET", STATUS] == 1
+
+
+def test_the_status_of_a_large_project_is_at_most_ten_listings(ada, bucket):
+    for n in range(500):
+        bucket.place(f"steps/s{n}/spec.json", {"title": "t"})
+    for n in range(100):
+        bucket.place(f"agents/a{n}.json", {"id": f"a{n}"})
+    cost = spent(ada, tracecraft.gather_status, ada)
+    listings = sum(n for what, n in cost.items() if what.startswith("LIST"))
+    assert listings <= 10 and not any("claim.json" in what for what in cost)
+
+
+# == Crash points ======================================================
+#
+# Every mutating verb ends before and after each of its requests; then the same verb
+# again, the next verb by a second agent, and the readers must cope. Invariant 6.
+
+
+def crash_step(bucket, ada, state="in_progress"):
+    """A step of ada's in some state, before the verb that crashes."""
+    ada.claim("s")
+    if state != "in_progress":
+        ada.complete("s", state=state, note="first")
+
+
+CRASHES = {  # verb: (what was there before, the act; what it leaves when it was done)
+    "claim": (None, lambda a: a.claim("s"), "in_progress"),
+    "claim with op": (None, lambda a: a.claim("s", op="c1"), "in_progress"),
+    "claim with needs": (
+        lambda b, a: (a.add_step("s", needs=["n"]), a.complete("n")),
+        lambda a: a.claim("s"), "in_progress"),
+    "renew": (crash_step, lambda a: a.renew("s"), "in_progress"),
+    "claim again, renewing": (
+        lambda b, a: (a.claim("s"), pass_time(b, tracecraft.TTL - 9)),
+        lambda a: a.claim("s"), "in_progress"),
+    "release": (crash_step, lambda a: a.release("s"), "released"),
+    "complete": (crash_step, lambda a: a.complete("s", note="n"), "complete"),
+    "complete unclaimed": (None, lambda a: a.complete("s", note="n"), "complete"),
+    "fail": (crash_step, lambda a: a.complete("s", state="failed"), "failed"),
+    "review": (crash_step, lambda a: a.complete("s", state="needs_review"),
+               "needs_review"),
+    "approve": (lambda b, a: crash_step(b, a, "needs_review"),
+                lambda a: a.approve("s"), "complete"),
+    "reject": (lambda b, a: crash_step(b, a, "needs_review"),
+               lambda a: a.reject("s"), "released"),
+    "reopen": (lambda b, a: crash_step(b, a, "complete"),
+               lambda a: a.claim("s", reopen=True), "in_progress"),
+    "takeover": (
+        lambda b, a: (agent_on(b, "eve").claim("s"), pass_time(b)),
+        lambda a: a.claim("s"), "in_progress"),
+    "last attempt": (
+        lambda b, a: (a.add_step("s", max_attempts=1), agent_on(b, "eve").claim("s"),
+                      pass_time(b)),
+        lambda a: a.claim("s"), "failed"),
+    "force": (lambda b, a: agent_on(b, "eve").claim("s"),
+              lambda a: a.complete("s", force="gone"), "complete"),
+    "resume": (lambda b, a: agent_on(b, "ada", instance="old").claim("s"),
+               lambda a: a.claim("s", resume=True), "in_progress"),
+    "adopt": (lambda b, a: b.place(STATUS, {"status": "complete", "agent": "eve"}),
+              lambda a: a.claim("s", reopen=True), "in_progress"),
+    "fold": (lambda b, a: (a.claim("s"), b.place(HANDOFF, {"from_agent": "eve"})),
+             lambda a: a.complete("s"), "complete"),
+}
+# A second try may be told that the first one had done it.
+DONE_ALREADY = {"approve": tracecraft.Conflict, "reject": tracecraft.Conflict,
+                "last attempt": tracecraft.Conflict}
+
+
+def crashes(prepare, act):
+    """Run `act` once for each point at which it can end; yield what is left each time.
+
+    (bucket, the agent's next process with the local state it had, "before put 3").
+    """
+    number, when = 1, "before"
+    while True:
+        bucket, state = MemoryStore(), LocalState()
+        ada = agent_on(bucket, "ada", state=state)
+        if prepare:
+            prepare(bucket, ada)
+        pass_time(bucket, 1)
+        ada.store.forget()
+        ada.store.crash_at = (number, when)
+        try:
+            act(ada)
+            crashed = False
+        except Crash:
+            crashed = True
+        except tracecraft.Conflict:
+            crashed = False
+        if not crashed:
+            return
+        yield bucket, agent_on(bucket, "ada", state=state), f"{when} request {number}"
+        number, when = (number, "after") if when == "before" else (number + 1, "before")
+
+
+def step_faults(bucket):
+    """What invariants 1 and 3 of protocol.md 11 forbid, found in the log; [] if sound."""
+    wrong, last = chain_faults(bucket), {}
+    for key, body, at, _ in bucket.log:
+        if not key.endswith("/claim.json"):
+            continue
+        old = last.get(key)
+        if body is None:
+            wrong.append(f"{key}: deleted")
+            continue
+        doc = json.loads(body)
+        last[key] = {**doc, "written": at}
+        if old:
+            wrong += _move_faults(key, old, doc, at)
+    return wrong
+
+
+def _move_faults(key, old, doc, at):
+    """Why a claim may not go from `old` to `doc`, both as they were stored."""
+    token, was = tracecraft.token_of(doc), tracecraft.token_of(old)
+    state, before = tracecraft.state_of(doc), tracecraft.state_of(old)
+    if token not in (was, was + 1):
+        return [f"{key}: token {was} -> {token}"]
+    if token == was:
+        same = (doc["agent"], doc.get("instance")) == (old["agent"], old.get("instance"))
+        if state == "in_progress" and (before != "in_progress" or not same):
+            return [f"{key}: token {token} given twice"]
+        if before in ("complete", "failed", "blocked") and state != before:
+            return [f"{key}: {before} -> {state} under one token"]
+    why = doc["history"][-1]["why"]
+    if token > was and "takeover" in why and at - int(old["written"]) < old["ttl"] + 5:
+        return [f"{key}: taken over after {at - old['written']:.0f} s"]
+    return []
+
+
+def projections_behind(bucket):
+    """Whether status.json or handoff.json of step s say less than its claim."""
+    reader = agent_on(bucket, "reader").ledger
+    found = [reader.read(key) for key in (CLAIM, STATUS, HANDOFF)]
+    return tracecraft.behind(*(None if r.doc is None else r for r in found))
+
+
+def look_at_everything(project):
+    """The reading views; none of them may stumble over what a crash left."""
+    project.step_status("s")
+    project.agents()
+    project.memory.list()
+    project.inbox()
+    project.whoami()
+    tracecraft.gather_status(project)
+
+
+@pytest.mark.parametrize("verb", CRASHES)
+def test_a_step_verb_that_crashed_anywhere_can_be_repeated(verb):
+    prepare, act, state = CRASHES[verb]
+    points = 0
+    for bucket, ada, where in crashes(prepare, act):
+        points += 1
+        look_at_everything(ada)
+        try:
+            act(ada)
+        except DONE_ALREADY.get(verb, ()):
+            pass
+        claim = bucket.doc(CLAIM)
+        assert tracecraft.state_of(claim) == state, where
+        assert step_faults(bucket) == [], where
+    assert points >= 4
+
+
+@pytest.mark.parametrize("verb", CRASHES)
+def test_after_a_crash_of_a_step_verb_a_second_agent_goes_on(verb):
+    prepare, act, _ = CRASHES[verb]
+    for bucket, ada, where in crashes(prepare, act):
+        bob = agent_on(bucket, "bob")
+        pass_time(bucket)
+        if bob.step_status("s")["state"] == "needs_review":
+            bob.reject("s")
+        reopen = bob.step_status("s")["state"] in tracecraft.ENDED
+        try:
+            bob.claim("s", reopen=reopen)
+        except tracecraft.Conflict:
+            assert verb == "last attempt" and bob.step_status("s")["state"] == "failed"
+            bob.claim("s", reopen=True)
+        assert bob.complete("s", note="bob's")["agent"] == "bob", where
+        for late in (ada.renew, ada.release):
+            with pytest.raises((tracecraft.Fenced, tracecraft.Conflict)):
+                late("s")
+        assert not projections_behind(bucket), where
+        assert bucket.doc(HANDOFF)["note"] == "bob's", where
+        assert step_faults(bucket) == [], where
+        look_at_everything(bob)
+
+
+@pytest.mark.parametrize("verb", ["release", "complete", "fail", "review", "reopen",
+                                  "takeover", "force", "fold", "adopt"])
+def test_the_same_verb_again_brings_the_projections_up_to_date(verb):
+    """Otherwise an 0.2 client would see the old state until somebody runs doctor."""
+    prepare, act, _ = CRASHES[verb]
+    for bucket, ada, where in crashes(prepare, act):
+        act(ada)
+        assert not projections_behind(bucket), where
+
+
+@pytest.mark.parametrize("verb", CRASHES)
+def test_doctor_mends_what_a_crashed_step_verb_left(verb):
+    prepare, act, _ = CRASHES[verb]
+    for bucket, ada, where in crashes(prepare, act):
+        assert tracecraft.diagnose(ada, fix=True)["ok"], where
+        after = tracecraft.diagnose(ada)
+        assert (after["ok"], after["problems"]) == (True, []), where
+        assert step_faults(bucket) == [], where
+        look_at_everything(ada)
+
+
+def memory_is(key, value):
+    def check(bucket, ada, where):
+        assert ada.memory.get(key)["value"] == value, where
+        assert ada.memory.history(key)[-1]["value"] == value, where
+        assert chain_faults(bucket) == [], where
+    return check
+
+
+def memory_gone(bucket, ada, where):
+    refused(tracecraft.NotFound, ada.memory.get, "k")
+
+
+def mail_is(*texts):
+    def check(bucket, ada, where):
+        assert texts_of(agent_on(bucket, "bob").inbox()) == list(texts), where
+    return check
+
+
+def memory_holds_70_000(bucket, ada, where):
+    assert ada.memory.get("k")["value"] == "v" * 70_000, where
+
+
+def mail_is_large(bucket, ada, where):
+    [message] = agent_on(bucket, "bob").inbox().messages
+    assert message["artifacts"][0]["size"] == 9000, where
+
+
+def acked_once(bucket, ada, where):
+    assert len(bucket.under("messages/ada/_acks/")) == 1, where
+
+
+def spec_is_there(bucket, ada, where):
+    assert (bucket.writes("steps/s/spec.json"), ada.step_status("s")["needs"]) == (
+        1, ["a"]), where
+
+
+def is_present(bucket, ada, where):
+    assert [row["id"] for row in ada.agents()] == ["ada"], where
+
+
+OTHER_CRASHES = {  # verb: (before, act, what holds after the act was repeated)
+    "memory set": (None, lambda a: a.memory.set("k", "v"), memory_is("k", "v")),
+    "memory set with a blob": (None, lambda a: a.memory.set("k", "v" * 70_000),
+                               memory_holds_70_000),
+    "memory incr": (lambda b, a: a.memory.incr("k", 4),
+                    lambda a: a.memory.incr("k", op="o1"), memory_is("k", "5")),
+    "memory append": (lambda b, a: a.memory.append("k", "0"),
+                      lambda a: a.memory.append("k", "1", op="o1"),
+                      memory_is("k", "0\n1")),
+    "memory merge": (None, lambda a: a.memory.merge("k", '{"a": 1}', op="o1"),
+                     memory_is("k", '{"a": 1}')),
+    "memory delete": (lambda b, a: a.memory.set("k", "v"),
+                      lambda a: a.memory.delete("k", op="o1"), memory_gone),
+    "send": (None, lambda a: a.send("bob", "one", op="m1"), mail_is("one")),
+    "send large": (None, lambda a: a.send("bob", "x" * 9000, op="m1"), mail_is_large),
+    "ack": (lambda b, a: agent_on(b, "bob").send("ada", "x"),
+            lambda a: a.ack(a.inbox().messages[0]["id"]), acked_once),
+    "add_step": (None, lambda a: a.add_step("s", needs=["a"]), spec_is_there),
+    "heartbeat": (None, lambda a: a.heartbeat(), is_present),
+    "leave": (None, lambda a: a.leave(), is_present),
+    "init": (None, lambda a: a.init(probe=False), is_present),
+}
+
+
+@pytest.mark.parametrize("verb", OTHER_CRASHES)
+def test_a_verb_that_crashed_anywhere_can_be_repeated(verb):
+    prepare, act, check = OTHER_CRASHES[verb]
+    points = 0
+    for bucket, ada, where in crashes(prepare, act):
+        points += 1
+        look_at_everything(agent_on(bucket, "bob"))
+        act(ada)
+        check(bucket, ada, where)
+        look_at_everything(ada)
+    assert points >= 2
+
+
+def test_a_crash_while_committing_shows_a_message_twice_but_never_not_at_all():
+    def prepare(bucket, ada):
+        for n in range(3):
+            agent_on(bucket, "bob").send("ada", str(n))
+    for bucket, ada, where in crashes(prepare, lambda a: a.inbox(new=True).commit()):
+        again = read_new(ada)
+        landed = bucket.writes("messages/ada/_cursor.json") > 1
+        assert again in (["0", "1", "2"], []), where
+        assert again or where.startswith("after"), where
+        assert landed or again == [] or read_new(ada) == [], where
+
+
+def test_a_crash_while_checking_in_loses_no_claim_and_no_mail():
+    def prepare(bucket, ada):
+        ada.claim("s")
+        agent_on(bucket, "bob").send("ada", "hi")
+    for bucket, ada, where in crashes(prepare, lambda a: a.checkin()):
+        seen = ada.checkin()
+        assert (seen["renewed"], seen["unread"]) == (["s"], 1), where
+
+
+# == Histories =========================================================
+#
+# Agents at random on a store that fails at random; then every acknowledgement must
+# have its witness in the chain of revisions, and nothing may be there twice.
+
+
+class Witness:
+    """What agents were told. check() finds what the log of the store contradicts."""
+
+    def __init__(self, bucket):
+        self.bucket, self.told = bucket, []
+
+    def note(self, what, *facts):
+        self.told.append((what, len(self.bucket.log), *facts))
+
+    def all(self, what):
+        return [facts[2:] for facts in self.told if facts[0] == what]
+
+    def check(self):
+        return (step_faults(self.bucket) + self._claims() + self._ends()
+                + self._counter() + self._messages() + self._refusals())
+
+    def _claims(self):
+        given, wrong = {}, []
+        for step, token, who in self.all("claimed"):
+            if given.setdefault((step, token), who) != who:
+                wrong.append(f"{step} token {token}: {given[step, token]} and {who}")
+            docs = self.bucket.history(f"steps/{step}/claim.json")
+            if not any(d["token"] == token and d.get("instance") == who for d in docs):
+                wrong.append(f"{step} token {token}: {who} was told, nobody wrote it")
+        return wrong
+
+    def _ends(self):
+        wrong = []
+        for step, token, agent in self.all("ended"):
+            docs = self.bucket.history(f"steps/{step}/claim.json")
+            if not any((d["state"], d["token"], d["agent"]) ==
+                       ("complete", token, agent) for d in docs):
+                wrong.append(f"{step}: {agent} ended token {token}, nobody wrote it")
+        return wrong
+
+    def _counter(self):
+        """Each acknowledged increment is in the value once, each doubtful one at most."""
+        sure, doubtful = len(self.all("counted")), len(self.all("counted?"))
+        docs = self.bucket.history("memory/n.json")
+        value = int(docs[-1]["value"]) if docs else 0
+        if sure <= value <= sure + doubtful:
+            return []
+        return [f"counter is {value} after {sure} increments and {doubtful} doubtful"]
+
+    def _messages(self):
+        there = collections.Counter(
+            self.bucket.doc(key)["message"] for key in self.bucket.under("messages/")
+            if "/_" not in key[len("messages/"):]
+            and self.bucket.doc(key).get("kind") != "notice")
+        sent = [text for text, in self.all("sent")]
+        doubtful = [text for text, in self.all("sent?")]
+        return ([f"message {text} is there {there[text]} times" for text in sent
+                 if there[text] != 1] +
+                [f"message {text} is there twice" for text in doubtful
+                 if there[text] > 1])
+
+    def _refusals(self):
+        """Who was refused because somebody else was first had a rival that wrote."""
+        wrong = []
+        for step, holder in self.all("refused"):
+            docs = self.bucket.history(f"steps/{step}/claim.json")
+            if not any(doc["agent"] == holder for doc in docs):
+                wrong.append(f"{step}: refused for {holder}, who never held it")
+        return wrong
+
+
+def act_at_random(agent, dice, witness, serial):
+    """One random verb of one agent, and what it was told."""
+    what, step = dice.choice("ccccceeeerwnnns"), f"s{dice.randrange(3)}"
+    try:
+        if what == "c":
+            claim = agent.claim(step, ttl=30, reopen=True)
+            if claim.fresh:
+                witness.note("claimed", step, claim.token, agent.instance)
+        elif what == "e":
+            doc = agent.complete(step, note=str(serial))
+            witness.note("ended", step, doc["token"], doc["agent"])
+        elif what == "r":
+            agent.release(step)
+        elif what == "w":
+            agent.renew(step)
+        elif what == "n":
+            _noting(witness, "counted", agent.memory.incr, "n")
+        else:
+            text = f"{agent.instance} {serial}"
+            _noting(witness, "sent", agent.send, "all", text, facts=(text,))
+    except tracecraft.Held as why:
+        witness.note("refused", step, why.details.get("holder"))
+    except (tracecraft.Conflict, tracecraft.Fenced, tracecraft.Unknown,
+            tracecraft.Unavailable):
+        pass
+
+
+def _noting(witness, what, act, *args, facts=()):
+    try:
+        act(*args)
+        witness.note(what, *facts)
+    except tracecraft.Unknown:
+        witness.note(what + "?", *facts)
+        raise
+
+
+def run_history(seed, ledger=tracecraft.Ledger, *, agents=4, rounds=25, faults=0.25):
+    """What is wrong after a random run of some agents in threads; [] if nothing."""
+    bucket = MemoryStore()
+    witness = Witness(bucket)
+
+    def live(number):
+        dice = random.Random(f"{seed} {number}")
+        agent = agent_on(bucket, "ab"[number % 2], instance=f"i{number}",
+                         ledger=ledger, deadline=5)
+        agent.store.chaos = (dice, faults)
+        for serial in range(rounds):
+            act_at_random(agent, dice, witness, serial)
+            if dice.random() < 0.1:
+                bucket.clock_at += dice.choice((10, 20, 40))
+    run_all([lambda n=n: live(n) for n in range(agents)])
+    return witness.check()
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_no_random_run_breaks_an_invariant(round_):
+    """Invariants 1, 2, 3 and 6 of protocol.md 11."""
+    seed = random.randrange(10**9)
+    print("seed", seed)
+    assert run_history(seed) == [], seed
+
+
+def test_a_run_without_faults_is_sound_too():
+    assert run_history(7, faults=0) == []
+
+
+# -- variants that must be caught --------------------------------------
+
+
+class Unsettling(tracecraft.Ledger):
+    """Takes a lost answer for a lost race: decides again, and applies twice."""
+
+    def _settle(self, key, new, old, **how):
+        return "lost", self.read(key)
+
+
+class Believing(tracecraft.Ledger):
+    """Takes a lost answer for a success."""
+
+    def _settle(self, key, new, old, **how):
+        if how["doubt"]:
+            return "landed", tracecraft.Record(key, new)
+        return super()._settle(key, new, old, **how)
+
+
+class Forgetful(tracecraft.Ledger):
+    """Takes a new nonce for each attempt, so it cannot recognise its own write."""
+
+    def _settle(self, key, new, old, **how):
+        fresh = {**new, "nonce": self.hex()}
+        return super()._settle(key, fresh, old, **{**how, "doubt": False})
+
+
+class BusyIsLost_10(tracecraft.Ledger):
+    """Takes 409 for a lost race: somebody else must have been first."""
+
+    def _write(self, key, new, old, op, **how):
+        put, store = self.store.put, self.store
+
+        def once(*args, **condition):
+            try:
+                return put(*args, **condition)
+            except tracecraft.Busy:
+                raise tracecraft.Held("was taken", holder="somebody") from None
+        store.put = once
+        try:
+            return super()._write(key, new, old, op, **how)
+        finally:
+            store.put = put
+
+
+class CheckThenPut_10(tracecraft.Ledger):
+    """Compares before writing, but writes without a condition."""
+
+    def _write(self, key, new, old, op, **how):
+        now = self.read(key)
+        if now.etag != old.etag:
+            return "lost", now
+        time.sleep(0.001)
+        stamp = self.store.put(key, tracecraft.dump_json(new))
+        return "landed", tracecraft.Record(key, new, etag=stamp.etag)
+
+
+class TokenReset(tracecraft.Ledger):
+    """Releases a claim by deleting it: tokens start again."""
+
+    def _write(self, key, new, old, op, **how):
+        if new.get("state") == "released":
+            self.store.delete(key)
+            return "landed", tracecraft.Record(key, new)
+        return super()._write(key, new, old, op, **how)
+
+
+class OwnClock(tracecraft.Ledger):
+    """Judges leases by its own clock, which runs 40 s ahead."""
+
+    def read(self, key):
+        record = super().read(key)
+        record.now = record.now + 40
+        return record
+
+
+@pytest.mark.parametrize("broken", [Unsettling, Believing, Forgetful, BusyIsLost_10,
+                                    CheckThenPut_10, TokenReset, OwnClock])
+def test_a_broken_ledger_is_caught(broken):
+    for seed in range(12):
+        if run_history(seed, broken, rounds=20, faults=0.4):
+            return
+    pytest.fail(f"{broken.__name__} passed twelve runs")
+
+
+# == Every store: one contract =========================================
+#
+# The same tests on the memory store, the directory, the suite's own S3 server in its ETag
+# dialects, S3 through `requests`, moto, a real server, and any bucket that
+# TRACECRAFT_TEST_STORE names (a store URL; a fresh random project, removed afterwards).
+
+
+
+
+BIN = os.path.join(os.path.dirname(os.path.abspath(tracecraft.__file__)), "..", "shared",
+                   "s3")
+KINDS = ["memory", "file", "s3-any", "s3-quoted", "s3-unquoted"]
+KINDS += [pytest.param(kind, marks=pytest.mark.peers) for kind in ("requests", "moto")]
+KINDS += [pytest.param("bucket", marks=pytest.mark.bucket)]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def real_bucket(tmp_path_factory):
+    """(store URL without project, environ) of a real S3 server: the one named, or
+    ministack, which starts in a second."""
+    url = os.environ.get("TRACECRAFT_TEST_STORE")
+    if url:
+        yield url, dict(os.environ)
+        return
+    serve = os.path.join(BIN, "serve-ministack")
+    if not os.path.exists(serve) or not shutil.which("bash"):
+        pytest.skip("TRACECRAFT_TEST_STORE is not set and no server is at hand")
+    data = str(tmp_path_factory.mktemp("ministack"))
+    said = subprocess.run([serve, data, str(free_port())], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    environ = dict(os.environ)
+    for line in said.stdout.splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        environ[name] = value
+    yield f"s3://tracecraft-suite?endpoint={environ['AWS_ENDPOINT_URL']}", environ
+    subprocess.run([os.path.join(BIN, "serve-down"), data, "--purge"], capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def moto_server():
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=free_port())
+    server.start()
+    yield f"http://127.0.0.1:{server._port}"
+    server.stop()
+
+
+def remove_all(store):
+    for entry in store.list("").entries:
+        store.delete(entry.key)
+
+
+def s3_store_11(url, environ, project):
+    parts = tracecraft.parse_store_url(url)
+    settings = tracecraft.load_settings(
+        {"store": tracecraft.store_url({**parts, "project": project}), "fresh": True},
+        environ, os.getcwd())
+    return tracecraft.open_store(settings)
+
+
+@pytest.fixture(params=KINDS)
+def any_store(request, tmp_path):
+    """A fresh, empty project in a store of each kind."""
+    kind, project = request.param, "t" + uuid.uuid4().hex[:10]
+    with contextlib.ExitStack() as stack:
+        if kind == "memory":
+            yield MemoryStore()
+            return
+        if kind == "file":
+            store = tracecraft.DirectoryStore(str(tmp_path / "store"), project)
+        elif kind == "moto":
+            url = f"s3://suite?endpoint={request.getfixturevalue('moto_server')}"
+            keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+            store = s3_store_11(url, keys, project)
+        elif kind == "bucket":
+            url, environ = request.getfixturevalue("real_bucket")
+            store = s3_store_11(url, environ, project)
+        else:
+            etags = kind[3:] if kind.startswith("s3-") else "any"
+            server = stack.enter_context(S3Server(etags=etags))
+            environ = {**server.env()}
+            if kind == "requests":
+                pytest.importorskip("requests")
+                environ["TRACECRAFT_HTTP"] = "requests"
+            store = s3_store_11("s3://bucket?endpoint=" + server.url, environ, project)
+        store.deadline = time.monotonic() + 60
+        store.ensure()
+        yield store
+        store.deadline = time.monotonic() + 60
+        remove_all(store)
+        store.close()
+
+
+def ledger_on(store):
+    ledger = tracecraft.Ledger(store, deadline=60)
+    if store.verdict is None:
+        store.verdict = tracecraft.probe_store(store, races=False)
+    return ledger
+
+
+def project_on(store, agent):
+    class Plain:
+        project, key, environ = "suite", "", {}
+    return tracecraft.Project(Plain, ledger_on(store),
+                              tracecraft.Who(agent, uuid.uuid4().hex[:8]))
+
+
+def together(*acts):
+    """Run callables at the same moment in threads; their results or exceptions."""
+    barrier, out = threading.Barrier(len(acts)), [None] * len(acts)
+
+    def run(at, act):
+        barrier.wait()
+        try:
+            out[at] = act()
+        except tracecraft.Error as why:
+            out[at] = why
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(acts)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return out
+
+
+def test_contract_a_key_is_created_once(any_store):
+    any_store.put("a/k.json", b"one", if_none_match=True)
+    with pytest.raises(tracecraft.Moved):
+        any_store.put("a/k.json", b"another", if_none_match=True)
+    assert any_store.get("a/k.json").body == b"one"
+
+
+def test_contract_a_replacement_needs_the_etag_that_is_there(any_store):
+    any_store.verdict = any_store.verdict or tracecraft.probe_store(any_store,
+                                                                    races=False)
+    first = any_store.put("k", b"1", if_none_match=True)
+    second = any_store.put("k", b"2", if_match=first.etag)
+    with pytest.raises(tracecraft.Moved):
+        any_store.put("k", b"3", if_match=first.etag)
+    assert any_store.get("k").body == b"2"
+    any_store.put("k", b"4", if_match=second.etag)
+    assert any_store.get("k").body == b"4"
+
+
+def test_contract_nothing_is_replaced_where_nothing_is(any_store):
+    any_store.verdict = any_store.verdict or tracecraft.probe_store(any_store,
+                                                                    races=False)
+    with pytest.raises(tracecraft.Moved):
+        any_store.put("none", b"x", if_match='"0123456789abcdef0123456789abcdef"')
+    with pytest.raises(tracecraft.NotFound):
+        any_store.get("none")
+
+
+def test_contract_an_answer_carries_etag_and_both_times(any_store):
+    stamp = any_store.put("k", b"body")
+    found = any_store.get("k")
+    assert tracecraft.same_etag(found.etag, stamp.etag) and found.size == 4
+    assert -2 <= found.now - found.modified < 60 and found.age >= 0
+    assert any_store.get("k", if_none_match=found.etag).body is None
+
+
+def test_contract_a_listing_is_in_byte_order_and_can_be_cut(any_store):
+    for key in ("b/2", "a/1", "a/3/x", "b/10", "c"):
+        any_store.put(key, b"")
+    keys = [entry.key for entry in any_store.list("").entries]
+    assert keys == ["a/1", "a/3/x", "b/10", "b/2", "c"]
+    assert [e.key for e in any_store.list("b/").entries] == ["b/10", "b/2"]
+    assert [e.key for e in any_store.list("", start_after="b/10").entries] == ["b/2", "c"]
+    cut = any_store.list("", limit=2)
+    assert len(cut.entries) == 2 and cut.truncated
+    flat = any_store.list("", delimiter="/")
+    assert ([e.key for e in flat.entries], flat.prefixes) == (["c"], ["a/", "b/"])
+
+
+def test_contract_deleting_twice_is_deleting_once(any_store):
+    any_store.put("k", b"")
+    any_store.delete("k")
+    any_store.delete("k")
+    with pytest.raises(tracecraft.NotFound):
+        any_store.head("k")
+
+
+@pytest.mark.parametrize("name", ["a b", "a+b", "a%b", "a%20b", "a&b=c", "q?x#y", "é/ü"])
+def test_contract_an_odd_name_is_read_back_as_it_was(any_store, name):
+    any_store.put("artifacts/" + name, name.encode())
+    assert any_store.get("artifacts/" + name).body == name.encode()
+    assert [e.key for e in any_store.list("artifacts/").entries] == ["artifacts/" + name]
+
+
+def test_contract_a_file_goes_up_and_comes_down_whole(any_store, tmp_path):
+    if any_store.kind == "memory":
+        pytest.skip("the memory store holds records")
+    data = random.Random(1).randbytes(3 << 20)
+    (tmp_path / "up").write_bytes(data)
+    any_store.upload("blob", str(tmp_path / "up"))
+    with open(tmp_path / "down", "wb") as file:
+        any_store.download("blob", file, size=len(data))
+    assert (tmp_path / "down").read_bytes() == data
+    assert any_store.get("blob", start=5, limit=7).body == data[5:12]
+    any_store.copy("blob", "again")
+    assert any_store.head("again").size == len(data)
+
+
+def test_contract_of_racing_creators_exactly_one_wins(any_store):
+    for turn in range(3):
+        out = together(*(lambda at=at: any_store.put(
+            f"race/{turn}", b"%d" % at, if_none_match=True) for at in range(8)))
+        won = [at for at, one in enumerate(out) if not isinstance(one, Exception)]
+        body = any_store.get(f"race/{turn}").body
+        # An answer of 409 or 500 is no loss: somebody's bytes are there, and one's only.
+        assert len(won) <= 1 and body in [b"%d" % at for at in (won or range(8))]
+
+
+@pytest.mark.timing
+def test_contract_no_increment_is_lost_or_doubled(any_store):
+    handles = [project_on(any_store, f"a{at}") for at in range(4)]
+
+    def five(handle):
+        for _ in range(5):
+            handle.memory.incr("n")
+    out = together(*(lambda h=h: five(h) for h in handles))
+    assert [one for one in out if one] == []
+    assert handles[0].memory.get("n")["value"] == "20"
+
+
+def test_contract_two_agents_meet(any_store):
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    out = together(lambda: ada.claim("design"), lambda: bob.claim("design"))
+    won = [one for one in out if isinstance(one, tracecraft.Claim)]
+    assert len(won) == 1 and any(isinstance(one, tracecraft.Held) for one in out)
+    winner, other = (ada, bob) if out[0] is won[0] else (bob, ada)
+    with pytest.raises(tracecraft.Held):
+        other.complete("design")
+    winner.complete("design", note="see api", to=other.agent)
+    assert other.handoff("design")["note"] == "see api"
+    winner.send(other.agent, "done")
+    batch = other.inbox(new=True)
+    assert [m["message"] for m in batch.messages] == ["done"]
+    batch.commit()
+    assert other.inbox(new=True).messages == []
+    assert other.wait_for(["design"], timeout=5)[0]["state"] == "complete"
+
+
+@pytest.mark.slow
+def test_contract_an_expired_lease_is_taken_over_and_its_holder_fenced(any_store):
+    if any_store.kind == "memory":
+        pytest.skip("its clock is a number; see the ledger's tests")
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    assert ada.claim("s", ttl=1).token == 1
+    assert bob.claim("s", wait=20).token == 2
+    with pytest.raises(tracecraft.Fenced):
+        ada.complete("s")
+    assert bob.complete("s")["token"] == 2
+
+
+def test_contract_the_probe_finds_the_store_sound(any_store):
+    if any_store.kind == "memory":
+        pytest.skip("it is sound by construction")
+    verdict = tracecraft.probe_store(any_store, races=True, seconds=4)
+    assert verdict["atomic"], verdict
+    assert any_store.list("_probe/").entries == []
+
+
+@pytest.mark.parametrize("fault", ["ignores", "races"])
+def test_a_store_that_cannot_arbitrate_is_refused_too(fault):
+    with S3Server(**{fault: True}) as server:
+        store = s3_store_11("s3://bucket/p?endpoint=" + server.url, server.env(), "p")
+        store.deadline = time.monotonic() + 30
+        verdict = tracecraft.probe_store(store, races=True, seconds=10)
+        assert not verdict["atomic"] and verdict["why"]
+        store.verdict = verdict
+        with pytest.raises(tracecraft.Unsafe):
+            project_on(store, "ada").claim("s")
+
+
+@pytest.mark.bucket
+@pytest.mark.slow
+def test_processes_race_on_a_real_bucket_and_nothing_is_lost(real_bucket, tmp_path):
+    url, environ = real_bucket
+    head, _, query = url.partition("?")
+    where = f"{head}/drill{uuid.uuid4().hex[:6]}" + ("?" + query if query else "")
+    done = subprocess.run(
+        [sys.executable, tracecraft.__file__, "drill", "--store", where, "--processes",
+         "4", "--rounds", "2"], cwd=tmp_path, env={**environ, "HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.soak
+def test_soak_histories_with_faults_keep_every_invariant():
+    seed = int(os.environ.get("TRACECRAFT_SEED") or random.randrange(10**9))
+    until = time.monotonic() + float(os.environ.get("TRACECRAFT_SOAK") or 20)
+    print("seed", seed)
+    rng = random.Random(seed)
+    while time.monotonic() < until:
+        with S3Server() as server:
+            soak_round(server, rng)
+
+
+def soak_round(server, rng):
+    """Three agents claim, count and write to each other while answers get lost."""
+    kinds = ["refuse", "lose", "reset", "reset_after", 409, 429, 500, 503, "truncate"]
+    stores = [s3_store_11("s3://bucket/p?endpoint=" + server.url, server.env(), "p")
+              for _ in range(3)]
+    agents = [project_on(store, f"a{at}") for at, store in enumerate(stores)]
+    for _ in range(25):
+        server.fault(rng.choice(kinds), method=rng.choice(["PUT", "GET"]), key="p/",
+                     skip=rng.randrange(12))
+    wins, counts = [], []
+
+    def work(project):
+        for at in range(4):
+            project.memory.incr("n")
+            counts.append(1)
+            try:
+                claim = project.claim(f"s{at}")
+                wins.append((claim.step, claim.token))
+                claim.complete()
+            except tracecraft.Conflict:
+                pass
+            project.send("a0", f"{project.agent} {at}")
+    out = together(*(lambda p=p: work(p) for p in agents))
+    unsettled = [why for why in out if isinstance(why, tracecraft.Unknown)]
+    assert [why for why in out if why and why not in unsettled] == []
+    assert len(set(wins)) == len(wins)
+    value = int(agents[0].memory.get("n")["value"])
+    assert len(counts) <= value <= len(counts) + len(unsettled)
+    if not unsettled:
+        texts = [m["message"] for m in agents[0].inbox().messages]
+        assert sorted(texts) == sorted(f"a{a} {at}" for a in range(3) for at in range(4))
+    [store.close() for store in stores]
+
+
+# == 14. Artifacts =====================================================
+#
+# Files and manifests on a directory store: what is written in which order, crashes
+# between any two requests, lost answers, 0.2 clients, names that would escape.
+
+
+
+
+
+def sha(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def handle(tmp_path):
+    """handle(agent) -> another handle on the same directory store."""
+    def connect(agent="ada"):
+        environ = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+        return tracecraft.connect(f"file://{tmp_path}/store/p", agent=agent,
+                                  environ=environ, cwd=str(tmp_path))
+    return connect
+
+
+@pytest.fixture
+def project(handle):
+    return handle()
+
+
+@pytest.fixture
+def local(tmp_path):
+    """local(name, data) -> the path of a new local file."""
+    def write(name, data):
+        path = tmp_path / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return str(path)
+    return write
+
+
+@pytest.fixture
+def multipart(monkeypatch):
+    """Files above 4 bytes count as multipart and are read from disk."""
+    monkeypatch.setattr(tracecraft, "CHUNK", 3)
+    monkeypatch.setattr(tracecraft, "MULTIPART", 4)
+
+
+class Killed(BaseException):
+    """kill -9 between two requests."""
+
+
+class Faulty:
+    """A store on which request number `at` that changes something goes wrong.
+
+    how: "before" (killed, not sent), "after" (killed, landed), "lost" (landed, the
+    answer lost), "gone" (not landed, the answer lost), "busy".
+    """
+
+    def __init__(self, store, *, at=0, how="before"):
+        self._inner, self._at, self._how, self.writes = store, at, how, []
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def __setattr__(self, name, value):
+        own = name in ("_inner", "_at", "_how", "writes")
+        object.__setattr__(self if own else self._inner, name, value)
+
+    def _act(self, name, key, *rest, **how):
+        self.writes.append((name, key))
+        here = len(self.writes) == self._at
+        if here and self._how == "before":
+            raise Killed
+        if here and self._how == "busy":
+            raise tracecraft.Busy("409")
+        if here and self._how == "gone":
+            raise tracecraft.Unknown("lost")
+        try:
+            return getattr(self._inner, name)(key, *rest, **how)
+        finally:  # whatever the answer was, it is not heard
+            if here and self._how == "after":
+                raise Killed
+            if here and self._how == "lost":
+                raise tracecraft.Unknown("lost")
+
+    def put(self, key, data, **how):
+        return self._act("put", key, data, **how)
+
+    def upload(self, key, path, **how):
+        return self._act("upload", key, path, **how)
+
+    def copy(self, key, to):
+        return self._act("copy", key, to)
+
+
+def faulty(project, **how):
+    project.ledger.require_arbiter()  # a probe would count as well
+    project.ledger.store = store = Faulty(project.ledger.store, **how)
+    return store
+
+
+def writes_to(store, prefix):
+    return [key for _, key in store.writes if key.startswith(prefix)]
+
+
+def body(project, key):
+    return project.ledger.store.get(key).body
+
+
+def head_of(project, name, where="shared"):
+    return json.loads(body(project, f"manifests/{where}/{name}/_head.json"))
+
+
+def there(project, key):
+    try:
+        project.ledger.store.head(key)
+    except tracecraft.NotFound:
+        return False
+    return True
+
+
+# -- upload ------------------------------------------------------------
+
+
+def test_a_fresh_small_file_is_at_the_02_key_with_a_head_of_rev_1(project, local):
+    store = faulty(project)
+    head = project.artifacts.upload(local("api.md", b"# api"))
+    assert head["key"] == head["artifact"] == "artifacts/shared/api.md"
+    assert body(project, "artifacts/shared/api.md") == b"# api"
+    assert store.writes == [("put", "artifacts/shared/api.md"),
+                            ("put", "manifests/shared/api.md/_head.json")]
+    stored = head_of(project, "api.md")
+    assert (stored["rev"], stored["sha256"], stored["size"]) == (1, sha(b"# api"), 5)
+    assert stored["producer"] == {"agent": "ada", "step": None, "token": None}
+    assert stored["inputs"] == stored["previous"] == []
+    assert {"nonce", "prev", "recent", "type", "created_at"} <= set(stored)
+    assert "changed" not in stored and "name" not in stored
+
+
+def test_the_same_content_again_writes_nothing(project, local):
+    path = local("a.txt", b"one")
+    assert project.artifacts.upload(path)["changed"] is True
+    store = faulty(project)
+    assert project.artifacts.upload(path)["changed"] is False
+    assert store.writes == []
+
+
+def test_other_content_is_a_conflict_that_names_both_digests(project, local):
+    project.artifacts.put_bytes("a.txt", b"one")
+    store = faulty(project)
+    with pytest.raises(tracecraft.Conflict) as why:
+        project.artifacts.upload(local("a.txt", b"two"))
+    assert why.value.details == {"there": sha(b"one"), "here": sha(b"two")}
+    assert "Artifact artifacts/shared/a.txt has other content" in why.value.message
+    assert store.writes == []
+
+
+def test_overwrite_keeps_the_old_bytes_and_projects_the_new(project):
+    project.artifacts.put_bytes("a.txt", b"one")
+    head = project.artifacts.put_bytes("a.txt", b"two", overwrite=True)
+    assert head["rev"] == 2 and head["key"] == f"blobs/{sha(b'two')}"
+    assert body(project, "artifacts/shared/a.txt") == b"two"
+    assert head["previous"][0]["key"] == f"blobs/{sha(b'one')}"
+    assert project.artifacts.read_blob(sha(b"one")) == b"one"
+
+
+def test_multipart_goes_to_a_blob_copied_to_the_02_key(project, local, multipart):
+    store = faulty(project)
+    head = project.artifacts.upload(local("big.bin", b"0123456789"))
+    assert head["key"] == f"blobs/{sha(b'0123456789')}" and head["rev"] == 1
+    assert store.writes == [("upload", head["key"]),
+                            ("put", "manifests/shared/big.bin/_head.json"),
+                            ("copy", head["key"])]
+    assert body(project, "artifacts/shared/big.bin") == b"0123456789"
+
+
+def test_progress_ends_at_the_size(project, local, multipart):
+    seen = []
+    path = local("b", b"x" * 100)
+    project.artifacts.upload(path, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (100, 100)
+    assert project.artifacts.put_bytes("empty", b"")["size"] == 0
+
+
+def test_a_file_that_changes_on_its_way_is_not_recorded(project, local, monkeypatch,
+                                                        multipart):
+    path = local("log", b"0123456789")
+    inner = project.ledger.store.upload
+
+    def upload(key, source, **how):
+        with open(path, "ab") as file:
+            file.write(b"more")
+        return inner(key, source, **how)
+    monkeypatch.setattr(project.ledger.store, "upload", upload)
+    with pytest.raises(tracecraft.Conflict, match="changed while"):
+        project.artifacts.upload(path)
+    assert not there(project, f"blobs/{sha(b'0123456789')}")
+    assert not there(project, "manifests/shared/log/_head.json")
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a//b", "/etc/x", "a\\b", "a\nb",
+                                  "_head.json", "a/..", "."])
+def test_names_that_do_not_fit_are_refused(project, name):
+    with pytest.raises(tracecraft.Usage):
+        project.artifacts.put_bytes(name, b"x")
+
+
+def test_any_utf8_and_folders_are_names(project, tmp_path):
+    project.artifacts.put_bytes("bericht/größe 1.txt", b"x", step="S1.A")
+    row, = project.artifacts.list("s1.a")
+    assert (row["name"], row["step"], row["size"]) == ("bericht/größe 1.txt", "s1-a", 1)
+    path = project.artifacts.download("bericht/größe 1.txt", step="s1.a",
+                                      output=str(tmp_path / "out") + "/")
+    assert path.endswith(os.path.join("out", "bericht", "größe 1.txt"))
+
+
+@pytest.mark.parametrize("what", ["missing", "folder"])
+def test_only_files_can_be_uploaded(project, tmp_path, what):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(tracecraft.Usage):
+        project.artifacts.upload(str(tmp_path / what))
+
+
+# -- under a step ------------------------------------------------------
+
+
+def test_the_token_of_a_claimed_step_is_recorded(project):
+    project.claim("build")
+    head = project.artifacts.put_bytes("out", b"x", step="build")
+    assert head["producer"] == {"agent": "ada", "step": "build", "token": 1}
+    assert head["artifact"] == "artifacts/build/out"
+
+
+def taken_over(project, handle, step="build"):
+    """Another instance of ada takes the step from `project`: token 2."""
+    project.claim(step)
+    new = handle()
+    new.claim(step, resume=True)
+    return new
+
+
+def test_a_stale_token_is_fenced_before_any_byte_is_written(project, handle):
+    taken_over(project, handle)
+    store = faulty(project)
+    with pytest.raises(tracecraft.Fenced):
+        project.artifacts.put_bytes("out", b"stale", step="build", overwrite=True)
+    assert store.writes == []
+
+
+def test_the_claim_is_read_again_before_the_heads_cas(project, handle, monkeypatch):
+    # Protocol 11.3: the step is lost after the bytes were sent.
+    project.claim("build")
+    inner = project.ledger.store.put
+
+    def put(key, data, **how):
+        done = inner(key, data, **how)
+        if key.startswith("artifacts/"):
+            handle().claim("build", resume=True)
+        return done
+    monkeypatch.setattr(project.ledger.store, "put", put)
+    with pytest.raises(tracecraft.Fenced):
+        project.artifacts.put_bytes("out", b"stale", step="build")
+    assert not there(project, "manifests/build/out/_head.json")
+
+
+def test_a_later_token_replaces_the_output_of_a_fenced_one(project, handle):
+    project.claim("build")
+    project.artifacts.put_bytes("out", b"one", step="build")
+    new = handle()
+    new.claim("build", resume=True)
+    head = new.artifacts.put_bytes("out", b"two", step="build")
+    assert head["producer"]["token"] == 2
+    assert head["previous"][0]["producer"]["token"] == 1
+
+
+def test_a_step_held_by_another_takes_no_artifacts_from_me(project, handle):
+    project.claim("build")
+    with pytest.raises(tracecraft.Held, match="Step build is claimed by 'ada'"):
+        handle("bob").artifacts.put_bytes("out", b"x", step="build")
+
+
+def test_anybody_adds_to_an_ended_step_but_nobody_replaces_its_outputs(project, handle):
+    project.claim("build")
+    project.artifacts.put_bytes("out", b"x", step="build")
+    project.complete("build")
+    bob = handle("bob")
+    head = bob.artifacts.put_bytes("notes", b"y", step="build")
+    assert head["producer"]["token"] is None
+    with pytest.raises(tracecraft.Conflict, match="is an output of token 1"):
+        bob.artifacts.put_bytes("out", b"z", step="build", overwrite=True)
+
+
+# -- beside 0.2 --------------------------------------------------------
+
+
+def test_bytes_without_a_head_are_an_artifact(project, tmp_path):
+    project.ledger.store.put("artifacts/shared/old.txt", b"old")
+    shown = project.artifacts.show("old.txt")
+    assert (shown["rev"], shown["sha256"], shown["size"]) == (0, None, 3)
+    assert project.artifacts.verify("old.txt")["sha256"] == sha(b"old")
+    path = project.artifacts.download("old.txt", output=str(tmp_path))
+    assert open(path, "rb").read() == b"old"
+
+
+def test_bytes_without_a_head_get_one_for_the_same_digest_only(project):
+    project.ledger.store.put("artifacts/shared/old.txt", b"old")
+    with pytest.raises(tracecraft.Conflict, match="has other content"):
+        project.artifacts.put_bytes("old.txt", b"new")
+    assert not there(project, "manifests/shared/old.txt/_head.json")
+    head = project.artifacts.put_bytes("old.txt", b"old")
+    assert (head["rev"], head["key"]) == (1, "artifacts/shared/old.txt")
+
+
+def test_overwriting_bytes_without_a_head_keeps_them(project):
+    project.ledger.store.put("artifacts/shared/old.txt", b"old")
+    head = project.artifacts.put_bytes("old.txt", b"new", overwrite=True)
+    assert head["previous"][0]["sha256"] == sha(b"old")
+    assert project.artifacts.read_blob(sha(b"old")) == b"old"
+    assert body(project, "artifacts/shared/old.txt") == b"new"
+
+
+@pytest.mark.parametrize("act", ["download", "verify", "upload"])
+def test_02_bytes_over_a_head_that_names_the_key_are_adopted(project, tmp_path, act):
+    warned = []
+    project.ledger.warn = warned.append
+    project.artifacts.put_bytes("a.txt", b"one")
+    project.ledger.store.put("artifacts/shared/a.txt", b"two by 0.2")
+    if act == "download":
+        path = project.artifacts.download("a.txt", output=str(tmp_path))
+        assert open(path, "rb").read() == b"two by 0.2"
+    elif act == "verify":
+        assert project.artifacts.verify("a.txt")["rev"] == 2
+    else:
+        with pytest.raises(tracecraft.Conflict):
+            project.artifacts.put_bytes("a.txt", b"one")
+    head = head_of(project, "a.txt")
+    assert (head["rev"], head["key"]) == (2, f"blobs/{sha(b'two by 0.2')}")
+    old, = head["previous"]
+    assert old["sha256"] == sha(b"one") and "key" not in old
+    assert len(warned) == 1 and "0.2 client" in warned[0]
+
+
+def test_the_02_key_is_not_read_while_the_head_names_a_blob(project, tmp_path):
+    project.artifacts.put_bytes("a.txt", b"one")
+    project.artifacts.put_bytes("a.txt", b"two", overwrite=True)
+    project.ledger.store.put("artifacts/shared/a.txt", b"late 0.2 bytes")
+    path = project.artifacts.download("a.txt", output=str(tmp_path))
+    assert open(path, "rb").read() == b"two"
+
+
+def test_a_listing_shows_02_keys_with_one_request(project):
+    project.artifacts.put_bytes("b", b"bb")
+    project.artifacts.put_bytes("x/y", b"1", step="s1")
+    project.ledger.store.put("artifacts/shared/_old", b"0.2")
+    before = project.ledger.store.requests
+    rows = project.artifacts.list()
+    assert project.ledger.store.requests == before + 1
+    assert [(r["key"], r["step"], r["name"], r["size"]) for r in rows] == [
+        ("artifacts/s1/x/y", "s1", "x/y", 1),
+        ("artifacts/shared/_old", None, "_old", 3),
+        ("artifacts/shared/b", None, "b", 2)]
+    assert tracecraft.parse_iso(rows[0]["modified"]) and rows[0]["age_s"] == 0
+
+
+# -- crashes, lost answers, rivals -------------------------------------
+
+
+def uploads_14(local, folder):
+    """What the crash tests do: (name, act before, act under test)."""
+    small, big = local("small", b"new"), local("big", b"0123456789")
+    return {
+        "fresh": (None, lambda p: p.artifacts.upload(small, name="f")),
+        "fresh multipart": (None, lambda p: p.artifacts.upload(big, name="f")),
+        "overwrite rev 1": (
+            lambda p: p.artifacts.put_bytes("f", b"old"),
+            lambda p: p.artifacts.upload(small, name="f", overwrite=True)),
+        "overwrite by multipart": (
+            lambda p: p.artifacts.put_bytes("f", b"old"),
+            lambda p: p.artifacts.upload(big, name="f", overwrite=True)),
+        "overwrite a blob": (
+            lambda p: (p.artifacts.put_bytes("f", b"old"),
+                       p.artifacts.put_bytes("f", b"mid", overwrite=True)),
+            lambda p: p.artifacts.upload(small, name="f", overwrite=True)),
+        "overwrite headless": (
+            lambda p: p.ledger.store.put("artifacts/shared/f", b"old"),
+            lambda p: p.artifacts.upload(small, name="f", overwrite=True)),
+        "adopt, then overwrite": (
+            lambda p: (p.artifacts.put_bytes("f", b"gone"),
+                       p.ledger.store.put("artifacts/shared/f", b"old!")),
+            lambda p: p.artifacts.upload(small, name="f", overwrite=True)),
+    }
+
+
+CASES = ["fresh", "fresh multipart", "overwrite rev 1", "overwrite by multipart",
+         "overwrite a blob", "overwrite headless", "adopt, then overwrite"]
+
+
+@pytest.mark.parametrize("how", ["before", "after", "lost", "gone", "busy"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_upload_broken_at_any_request_is_finished_by_the_same_command(
+        tmp_path, local, multipart, case, how):
+    # Protocol 11.2 and 11.6.
+    for at in range(1, 12):
+        where = tmp_path / f"{at}"
+        project = tracecraft.connect(f"file://{where}/p", agent="ada",
+                                     cwd=str(tmp_path), environ={"HOME": str(where)})
+        prepare, act = uploads_14(local, tmp_path)[case]
+        if prepare:
+            prepare(project)
+        inner = project.ledger.store
+        store = faulty(project, at=at, how=how)
+        try:
+            act(project)
+        except Killed:
+            assert how in ("before", "after")
+            kept_somewhere(project, case, inner)
+        else:
+            assert how not in ("before", "after") or len(store.writes) < at
+        project.ledger.store = inner
+        act(project)
+        sound(project, case)
+        if len(store.writes) < at:
+            return
+    raise AssertionError("more requests than expected")
+
+
+def kept_somewhere(project, case, store):
+    """After a crash what was acknowledged before is still to be had."""
+    if case in ("overwrite rev 1", "overwrite by multipart"):
+        head = head_of(project, "f")
+        if head["sha256"] == sha(b"old"):
+            assert store.get(head["key"]).body == b"old"
+        else:
+            assert project.artifacts.read_blob(sha(b"old")) == b"old"
+
+
+def sound(project, case):
+    want = b"0123456789" if "multipart" in case else b"new"
+    head = head_of(project, "f")
+    assert head["sha256"] == sha(want)
+    assert project.ledger.store.get(head["key"]).body == want
+    assert body(project, "artifacts/shared/f") == want
+    assert (head["key"] == "artifacts/shared/f") == (case == "fresh")
+    for old in head["previous"]:
+        if old.get("key"):
+            assert sha(body(project, f"blobs/{old['sha256']}")) == old["sha256"]
+    assert head["rev"] == {"fresh": 1, "fresh multipart": 1, "overwrite a blob": 3,
+                           "adopt, then overwrite": 3}.get(case, 2)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_writers_at_once_one_wins_and_all_bytes_stay(handle, overwrite):
+    outcomes, blocks = [], [f"writer {n}".encode() for n in range(6)]
+
+    def run(n):
+        try:
+            head = handle(f"w{n}").artifacts.put_bytes("f", blocks[n],
+                                                       overwrite=overwrite)
+            outcomes.append(head["rev"])
+        except tracecraft.Conflict:
+            outcomes.append(0)
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    project = handle()
+    head = project.artifacts.verify("f")
+    assert head["rev"] == max(outcomes) and len(outcomes) == 6
+    if not overwrite:
+        assert sorted(outcomes) == [0] * 5 + [1]
+        return
+    assert sorted(outcomes)[-1] >= 6 and len(set(outcomes)) == 6
+    for old in head["previous"]:
+        assert project.artifacts.read_blob(old["sha256"]) in blocks
+    assert sha(body(project, "artifacts/shared/f")) == head["sha256"]
+
+
+def test_a_rivals_head_between_bytes_and_head_is_a_conflict(
+        project, handle, monkeypatch, multipart, local):
+    inner, rival = project.ledger.store.upload, handle("bob")
+
+    def upload(key, path, **how):
+        monkeypatch.undo()
+        done = inner(key, path, **how)
+        rival.artifacts.put_bytes("f", b"rival")
+        return done
+    path = local("f", b"0123456789")
+    monkeypatch.setattr(project.ledger.store, "upload", upload)
+    with pytest.raises(tracecraft.Conflict):
+        project.artifacts.upload(path)
+    assert body(project, "artifacts/shared/f") == b"rival"
+
+
+# -- download ----------------------------------------------------------
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if name.startswith(".tmp-")]
+
+
+def test_a_download_is_whole_or_not_at_all(project, tmp_path):
+    project.artifacts.put_bytes("a.txt", b"one")
+    project.artifacts.put_bytes("a.txt", b"two", overwrite=True)
+    project.ledger.store.put(f"blobs/{sha(b'two')}", b"tw0")
+    target = tmp_path / "out.txt"
+    target.write_bytes(b"mine")
+    with pytest.raises(tracecraft.Corrupt) as why:
+        project.artifacts.download("a.txt", output=str(target))
+    assert why.value.exit == 8 and "has other content" in why.value.message
+    assert target.read_bytes() == b"mine" and leftovers(tmp_path) == []
+    with pytest.raises(tracecraft.Corrupt):
+        project.artifacts.verify("a.txt")
+    project.ledger.store.delete(f"blobs/{sha(b'two')}")
+    with pytest.raises(tracecraft.Corrupt, match="is not there"):
+        project.artifacts.verify("a.txt")
+    assert project.artifacts.put_bytes("a.txt", b"two")["changed"] is False
+    assert project.artifacts.verify("a.txt")["ok"] is True
+
+
+def test_missing_artifacts_are_not_found_and_leave_nothing(project, tmp_path):
+    project.artifacts.put_bytes("report.md", b"x")
+    with pytest.raises(tracecraft.NotFound, match="did you mean report.md"):
+        project.artifacts.download("repor.md", output=str(tmp_path / "new") + "/")
+    assert not (tmp_path / "new").exists()
+
+
+def test_output_is_a_file_or_a_directory_or_here(project, tmp_path, monkeypatch):
+    project.artifacts.put_bytes("d/a.txt", b"one")
+    (tmp_path / "dir").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert project.artifacts.download("d/a.txt") == os.path.join(".", "d", "a.txt")
+    for output, path in (("dir", "dir/d/a.txt"), ("f.txt", "f.txt"), ("x/y", "x/y")):
+        project.artifacts.download("d/a.txt", output=output)
+        assert (tmp_path / path).read_bytes() == b"one"
+
+
+def test_a_download_never_leaves_its_directory(project, tmp_path):
+    project.artifacts.put_bytes("d/a.txt", b"one")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "dir" / "d").symlink_to(tmp_path / "outside")
+    with pytest.raises(tracecraft.Usage, match="would leave"):
+        project.artifacts.download("d/a.txt", output=str(tmp_path / "dir"))
+    assert os.listdir(tmp_path / "outside") == []
+    for name in ("../a.txt", "/etc/passwd", "d/../../a"):
+        with pytest.raises(tracecraft.Usage):
+            project.artifacts.download(name, output=str(tmp_path / "dir"))
+
+
+def test_a_link_at_the_target_is_replaced_not_written_through(project, tmp_path):
+    project.artifacts.put_bytes("a.txt", b"one")
+    (tmp_path / "secret").write_bytes(b"mine")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "secret")
+    path = project.artifacts.download("a.txt", output=str(tmp_path))
+    assert not os.path.islink(path) and (tmp_path / "secret").read_bytes() == b"mine"
+
+
+def test_a_device_is_no_place_for_a_download(project):
+    project.artifacts.put_bytes("a.txt", b"one")
+    with pytest.raises(tracecraft.Usage, match="is not a file"):
+        project.artifacts.download("a.txt", output=os.devnull)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not json", '{"sha256": "x", "size": 1}'])
+def test_a_damaged_head_is_reported_and_not_overwritten(project, text):
+    key = "manifests/shared/a/_head.json"
+    project.ledger.store.put(key, text.encode())
+    for act in (lambda: project.artifacts.show("a"),
+                lambda: project.artifacts.put_bytes("a", b"x", overwrite=True)):
+        with pytest.raises(tracecraft.Corrupt) as why:
+            act()
+        assert why.value.details["key"] == key
+    assert body(project, key) == text.encode()
+
+
+# -- blobs -------------------------------------------------------------
+
+
+def test_blobs_are_named_by_digest_and_stored_once(project):
+    one = project.artifacts.blob(b"value")
+    assert one == {"sha256": sha(b"value"), "size": 5, "key": f"blobs/{sha(b'value')}"}
+    assert project.artifacts.blob(b"value") == one
+    assert project.artifacts.read_blob(one["sha256"]) == b"value"
+
+
+def test_a_blob_cut_off_by_the_store_is_replaced(project):
+    key = f"blobs/{sha(b'value')}"
+    project.ledger.store.put(key, b"val")
+    with pytest.raises(tracecraft.Corrupt):
+        project.artifacts.read_blob(sha(b"value"))
+    project.artifacts.blob(b"value")
+    assert body(project, key) == b"value"
+
+
+class Counting:
+    """A store that writes down what is asked of it."""
+
+    def __init__(self, store):
+        self.inner, self.calls = store, []
+
+    def __getattr__(self, name):
+        value = getattr(self.inner, name)
+        if name not in ("get", "head", "list", "put", "delete"):
+            return value
+
+        def call(*args, **how):
+            self.calls.append((name, args[0]))
+            return value(*args, **how)
+        return call
+
+    def __setattr__(self, name, value):
+        if name in ("inner", "calls"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
+
+    def asked(self, verb, part=""):
+        return [key for name, key in self.calls if name == verb and part in key]
+
+
+def project_of(root, agent="ada", instance="i1"):
+    store = Counting(t.DirectoryStore(str(root), "proj"))
+    ledger = t.Ledger(store)
+    settings = types.SimpleNamespace(project="proj", config_path=None, state=None)
+    return t.Project(settings, ledger, t.Who(agent, instance))
+
+
+@pytest.fixture
+def project_16(tmp_path):
+    made = project_of(tmp_path / "store")
+    made.store.ensure()
+    return made
+
+
+def files_of(project_16):
+    return os.path.join(project_16.store.bucket, "proj")
+
+
+def rewrite(project_16, key, text):
+    path = os.path.join(files_of(project_16), *key.split("/"))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text if isinstance(text, str) else json.dumps(text))
+
+
+def row(snap, sid):
+    return next(step for step in snap["steps"] if step["id"] == sid)
+
+
+# -- status ------------------------------------------------------------
+
+
+def test_status_keeps_the_keys_of_0_2(project_16):
+    project_16.heartbeat()
+    snap = t.gather_status(project_16)
+    assert {"project", "backend", "bucket", "generated_at", "agents", "steps",
+            "mailboxes", "sessions"} <= set(snap)
+    assert {"id", "status", "step", "heartbeat", "heartbeat_age_s"} <= set(
+        snap["agents"][0])
+    assert set(snap["sessions"]) == {
+        "count", "total_uploaded_bytes", "last_uploaded_at"}
+    json.dumps(snap)
+
+
+def test_a_claimed_step_shows_holder_token_and_seconds(project_16):
+    project_16.claim("build", ttl=60)
+    step = row(t.gather_status(project_16), "build")
+    assert (step["status"], step["agent"], step["token"]) == ("in_progress", "ada", 1)
+    assert 60 <= step["expires_in_s"] <= 65 and step["age_s"] == 0
+
+
+def test_states_0_2_does_not_know_are_projected_and_named(project_16):
+    project_16.claim("a")
+    project_16.release("a")
+    project_16.claim("b")
+    project_16.steps.end("b", "failed")
+    project_16.add_step("c", needs=["b"])
+    snap = t.gather_status(project_16)
+    assert [(s["status"], s["state"]) for s in snap["steps"]] == [
+        ("pending", "released"), ("blocked", "failed"), ("pending", "waiting")]
+    assert row(snap, "c")["missing"] == ["b"] and row(snap, "a")["agent"] is None
+
+
+def test_an_end_by_an_0_2_client_is_honoured(project_16):
+    project_16.claim("a")
+    rewrite(project_16, "steps/a/status.json", {"status": "complete", "agent": "ada"})
+    rewrite(project_16, "steps/b/status.json", {"status": "in_progress", "agent": "old"})
+    snap = t.gather_status(project_16)
+    assert row(snap, "a")["status"] == "complete"
+    assert row(snap, "b")["agent"] == "old"
+
+
+def test_status_lists_four_times_and_reads_only_what_listings_leave_open(project_16):
+    for n in range(12):
+        project_16.add_step(f"s{n}")
+    for n in range(6):
+        project_16.claim(f"s{n}")
+    for n in range(3):
+        project_16.complete(f"s{n}")
+    project_16.send("bob", "hello")
+    project_16.store.calls.clear()
+    t.gather_status(project_16)
+    store = project_16.store
+    assert len(store.asked("list")) == 4
+    assert len(store.asked("get", "claim.json")) == 6
+    assert not store.asked("get", "status.json")  # ended, or not there
+    assert len(store.asked("get", "spec.json")) == 6  # only of what is not claimed
+    assert not store.asked("get", "messages/")  # no cursor, no read
+    assert not store.asked("put")
+
+
+def test_unread_is_what_inbox_new_would_show(project_16, tmp_path):
+    bob = project_of(tmp_path / "store", "bob", "i2")
+    project_16.send("bob", "one")
+    batch = bob.inbox(new=True)
+    batch.commit()
+    project_16.send("bob", "two")
+    project_16.send("_broadcast", "all")
+    bob.send("_broadcast", "mine")
+    boxes = {box["agent"]: box for box in t.gather_status(project_16)["mailboxes"]}
+    assert boxes["bob"] == {"agent": "bob", "total": 2, "unread": 2}
+    assert boxes["_broadcast"]["unread"] is None
+    assert len(bob.inbox(new=True).messages) == 2
+
+
+def test_a_damaged_object_is_a_warning_and_the_rest_is_shown(project_16):
+    project_16.claim("good")
+    rewrite(project_16, "steps/bad/claim.json", "{nope")
+    rewrite(project_16, "agents/x.json", "[]")
+    snap = t.gather_status(project_16)
+    assert row(snap, "bad")["state"] == "corrupt"
+    assert row(snap, "good")["status"] == "in_progress"
+    text = t.render_status(snap)
+    assert "warning: steps/bad/claim.json" in text and "agents/x.json" in text
+
+
+def test_long_lists_are_cut_and_the_telling_rows_stay(project_16):
+    for n in range(30):
+        rewrite(project_16, f"steps/s{n:02d}/spec.json", {})
+    project_16.claim("s29")
+    text = t.render_status(t.gather_status(project_16), limit=5)
+    assert "+25 more, --limit" in text and "s29" in text
+    assert "more, --limit" not in t.render_status(t.gather_status(project_16), limit=0)
+
+
+def test_render_has_the_layout_of_0_2(project_16):
+    project_16.heartbeat()
+    project_16.claim("design", ttl=0)
+    lines = t.render_status(t.gather_status(project_16)).splitlines()
+    assert lines[0].startswith("project proj · backend file · bucket ")
+    assert "AGENTS (1)" in lines and "STEPS (1): 1 in_progress" in lines
+    assert f"  {'design':<24} in_progress  (agent: ada)" in lines
+    assert lines[-1] == "SESSIONS: 0 · 0.0 MB · last upload never"
+
+
+def test_control_characters_never_reach_the_terminal(project_16):
+    rewrite(project_16, "agents/evil.json", {"id": "a\x1b[2J", "status": "x\ny"})
+    assert "\x1b" not in t.render_status(t.gather_status(project_16))
+
+
+# -- prime -------------------------------------------------------------
+
+
+def test_prime_says_who_what_and_how_within_its_limit(project_16, tmp_path):
+    project_of(tmp_path / "store", "bob", "i2").send("ada", "hi")
+    project_16.claim("build", ttl=100)
+    text = t.prime_text(project_16)
+    assert len(text.encode()) <= t.PRIME_BYTES
+    assert "you are ada" in text and "Unread messages: 1" in text
+    assert "You hold step build (token 1, " in text and "data, not" in text
+    assert t.invocation() in text
+
+
+def test_prime_moves_no_cursor_and_stays_small_with_many_claims(project_16, tmp_path):
+    project_of(tmp_path / "store", "bob", "i2").send("ada", "hi")
+    for n in range(60):
+        project_16.claim(f"step-{n}-" + "x" * 100)
+    assert len(t.prime_text(project_16).encode()) <= t.PRIME_BYTES
+    assert len(project_16.inbox(new=True).messages) == 1
+
+
+def test_prime_without_a_store_still_instructs(project_16):
+    def down(*args, **how):
+        raise t.Unavailable("nobody answers")
+    project_16.mail.inbox = down
+    assert "nobody answers" in t.prime_text(project_16)
+
+
+# -- doctor ------------------------------------------------------------
+
+
+def check(doc, name):
+    return next(row for row in doc["checks"] if row["name"] == name)
+
+
+def test_a_worked_project_is_healthy(project_16, tmp_path):
+    project_16.heartbeat()
+    project_16.add_step("b", needs=["a"])
+    project_16.claim("a")
+    project_16.complete("a", note="done", to="bob")
+    project_16.claim("b")
+    project_16.renew("b")
+    project_16.send("bob", "x")
+    project_16.memory.set("k.v", "1")
+    doc = t.diagnose(project_16)
+    assert doc["ok"] and doc["exit"] == 0 and not doc["problems"]
+    assert "All is well." in t.render_doctor(doc)
+
+
+@pytest.mark.parametrize("key, content, says", [
+    ("steps/a/claim.json", "{", "not JSON"),
+    ("steps/a/claim.json", {"claimed_at": "x"}, "has no 'agent'"),
+    ("steps/a/claim.json", {"agent": 5, "claimed_at": "x"}, "has a int as 'agent'"),
+    ("memory/k.json", [1], "not an object"),
+    ("messages/bob/1_a_b.json", {"from": "a"}, "has no 'to'"),
+])
+def test_damage_is_named_with_its_key_and_exit_8(project_16, key, content, says):
+    rewrite(project_16, key, content)
+    doc = t.diagnose(project_16, fix=True)
+    assert not doc["ok"] and doc["exit"] == 8
+    assert doc["problems"][0]["key"] == key and says in doc["problems"][0]["problem"]
+    assert key in t.render_doctor(doc)
+
+
+def test_crashed_projections_are_found_and_mended(project_16):
+    project_16.claim("a")
+    project_16.complete("a", note="n")
+    project_16.store.delete("steps/a/status.json")
+    project_16.store.delete("steps/a/handoff.json")
+    doc = t.diagnose(project_16)
+    assert not doc["ok"] and doc["exit"] == 1
+    doc = t.diagnose(project_16, fix=True)
+    assert doc["ok"] and doc["problems"][0]["fixed"]
+    assert t.diagnose(project_16)["ok"] and not t.diagnose(project_16)["problems"]
+
+
+def test_unknown_keys_are_a_note_not_a_failure(project_16):
+    rewrite(project_16, "stuff/x.txt", "?")
+    doc = t.diagnose(project_16)
+    assert doc["ok"] and "stuff/x.txt" in doc["notes"][0]
+
+
+def test_stray_temporary_files_are_removed_by_fix_when_old(project_16):
+    project_16.claim("a")
+    folder = os.path.join(files_of(project_16), "steps", "a")
+    old, new = (os.path.join(folder, t.TEMP + name) for name in ("1-old", "2-new"))
+    for path in (old, new):
+        open(path, "w").close()
+    os.utime(old, (1, 1))
+    assert t.diagnose(project_16)["problems"][0]["key"] == old
+    assert t.diagnose(project_16, fix=True)["ok"]
+    assert not os.path.exists(old) and os.path.exists(new)
+
+
+def test_two_spellings_of_a_step_are_noted(project_16):
+    rewrite(project_16, "steps/S1.A/spec.json", {})
+    rewrite(project_16, "steps/s1-a/spec.json", {})
+    assert any("S1.A" in note for note in t.diagnose(project_16)["notes"])
+
+
+def test_a_silent_store_is_a_finding(project_16):
+    def down(*args, **how):
+        raise t.Unavailable("connection refused", hint="is it up?")
+    project_16.store.inner.list = down
+    doc = t.diagnose(project_16)
+    assert (doc["ok"], doc["exit"]) == (False, 7)
+    assert "connection refused" in check(doc, "store")["detail"]
+
+
+def test_credentials_are_named_by_source_only(project_16):
+    project_16.store.inner.kind = "s3"
+    project_16.settings.config = {}
+    project_16.settings.environ = {"AWS_ACCESS_KEY_ID": "AKIAX",
+                                "AWS_SECRET_ACCESS_KEY": "hush"}
+    doc = t.diagnose(project_16)
+    assert "environ" in check(doc, "credentials")["detail"]
+    assert "hush" not in json.dumps(doc) and "AKIAX" not in json.dumps(doc)
+
+
+def settings_in(folder, name="proj"):
+    store = t.store_url({"kind": "file", "bucket": str(folder / "store"),
+                         "project": name})
+    environ = {**os.environ, "HOME": str(folder),
+               "XDG_STATE_HOME": str(folder / "state")}
+    return t.load_settings({"store": store}, environ, str(folder))
+
+
+def options_of(**given):
+    return types.SimpleNamespace(**{"flags": {}, "as_json": False, **given})
+
+
+@pytest.fixture
+def sources(tmp_path):
+    folder = tmp_path / "src"
+    (folder / "sub").mkdir(parents=True)
+    for n in range(5):
+        (folder / f"m{n}.py").write_text("x\n" * (n + 1) + "# TODO one\n")
+    (folder / "sub" / "deep.txt").write_text("deep\n")
+    (folder / "image.bin").write_bytes(b"\0\1\2")
+    (folder / ".hidden").write_text("no\n")
+    return folder
+
+
+# -- demo --------------------------------------------------------------
+
+
+def test_demo_holds_every_invariant_in_under_15_seconds(tmp_path, sources):
+    out = io.StringIO()
+    code = t.demo(settings_in(tmp_path), str(sources), out=out, live=False)
+    text = out.getvalue()
+    assert code == 0, text
+    assert "FAIL" not in text and text.count("\nok  ") == 11
+    assert float(re.search(r"\n([\d.]+) s\. The files", text).group(1)) < 15
+    assert "kim   was killed (-9) while holding" in text
+    assert "sam   was fenced" in text and "token 2" in text
+
+
+def test_demo_leaves_files_where_it_says(tmp_path, sources):
+    out = io.StringIO()
+    assert t.demo(settings_in(tmp_path), str(sources), out=out, live=True) == 0
+    where = re.search(r"The files: (.*)", out.getvalue()).group(1)
+    report = os.path.join(where, "artifacts", "report", "report.md")
+    with open(report, encoding="utf-8") as file:
+        assert "6 files" in file.read()
+    with open(os.path.join(where, "steps", "f01-m0-py", "claim.json")) as file:
+        assert json.load(file)["token"] == 2
+
+
+def test_a_directory_without_files_gets_samples_and_stays_empty(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = io.StringIO()
+    assert t.demo(settings_in(tmp_path), str(empty), out=out, live=False) == 0
+    assert "samples are added" in out.getvalue() and not list(empty.iterdir())
+
+
+def test_demo_takes_text_files_only_and_at_most_the_limit(sources):
+    names = [name for name, _ in t.demo_files(str(sources))]
+    assert names == ["m0.py", "m1.py", "m2.py", "m3.py", "m4.py", "sub/deep.txt"]
+    assert len(t.demo_files(str(sources), limit=3)) == 3
+
+
+def test_measure_tells_lines_longest_todos_and_digest(sources):
+    facts = t.measure(str(sources / "m1.py"))
+    assert (facts["lines"], facts["longest"], facts["todos"]) == (3, 10, 1)
+    assert len(facts["sha256"]) == 64
+
+
+def claim_of(*events, token):
+    return {"token": token, "history": [{"state": state, "token": number}
+                                        for state, number in events]}
+
+
+@pytest.mark.parametrize("claim, good", [
+    (claim_of(("in_progress", 1), ("complete", 1), token=1), True),
+    (claim_of(("in_progress", 1), ("in_progress", 2), ("complete", 2), token=2), True),
+    (claim_of(("in_progress", 1), ("in_progress", 1), ("complete", 1), token=1), False),
+    (claim_of(("in_progress", 2), ("in_progress", 1), ("complete", 1), token=1), False),
+    (claim_of(("in_progress", 1), ("complete", 1), ("complete", 1), token=1), False),
+    (claim_of(("in_progress", 1), token=1), False),
+    (None, False),
+])
+def test_the_check_of_histories_catches_what_must_not_be(claim, good):
+    assert t.tokens_grow(claim) is good
+
+
+def test_demo_fails_when_an_invariant_does_not_hold(tmp_path, sources, monkeypatch):
+    monkeypatch.setattr(t, "tokens_grow", lambda claim: False)
+    out = io.StringIO()
+    assert t.demo(settings_in(tmp_path), str(sources), out=out, live=False) == 1
+    assert "FAIL  tokens only grow" in out.getvalue()
+
+
+# -- workers -----------------------------------------------------------
+
+
+def test_a_worker_of_an_unknown_kind_is_a_usage_error():
+    with pytest.raises(t.Usage):
+        t.worker(["nonsense"])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP here")
+def test_dismiss_ends_stopped_workers_too(tmp_path):
+    settings = settings_in(tmp_path)
+    crew = t.Crew(settings.store_url, settings.environ)
+    crew.start("drill", "w", peer="w")
+    assert crew.next(20)[1]["event"] == "ready"
+    crew.signal("w", signal.SIGSTOP)
+    crew.dismiss()
+    assert crew.next(5)[1] == {"event": "end", "exit": -9}
+
+
+def test_what_a_worker_prints_besides_events_is_kept(tmp_path):
+    settings = settings_in(tmp_path)
+    crew = t.Crew("ftp://nonsense", settings.environ)
+    crew.start("drill", "w")
+    events = [crew.next(20)[1], crew.next(20)[1]]
+    crew.dismiss()
+    assert events[0]["event"] in ("trouble", "noise") and events[1]["exit"] == 2
+
+
+# -- drill -------------------------------------------------------------
+
+
+def test_drill_finds_nothing_wrong_and_leaves_nothing(tmp_path):
+    out = io.StringIO()
+    code = t.drill(settings_in(tmp_path), options_of(agents=4, rounds=2), out=out)
+    text = out.getvalue()
+    assert code == 0, text
+    assert "claims: winners per round 1 1 (token 1; 4 racers)" in text
+    assert "counters: 8 acknowledged, 8 stored, 0 lost updates" in text
+    assert "mail: 8 sent, 0 lost, 0 doubled" in text
+    assert "takeovers: winners per round 1 1 (token 2" in text
+    assert "former holder was fenced" in text and "p99 ms" in text
+    store = t.DirectoryStore(str(tmp_path / "store"), re.search(
+        r"drill-\w+", text).group(0))
+    assert not store.list("").entries
+
+
+def racers(answers):
+    run = t.Drill(None, count=2, rounds=1)
+    run.race = lambda mode, at: answers
+    return run
+
+
+def test_drill_reports_two_winners():
+    run = racers([{"won": 1, "samples": []}, {"won": 1, "samples": []}])
+    run.claims("claims", 1, token=1)
+    assert run.wrong and run.lines[0].startswith("FAIL  claims: winners per round 2")
+
+
+def test_drill_reports_lost_updates():
+    run = racers([{"added": True, "samples": []}] * 2)
+    run.counters(types.SimpleNamespace(memory=types.SimpleNamespace(
+        get=lambda key: {"value": "1"})))
+    assert "1 lost updates" in run.wrong[0]
+
+
+@pytest.mark.parametrize("read, says", [
+    ([["racer-1 1"], ["racer-0 1", "racer-0 1"]], "0 lost, 1 doubled"),
+    ([["racer-1 1"], []], "1 lost, 0 doubled"),
+])
+def test_drill_reports_lost_and_doubled_messages(read, says):
+    run = racers([])
+    run.race = lambda mode, at: [{"read": texts if at else []} for texts in read]
+    run.mail()
+    assert says in run.wrong[0]
+
+
+def test_drill_refuses_a_race_of_one(tmp_path):
+    with pytest.raises(t.Usage):
+        t.drill(settings_in(tmp_path), options_of(agents=1, rounds=1),
+                out=io.StringIO())
+
+
+@pytest.mark.parametrize("q, value", [(0.5, 51), (0.95, 96), (0.99, 100), (1, 100)])
+def test_quantiles_are_by_nearest_rank(q, value):
+    assert t.quantile(list(range(1, 101)), q) == value
+
+
+# -- bench -------------------------------------------------------------
+
+
+def test_bench_measures_both_sides_and_cleans_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.delenv(t.BENCH_STORE, raising=False)
+    peer = f"{sys.executable} -c pass"
+    out = io.StringIO()
+    options = options_of(peer=peer, quick=True, as_json=True, agents=3, steps=5, size=1)
+    assert t.bench(options, out=out) == 0
+    text, rows = out.getvalue(), json.loads(out.getvalue().splitlines()[-1])["rows"]
+    assert {"cold start: --version", "GETs on one connection", "upload of 1 MiB",
+            "status, 3 agents, 5 steps"} <= {row["what"] for row in rows}
+    cold = next(row for row in rows if row["what"] == "cold start: --version")
+    assert cold["ratio"] == pytest.approx(cold["peer"] / cold["ours"])
+    assert "skipped" in text
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("tracecraft-")]
+
+
+def test_seeded_steps_look_like_worked_ones(tmp_path):
+    settings = settings_in(tmp_path)
+    with t.connect(settings.store_url, environ=settings.environ) as project:
+        project.init()
+        t.seed_project(project, 2, steps=10)
+        snap = t.gather_status(project)
+        assert len(snap["steps"]) == 10 and t.diagnose(project)["ok"]
+        states = [step["state"] for step in snap["steps"]]
+        assert states.count("complete") == 8 and states.count("in_progress") == 2
+
+
+def test_the_hidden_command_runs_from_the_file_itself(tmp_path):
+    job = {"store": t.store_url({"kind": "file", "bucket": str(tmp_path / "s"),
+                                 "project": "p"}), "agent": "w", "peer": "w"}
+    said = subprocess.run(
+        [sys.executable, t.__file__, "_worker", "drill"], encoding="utf-8",
+        input=json.dumps(job) + "\nclaims 1\nstop 0\n", stdout=subprocess.PIPE,
+        env={**os.environ, "HOME": str(tmp_path)}, check=True).stdout
+    events = [json.loads(line) for line in said.splitlines()]
+    assert [event["event"] for event in events] == ["ready", "round"]
+    assert events[1]["won"] == 1
+
+
+# == 18. Rows ==========================================================
+#
+# The commands as real processes: an empty environment, an empty directory, the
+# directory store. Texts are those of 0.2.5 where it has the command.
+
+
+
+
+PROGRAM = os.path.abspath(tracecraft.__file__)
+RUN = [sys.executable, "-S", "-m", "tracecraft"]  # as a module: its bytecode is cached
+SLOW = 30  # seconds no command of these may take
+
+
+class Shell:
+    """Runs commands in one directory, as one agent, with nothing in the environment."""
+
+    def __init__(self, tmp_path):
+        self.tmp, self.cwd = tmp_path, str(tmp_path / "work")
+        self.home, self.environ = str(tmp_path / "home"), {}
+        os.makedirs(self.cwd)
+        os.makedirs(self.home)
+
+    def env(self, more):
+        return {"PATH": "/usr/bin:/bin", "HOME": self.home, "TRACECRAFT_AGENT": "ada",
+                "PYTHONPATH": os.path.dirname(PROGRAM), **self.environ, **more}
+
+    def start(self, *words, **more):
+        return subprocess.Popen([*RUN, *words], cwd=self.cwd,
+                                env=self.env(more), stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, *words, stdin=b"", **more):
+        done = subprocess.run([*RUN, *words], cwd=self.cwd,
+                              env=self.env(more), input=stdin, timeout=SLOW * 4,
+                              capture_output=True)
+        done.out, done.err = done.stdout.decode(), done.stderr.decode()
+        assert "Traceback" not in done.err, done.err
+        return done
+
+    def ok(self, *words, **how):
+        done = self.run(*words, **how)
+        assert done.returncode == 0, done.err
+        return done.out
+
+    def json(self, *words, **how):
+        return json.loads(self.ok("--json", *words, **how))
+
+    def refused(self, exit_code, *words, **how):
+        done = self.run(*words, **how)
+        assert (done.returncode, done.out) == (exit_code, ""), (done.out, done.err)
+        return done.err
+
+    def objects(self):
+        """{file below the working directory: bytes}, locks and presence left out."""
+        found = {}
+        for folder, _, names in os.walk(self.cwd):
+            for name in names:
+                path = os.path.join(folder, name)
+                if ".locks" not in path and f"{os.sep}agents{os.sep}" not in path:
+                    with open(path, "rb") as file:
+                        found[path] = file.read()
+        return found
+
+
+@pytest.fixture
+def sh(tmp_path):
+    shell = Shell(tmp_path)
+    shell.ok("whoami")  # the embedded store has been announced
+    return shell
+
+
+@pytest.mark.parametrize("row", [run.row for run in tracecraft.command_functions()],
+                         ids=lambda row: row.name)
+def test_every_help_has_purpose_two_examples_and_exit_codes_on_one_screen(row):
+    lines = tracecraft.row_help(row).splitlines()
+    assert lines[1].strip() == row.purpose and len(row.examples) == 2
+    assert all(example.startswith(row.name) for example in row.examples)
+    assert any(line.startswith("exit codes: 0 done") for line in lines)
+    assert len(lines) <= 28 and max(map(len, lines)) <= 88
+
+
+@pytest.mark.parametrize("row", [run.row for run in tracecraft.command_functions()],
+                         ids=lambda row: row.name)
+def test_every_example_is_a_call_that_parses(row):
+    for example in row.examples:
+        text = example.split(" > ")[0].split(" | ")[0]
+        words, _, rest = tracecraft.split_argv(shlex.split(text))
+        run, words = tracecraft.find_command(words)
+        tracecraft.parse_words(run, words, rest)
+
+
+def test_without_a_command_the_list_fits_one_screen(sh):
+    out = sh.ok()
+    assert len(out.splitlines()) <= 30 and max(map(len, out.splitlines())) <= 80
+    for run in tracecraft.command_functions():
+        assert run.row.name.split()[0] in out
+
+
+def test_version_carries_the_digest_of_the_file(sh):
+    import hashlib
+    with open(PROGRAM, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()[:12]
+    assert sh.ok("--version") == f"tracecraft {tracecraft.__version__} ({digest})\n"
+
+
+def test_the_embedded_store_is_named_once_on_stderr(tmp_path):
+    shell = Shell(tmp_path)
+    assert "embedded store" in shell.run("status").stderr.decode()
+    assert shell.run("status").stderr == b""
+
+
+def test_global_flags_stand_anywhere_before_the_dashes(sh):
+    for words in (["--json", "claim", "s"], ["claim", "--json", "s"],
+                  ["claim", "s", "--json", "--agent=ada"]):
+        assert json.loads(sh.ok(*words))["step"] == "s"
+    sh.ok("send", "bob", "--", "--json")
+    assert "ada: --json\n" in sh.ok("inbox", TRACECRAFT_AGENT="bob")
+
+
+# == 19. Step commands =================================================
+
+
+def test_a_step_goes_from_hand_to_hand_in_the_words_of_0_2(sh):
+    assert sh.ok("claim", "design") == "Claimed step design as ada\n"
+    sh.ok("whoami", TRACECRAFT_AGENT="bob")
+    err = sh.refused(3, "claim", "design", TRACECRAFT_AGENT="bob")
+    assert err.startswith("Error: Step design already claimed by ada\n")
+    assert sh.ok("step-status", "design") == "design: in_progress (agent: ada)\n"
+    assert sh.ok("complete", "design", "--note", "see api.md", "--to", "bob") \
+        == "Completed step design → handed off to bob\n"
+    assert "note: see api.md" in sh.ok("handoff", "design", TRACECRAFT_AGENT="bob")
+    assert sh.ok("wait-for", "design") == "All steps complete: design\n"
+    assert sh.ok("step-status", "other") == "other: pending\n"
+
+
+def test_completing_counts_the_files_git_saw_change(sh):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+                       cwd=sh.cwd, check=True, capture_output=True)
+    git("init")
+    for name in ("a é.txt", "b"):
+        with open(os.path.join(sh.cwd, name), "w") as file:
+            file.write("1")
+    git("add", ".")
+    git("commit", "-m", "x")
+    for name in ("a é.txt", "b"):
+        with open(os.path.join(sh.cwd, name), "w") as file:
+            file.write("2")
+    sh.ok("claim", "s")
+    out = sh.ok("complete", "s", "--changed-files-from-git", "--to", "x")
+    assert out == "Completed step s → handed off to x (2 changed file(s))\n"
+    assert sh.json("handoff", "s")["changed_files"] == ["a é.txt", "b"]
+
+
+@pytest.mark.parametrize("flag, line, state", [
+    ("--blocked", "Blocked step s", "blocked"), ("--failed", "Failed step s", "failed"),
+    ("--needs-review", "Needs review on step s", "needs_review")])
+def test_a_step_can_end_otherwise(sh, flag, line, state):
+    sh.ok("claim", "s")
+    assert sh.ok("complete", "s", flag) == line + "\n"
+    assert sh.json("step-status", "s")["state"] == state
+    if state != "needs_review":
+        assert "Step s is" in sh.refused(5, "wait-for", "s")
+
+
+def test_review_is_approved_or_sent_back(sh):
+    for step, verb, state in (("a", "approve", "complete"), ("b", "reject", "released")):
+        sh.ok("claim", step)
+        sh.ok("complete", step, "--needs-review")
+        sh.ok(verb, step, "--note", "why", TRACECRAFT_AGENT="bob")
+        assert sh.json("step-status", step)["state"] == state
+
+
+def test_needs_are_waited_for(sh):
+    sh.ok("step", "add", "api", "--title", "the API")
+    sh.ok("step", "add", "docs", "--needs", "api")
+    assert "api" in sh.refused(5, "claim", "docs")
+    assert "docs                     pending [waiting for api]" in sh.ok("step", "list")
+    sh.ok("claim", "docs", "--ignore-needs")
+    assert "the API" in sh.ok("step", "show", "api")
+
+
+def test_waiting_ends_with_the_time_given(sh):
+    began = time.monotonic()
+    sh.ok("claim", "s", TRACECRAFT_AGENT="bob")
+    sh.refused(6, "claim", "s", "--wait", "0.5")
+    assert "Timeout after 0.5s" in sh.refused(6, "wait-for", "s", "--timeout", "0.5")
+    assert time.monotonic() - began < SLOW
+
+
+# -- claim … -- CMD
+
+
+def child(code):
+    return ["--", sys.executable, "-c", code]
+
+
+def tool(*words):
+    return ["--", sys.executable, PROGRAM, *words]
+
+
+def test_a_command_sees_its_step_and_completes_it(sh):
+    sh.ok("step", "add", "n")
+    sh.ok("complete", "n")
+    sh.ok("step", "add", "s", "--title", "a title", "--needs", "n")
+    out = sh.ok("claim", "S", *child(
+        "import os; print([os.environ['TRACECRAFT_' + n] for n in ('STEP', 'TOKEN',"
+        "'TITLE', 'NEEDS', 'ATTEMPT', 'PROJECT', 'AGENT')])"))
+    assert out == "['s', '1', 'a title', 'n', '1', 'work', 'ada']\n"
+    assert sh.json("step-status", "s")["state"] == "complete"
+
+
+def test_a_command_that_fails_releases_its_step_and_lends_its_exit_code(sh):
+    assert sh.run("claim", "s", *child("raise SystemExit(7)")).returncode == 7
+    assert sh.json("step-status", "s")["state"] == "released"
+
+
+def test_a_command_may_end_its_own_step(sh):
+    assert sh.run("claim", "s", *tool("complete", "s", "--blocked")).returncode == 0
+    assert sh.json("step-status", "s")["state"] == "blocked"
+
+
+def test_a_claim_is_renewed_beside_its_command(sh):
+    assert sh.run("claim", "s", "--ttl", "3", *child("import time; time.sleep(5)")
+                  ).returncode == 0
+    assert sh.json("step-status", "s")["token"] == 1
+
+
+def test_a_command_whose_lease_was_taken_is_ended_with_4(sh):
+    process = sh.start("claim", "s", "--ttl", "3",
+                       *child("import time; print(1, flush=True); time.sleep(60)"))
+    assert process.stdout.readline() == b"1\n"
+    sh.ok("complete", "s", "--force", "--note", "by hand", TRACECRAFT_AGENT="bob")
+    out, err = process.communicate(timeout=SLOW)
+    assert process.returncode == 4 and b"bob" in err
+    assert sh.json("step-status", "s")["agent"] == "bob"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_a_command_ends_and_the_step_is_released(sh, kind):
+    process = sh.start("claim", "s", *child("import time; print(1, flush=True);"
+                                            "time.sleep(60)"))
+    assert process.stdout.readline() == b"1\n"
+    process.send_signal(kind)
+    process.communicate(timeout=SLOW)
+    assert process.returncode == 130
+    assert sh.json("step-status", "s")["state"] == "released"
+
+
+def test_a_command_that_is_not_there_claims_nothing(sh):
+    before = sh.objects()
+    assert "not found" in sh.refused(2, "claim", "s", "--", "no-such-command")
+    assert "no command after --" in sh.refused(2, "claim", "s", "--")
+    assert sh.objects() == before
+
+
+# == 20. Commands of memory, mail and files ============================
+
+
+def test_memory_is_set_read_counted_and_deleted(sh):
+    assert sh.ok("memory", "set", "plan.status", "in review") \
+        == "Set plan.status = in review\n"
+    assert sh.ok("memory", "get", "plan.status") == "in review\n"
+    assert list(json.loads(sh.ok("memory", "get", "plan.status", "--with-meta"))) \
+        == ["key", "value", "set_by", "set_at"]
+    assert sh.ok("memory", "incr", "n", "-2") == "Set n = -2\n"
+    sh.ok("memory", "append", "log", "a")
+    assert sh.ok("memory", "append", "log", "-", stdin=b"b\n") == "Set log = a\n  b\n"
+    assert sh.ok("memory", "merge", "doc", '{"a": 1}') == 'Set doc = {"a": 1}\n'
+    assert sh.ok("memory", "list") == "doc\nlog\nn\nplan.status\n"
+    sh.ok("memory", "delete", "log")
+    sh.refused(1, "memory", "get", "log")
+    assert "] ada: in review" in sh.ok("memory", "history", "plan.status")
+
+
+def test_a_value_comes_from_stdin_or_a_file_byte_for_byte(sh):
+    path = os.path.join(sh.cwd, "v.txt")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("@é\n\n")
+    sh.ok("memory", "set", "a", "--file", path)
+    sh.ok("memory", "set", "b", "-", stdin="@é\n\n".encode())
+    assert sh.ok("memory", "get", "a") == sh.ok("memory", "get", "b") == "@é\n\n"
+    sh.ok("memory", "set", "c", "--", "-")
+    assert sh.ok("memory", "get", "c") == "-\n"
+
+
+def test_messages_are_sent_read_once_and_acknowledged(sh):
+    assert sh.ok("send", "bob", "hi", "--step", "S1", "--ack") == "Sent to bob: hi\n"
+    sh.ok("send", "_broadcast", "all")
+    out = sh.ok("inbox", "--new", TRACECRAFT_AGENT="bob").splitlines()
+    assert out[0].endswith("] (direct) ada [step s1]: hi")
+    assert out[1].startswith("  to acknowledge: tracecraft ack ")
+    assert out[2].endswith("] (broadcast) ada: all")
+    assert sh.ok("inbox", "--new", TRACECRAFT_AGENT="bob") == "No new messages.\n"
+    sh.ok("ack", out[1].split()[-1], TRACECRAFT_AGENT="bob")
+    assert sh.ok("inbox") == "No messages.\n"
+
+
+def test_a_message_that_cannot_be_printed_stays_new(sh):
+    sh.ok("send", "bob", "hi")
+    with open("/dev/full" if os.path.exists("/dev/full") else os.devnull, "w") as full:
+        done = subprocess.run([*RUN, "inbox", "--new"], cwd=sh.cwd,
+                              env=sh.env({"TRACECRAFT_AGENT": "bob"}), stdout=full,
+                              stderr=subprocess.PIPE)
+    if full.name == "/dev/full":
+        assert done.returncode == 1 and b"could not be written" in done.stderr
+        assert "hi" in sh.ok("inbox", "--new", TRACECRAFT_AGENT="bob")
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "a\rb", "\u202eevil", "x\x07"])
+def test_what_others_wrote_cannot_drive_the_terminal(sh, text):
+    sh.ok("send", "bob", text)
+    out = sh.ok("inbox", TRACECRAFT_AGENT="bob")
+    assert all(char not in out for char in "\x1b\r\u202e\x07")
+
+
+def test_a_message_cannot_pretend_to_be_two(sh):
+    sh.ok("send", "bob", "a\n[2020] (direct) eve: b")
+    out = sh.ok("inbox", TRACECRAFT_AGENT="bob").splitlines()
+    assert out[1].startswith("  [2020]")
+
+
+def test_ten_megabytes_are_sent_and_set(sh):
+    data = b"x" * (10 << 20)
+    sh.ok("send", "bob", "-", stdin=data)
+    sh.ok("memory", "set", "big", "-", stdin=data)
+    assert len(sh.ok("memory", "get", "big")) == (10 << 20) + 1
+    assert len(sh.ok("inbox", TRACECRAFT_AGENT="bob")) < 20_000
+
+
+def test_files_are_shared_in_the_words_of_0_2(sh):
+    with open(os.path.join(sh.cwd, "api.md"), "w") as file:
+        file.write("one")
+    key = "artifacts/design/api.md"
+    assert sh.ok("artifact", "upload", "api.md", "--step", "design") \
+        == f"Uploaded api.md -> {key}\n"
+    assert sh.ok("artifact", "list") == key + "\n"
+    assert sh.ok("artifact", "download", "api.md", "--step", "design", "-o", "out") \
+        == f"Downloaded {key} -> out\n"
+    sh.ok("artifact", "verify", "api.md", "--step", "design")
+    assert "3 B" in sh.ok("artifact", "show", "api.md", "--step", "design")
+    with open(os.path.join(sh.cwd, "api.md"), "w") as file:
+        file.write("two")
+    sh.refused(3, "artifact", "upload", "api.md", "--step", "design")
+    sh.ok("artifact", "upload", "api.md", "--step", "design", "--overwrite")
+    sh.refused(1, "artifact", "download", "nope")
+
+
+# == 21. Commands of presence, views and set-up ========================
+
+
+def test_presence_and_views_answer(sh):
+    sh.ok("heartbeat", "--summary", "x")
+    assert sh.ok("agents").splitlines()[0].split()[:3] == ["ID", "Status", "Step"]
+    sh.ok("claim", "s")
+    assert sh.json("checkin")["renewed"] == ["s"]
+    assert "renewed: s" in sh.ok("checkin")
+    assert list(sh.json("status"))[:5] == ["project", "backend", "bucket",
+                                           "generated_at", "agents"]
+    assert len(sh.ok("prime").encode()) <= 2048
+    assert sh.json("doctor")["ok"] is True
+    assert sh.ok("leave") == "ada left\n"
+    assert "ada" not in sh.ok("agents") and "ada" in sh.ok("agents", "--all")
+
+
+def test_a_step_given_back_is_not_reported_as_lost(sh):
+    sh.ok("claim", "s")
+    sh.ok("release", "s")
+    assert sh.json("checkin")["lost"] == []
+
+
+def test_init_writes_a_config_that_every_command_finds(sh):
+    url = f"file://{sh.tmp}/store/proj"
+    out = sh.ok("init", url, "--agent", "eve")
+    assert out.startswith("Initialized project 'proj' as agent 'eve'\nBackend: ")
+    path = os.path.join(sh.cwd, ".tracecraft.json")
+    assert os.name == "nt" or os.stat(path).st_mode & 0o777 == 0o600
+    with open(path) as file:
+        doc = json.load(file)
+    assert doc["project"] == "proj" and doc["agent_id"] == "eve"
+    assert sh.json("config")["store"] == url
+
+
+def test_an_invitation_carries_the_store_and_no_secret(sh):
+    sh.ok("init", f"file://{sh.tmp}/store/proj", "--agent", "eve")
+    line = sh.ok("invite").strip()
+    assert "\n" not in line and "eve" not in line
+    os.makedirs(os.path.join(sh.home, "other"))
+    sh.cwd = os.path.join(sh.home, "other")
+    assert sh.ok("join", line, "--agent", "bob") \
+        == "Joined project 'proj' as agent 'bob'\n"
+    assert sh.json("config")["project"] == "proj"
+
+
+def test_a_failed_init_leaves_the_config_as_it_was(sh):
+    sh.ok("init", f"file://{sh.tmp}/store/proj", "--agent", "eve")
+    before = sh.objects()
+    sh.refused(7, "init", "s3://bucket/proj", "--endpoint", "http://127.0.0.1:9",
+               "--access-key", "a", "--secret-key", "b", "--deadline", "1")
+    assert sh.objects() == before
+
+
+def test_install_leaves_a_launcher_of_a_compiled_copy_and_takes_it_away(sh):
+    folder = str(sh.tmp / "bin")
+    assert "is not on PATH" in sh.run("install", "--dir", folder).err
+    launcher = os.path.join(folder, "tracecraft")
+    assert len(open(launcher).read().splitlines()) == 4
+    done = subprocess.run([launcher, "--version"], env={"HOME": sh.home},
+                          capture_output=True, check=True)
+    assert done.stdout.decode() == sh.ok("--version")
+    copy = str(sh.tmp / "share" / "tracecraft")
+    assert any(name.endswith(".pyc") for name in os.listdir(f"{copy}/__pycache__"))
+    sh.ok("install", "--dir", folder, PATH=folder)
+    sh.ok("install", "--uninstall", "--dir", folder)
+    assert os.listdir(folder) == [] and not os.path.exists(copy)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completions_name_every_command(sh, shell):
+    out = sh.ok("completion", shell)
+    for run in tracecraft.command_functions():
+        assert run.row.name.split()[-1] in out
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="no bash")
+@pytest.mark.parametrize("words, found", [
+    (["cl"], "claim"), (["memory", "hi"], "history"), (["claim", "--t"], "--ttl"),
+    (["memory", "set", "--if-r"], "--if-rev")])
+def test_bash_completes(sh, words, found):
+    script = sh.ok("completion", "bash") + (
+        f"COMP_WORDS=(tracecraft {' '.join(words)}); COMP_CWORD={len(words)};"
+        ' _tracecraft; echo "${COMPREPLY[@]}"')
+    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, check=True)
+    assert found in done.stdout.decode().split()
+
+
+# == 22. Command line ==================================================
+
+LONG = "x" * 201
+
+
+@pytest.mark.parametrize("words, text", [
+    (["clam", "s"], "unknown command 'clam'; did you mean claim?"),
+    (["memory", "st", "k"], "did you mean memory set?"),
+    (["memory"], "memory needs one of: set, get"),
+    (["--jsn"], "unknown flag '--jsn'; did you mean --json?"),
+    (["claim", "s", "--tll", "3"], "unknown flag '--tll'; did you mean --ttl?"),
+    (["claim"], "the following arguments are required: step"),
+    (["claim", "a", "b"], "unexpected argument 'b'"),
+    (["claim", "s", "--ttl", "x"], "invalid int value: 'x'"),
+    (["claim", "s", "--ttl", "-1"], "--ttl cannot be negative"),
+    (["claim", ""], "step id cannot be empty"),
+    (["claim", "a/b"], "step id 'a/b' does not fit"),
+    (["claim", ".."], "step id '..' does not fit"),
+    (["claim", "_s"], "step id '_s' is reserved"),
+    (["claim", "é"], "does not fit"),
+    (["claim", "a\nb"], "does not fit"),
+    (["claim", LONG], "does not fit"),
+    (["claim", "s", "--agent", "a/b"], "agent id 'a/b' does not fit"),
+    (["--store"], "--store needs a value"),
+    (["status", "--store", "s3:/x"], "is no store URL"),
+    (["status", "--store", "http://x/y"], "is no store URL"),
+    (["status", "--deadline", "soon"], "--deadline is 'soon', not seconds"),
+    (["status", "--config", "nope.json"], "cannot read the config file"),
+    (["status", "--op", "x"], "status changes nothing that --op could settle"),
+    (["status", "--watch", "--json"], "mutually exclusive"),
+    (["status", "--watch", "--interval", "0"], "--interval must be > 0"),
+    (["complete", "s", "--blocked", "--failed"], "Use at most one of"),
+    (["memory", "set", "", "v"], "memory key cannot be empty"),
+    (["memory", "set", "a/b", "v"], "'/' is not allowed"),
+    (["memory", "set", "_history.a", "v"], "is reserved"),
+    (["memory", "set", "a..b", "v"], "has an empty part"),
+    (["memory", "set", "k"], "give the value once"),
+    (["memory", "set", "k", "v", "--file", "f"], "give the value once"),
+    (["memory", "set", "k", "--file", "nope"], "cannot read nope"),
+    (["memory", "set", "k", "{", "--json"], "the value is not JSON"),
+    (["memory", "incr", "k", "many"], "invalid float value"),
+    (["memory", "merge", "k", "{"], "JSON"),
+    (["send", "", "x"], "recipient cannot be empty"),
+    (["send", "_me", "x"], "is reserved"),
+    (["send", "a/b", "x"], "does not fit"),
+    (["send", "bob", "-x"], "text that begins with - goes after --"),
+    (["send", "bob"], "give the message once"),
+    (["inbox", "--new", "--delete"], "mutually exclusive"),
+    (["inbox", "--limit", "-1"], "--limit cannot be negative"),
+    (["artifact", "upload", "nope"], "nope is not a file"),
+    (["join", "hello"], "that is no invitation"),
+    (["init", "--endpoint", "http://x"], "needs --bucket"),
+    (["init", "s3://b/p", "--bucket", "c"], "give the store once"),
+    (["init", "s3://b/p", "--access-key", "a"], "go together"),
+    (["completion", "csh"], "invalid choice: 'csh'"),
+    (["demo", "nowhere"], "nowhere is no directory"),
+    (["_worker", "nothing"], "_worker"),
+])
+def test_a_wrong_call_gets_a_sentence_exit_2_and_changes_nothing(sh, words, text):
+    before = sh.objects()
+    done = sh.run(*words)
+    assert (done.returncode, done.out) == (2, ""), done.err
+    message = json.loads(done.err)["error"]["message"] if "--json" in words else done.err
+    assert text in message
+    assert sh.objects() == before
+
+
+@pytest.mark.parametrize("words", [["memory", "set", "k", "-"], ["send", "bob", "-"],
+                                   ["complete", "s", "--note", "-"]])
+def test_stdin_that_is_not_utf_8_is_refused(sh, words):
+    before = sh.objects()
+    assert "stdin is not UTF-8 (byte 1)" in sh.refused(2, *words, stdin=b"a\xff")
+    assert sh.objects() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="arguments are bytes on POSIX only")
+def test_an_argument_that_is_not_utf_8_is_refused(sh):
+    before = sh.objects()
+    assert "is not UTF-8" in sh.refused(2, "send", "bob", b"a\xff")
+    assert sh.objects() == before
+
+
+@pytest.mark.parametrize("text", ["@file", "@", "-", "--", "-- x", "", " "])
+def test_ordinary_text_is_sent_as_it_is(sh, text):
+    sh.ok("send", "bob", "--", text)
+    assert sh.json("inbox", TRACECRAFT_AGENT="bob")["items"][0]["message"] == text
+
+
+@pytest.mark.parametrize("body, text", [
+    (b"", "is not JSON"), (b'{"agent": "x"', "is not JSON"), (b"[]", "holds a JSON list"),
+    (b"\xff\xfe", "is not JSON"), (b"[" * 100_000, "is not JSON"),
+    (b" " * ((8 << 20) + 1), "a record has at most")],
+    ids=["empty", "cut", "list", "bytes", "nested", "oversized"])
+def test_a_damaged_record_is_named_and_left_alone(sh, body, text):
+    sh.ok("claim", "s")
+    path, = [path for path in sh.objects() if path.endswith("claim.json")]
+    with open(path, "wb") as file:
+        file.write(body)
+    before = sh.objects()
+    for words in (["claim", "s"], ["complete", "s"], ["release", "s"], ["renew", "s"]):
+        err = sh.refused(8, *words)
+        assert text in err and "steps/s/claim.json" in err
+    assert sh.objects() == before
+    sh.ok("memory", "set", "k", "v")  # what does not need it goes on
+    assert sh.run("doctor").returncode == 8
+
+
+def test_an_error_in_json_says_all_there_is(sh):
+    sh.ok("claim", "s", TRACECRAFT_AGENT="bob")
+    error = json.loads(sh.refused(3, "claim", "s", "--json"))["error"]
+    assert {"code": "held", "exit": 3, "retryable": False, "holder": "bob",
+            "message": "Step s already claimed by bob"}.items() <= error.items()
+    assert error["hint"] and error["expires_in_s"] > 0
+    assert json.loads(sh.refused(1, "memory", "get", "k", TRACECRAFT_JSON="1"))
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes anywhere")
+def test_an_unwritable_directory_is_a_sentence(sh):
+    os.chmod(sh.cwd, 0o500)
+    sh.refused(11, "claim", "s", "--store", f"file://{sh.cwd}/new/p")
+    os.chmod(sh.cwd, 0o700)
+
+
+def test_without_a_home_the_state_goes_beside_the_store(sh):
+    sh.environ["HOME"] = "/nonexistent"
+    assert sh.ok("claim", "s") == "Claimed step s as ada\n"
+    assert sh.ok("complete", "s") == "Completed step s\n"
+
+
+def test_a_server_that_is_not_there_is_exit_7(sh):
+    err = sh.refused(7, "status", "--store", "s3://b/p?endpoint=http://127.0.0.1:9",
+                     "--deadline", "1", AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b")
+    assert "127.0.0.1:9" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_a_reader_that_goes_away_is_no_error(sh):
+    for at in range(3):
+        sh.ok("memory", "set", f"k{at}", "v")
+    done = subprocess.run(" ".join(map(shlex.quote, RUN))
+                          + " memory list | true", shell=True, cwd=sh.cwd,
+                          env=sh.env({}), capture_output=True)
+    assert done.stderr == b""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("words", [["wait-for", "s"], ["inbox", "--new", "--wait", "60"],
+                                   ["status", "--watch"]])
+def test_ctrl_c_is_130_without_a_traceback(sh, words):
+    process = sh.start(*words)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=SLOW)
+    assert process.returncode == 130 and b"Traceback" not in err
+
+
+def test_a_bug_is_called_one(monkeypatch, capsys, tmp_path):
+    def broken(argv):
+        raise ZeroDivisionError("x")
+    monkeypatch.setattr(tracecraft, "dispatch", broken)
+    assert tracecraft.main(["status"]) == 70
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err and "a bug in tracecraft" in err
+
+
+def test_many_processes_claim_and_one_wins(sh):
+    crew = [sh.start("claim", "s", TRACECRAFT_AGENT=f"a{n}") for n in range(8)]
+    outs = [process.communicate(timeout=SLOW) for process in crew]
+    assert sorted(process.returncode for process in crew) == [0] + [3] * 7, outs
+
+
+def test_a_reader_waits_for_mail(sh):
+    later = threading.Timer(0.7, sh.ok, ["send", "bob", "hi"])
+    later.start()
+    assert "ada: hi" in sh.ok("inbox", "--new", "--wait", "20", TRACECRAFT_AGENT="bob")
+    later.join()
+    sh.refused(6, "inbox", "--new", "--wait", "0.3", TRACECRAFT_AGENT="bob")
+
+
+def test_verbose_shows_requests_and_never_a_secret(sh):
+    done = sh.run("-v", "status", "--store", "s3://b/p?endpoint=http://127.0.0.1:9",
+                  "--deadline", "1", AWS_ACCESS_KEY_ID="AKIAX",
+                  AWS_SECRET_ACCESS_KEY="s3cr3t-s3cr3t")
+    assert done.returncode == 7 and "s3cr3t" not in done.err
+
+
+def test_a_script_and_a_module_are_the_same_program(sh):
+    done = subprocess.run([sys.executable, PROGRAM, "--version"], env={},
+                          capture_output=True, check=True)
+    assert done.stdout.decode() == sh.ok("--version")
+
+
+# == 19. Interoperation with 0.2.5 =====================================
+#
+# The released CLI and ours, as processes, on one bucket: each reads what the other
+# wrote (protocol.md 3, 4, 11.7). Each call of 0.2.5 takes half a second, so there are few.
+
+
+
+
+PEER = os.path.join(os.path.dirname(sys.executable), "tracecraft")
+# As the launcher of `install`: a script's bytecode would not be cached.
+OURS = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1));"
+        " from tracecraft import main; sys.exit(main())",
+        os.path.dirname(os.path.abspath(tracecraft.__file__))]
+
+
+class TwoClients:
+    """One project in one bucket, with agents of ours and of 0.2.5 that have a directory
+    each, and in it the config file that both clients read."""
+
+    def __init__(self, root, config, project=None):
+        self.root, self.config = root, config
+        self.project = project or f"interop-{uuid.uuid4().hex[:8]}"
+
+    def home(self, agent):
+        folder = self.root / agent
+        if not folder.exists():
+            folder.mkdir()
+            doc = dict(self.config, project=self.project, agent_id=agent)
+            (folder / ".tracecraft.json").write_text(json.dumps(doc))
+        return folder
+
+    def command(self, program, agent, words):
+        env = {"PATH": os.environ.get("PATH", ""), "HOME": str(self.root),
+               "AWS_EC2_METADATA_DISABLED": "true", "PYTHONIOENCODING": "utf-8"}
+        return dict(args=[*program, *words], cwd=str(self.home(agent)), env=env,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8",
+                    stderr=subprocess.PIPE)
+
+    def run(self, program, agent, words, exit):
+        done = subprocess.run(**self.command(program, agent, words), timeout=60)
+        said = f"{agent} {' '.join(words)}: {done.returncode}\n" \
+            f"{done.stdout}{done.stderr}"
+        assert done.returncode == exit, said
+        return done.stdout + (done.stderr if exit else "")
+
+    def ours(self, agent, *words, exit=0):
+        return self.run(OURS, agent, words, exit)
+
+    def theirs(self, agent, *words, exit=0):
+        return self.run([PEER], agent, words, exit)
+
+    def ours_json(self, agent, *words, exit=0):
+        return json.loads(self.ours(agent, "--json", *words, exit=exit))
+
+
+@pytest.fixture(scope="module")
+def peer_server():
+    """A bucket and, in it, the fact that 0.2.5 is here to share it."""
+    if not os.path.exists(PEER):
+        if os.environ.get("CI"):
+            pytest.fail("tracecraft-ai==0.2.5 is not installed; CI does not skip it")
+        pytest.skip("tracecraft-ai==0.2.5 is not installed beside this Python")
+    said = subprocess.run([PEER, "--version"], stdout=subprocess.PIPE, encoding="utf-8",
+                          env={"PATH": os.environ.get("PATH", "")})
+    assert "0.2.5" in said.stdout
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def both(peer_server, tmp_path):
+    config = {"backend": "s3", "endpoint": peer_server.url, "bucket": "bucket",
+              "access_key": peer_server.access_key,
+              "secret_key": peer_server.secret_key}
+    both = TwoClients(tmp_path, config)
+    both.stored = lambda key: json.loads(
+        peer_server.body(f"{both.project}/{key}") or "null")
+    both.keys = lambda prefix="": sorted(
+        key[len(both.project) + 1:] for bucket, key in list(peer_server.objects)
+        if key.startswith(f"{both.project}/{prefix}"))
+    return both
+
+
+def healthy(both, agent="ada"):
+    """Nothing damaged, no projection behind: what `doctor` says of the bucket."""
+    doc = both.ours_json(agent, "doctor")
+    assert doc["ok"] and not doc.get("problems"), doc
+    return True
+
+
+# -- configuration and presence ----------------------------------------
+
+
+@pytest.mark.peers
+def test_each_reads_the_config_the_other_wrote_and_sees_its_agent(both, tmp_path):
+    flags = ("--endpoint", both.config["endpoint"], "--bucket", "bucket", "--project",
+             both.project, "--access-key", both.config["access_key"], "--secret-key",
+             both.config["secret_key"])
+    for agent in ("ada", "old"):
+        (tmp_path / agent).mkdir()
+    both.ours("ada", "init", *flags, "--agent", "ada")
+    both.theirs("old", "init", *flags, "--agent", "old")
+    written = json.loads((tmp_path / "ada" / ".tracecraft.json").read_text())
+    assert written.items() >= {**both.config, "project": both.project,
+                               "agent_id": "ada"}.items()
+    # From here on each works in the directory that the other one set up.
+    assert {row["id"]: row["status"] for row in
+            both.ours_json("old", "agents")["items"]} == {"ada": "active",
+                                                          "old": "active"}
+    table = both.theirs("ada", "agents")
+    assert "ada                       active     -               0m ago" in table
+    assert "\nold  " in table
+    # Whoever moves over may run our init there: the keys stay in the config.
+    both.ours("old", "init", "-q")
+    moved = json.loads((tmp_path / "old" / ".tracecraft.json").read_text())
+    assert moved.items() >= {**both.config, "agent_id": "old"}.items()
+
+
+@pytest.mark.peers
+def test_presence_that_one_client_wrote_survives_a_heartbeat_of_the_other(both):
+    both.ours("ada", "heartbeat", "--summary", "writing tests")
+    doc = both.stored("agents/ada.json")
+    assert {"id", "status", "step", "started_at", "heartbeat", "summary"} <= set(doc)
+    assert doc["id"] == "ada" and doc["summary"] == "writing tests"
+
+
+# -- memory ------------------------------------------------------------
+
+
+@pytest.mark.peers
+def test_memory_and_its_history_are_one_for_both_clients(both):
+    both.ours("ada", "memory", "set", "plan.status", "draft")
+    assert both.theirs("old", "memory", "get", "plan.status") == "draft\n"
+    both.theirs("old", "memory", "set", "plan.status", "in review")
+    got = both.ours_json("ada", "memory", "get", "plan.status")
+    assert (got["value"], got["set_by"]) == ("in review", "old")
+    # 0.2 rewrites the document and drops its revision: nobody may compare with it.
+    assert "0.2" in both.ours("ada", "memory", "set", "plan.status", "x",
+                              "--if-rev", "1", exit=3)
+    after = both.ours_json("ada", "memory", "set", "plan.status", "done")
+    assert after["rev"] >= 2 and after["value"] == "done"
+    history = both.theirs("old", "memory", "history", "plan.status").splitlines()
+    assert [line.partition("] ")[2] for line in history] == [
+        "ada: draft", "old: in review", "ada: done"]
+    assert both.ours("ada", "memory", "history", "plan.status").splitlines() == history
+
+
+@pytest.mark.peers
+def test_what_one_client_adds_and_deletes_the_other_reads_so(both):
+    both.ours("ada", "memory", "incr", "builds")
+    both.theirs("old", "memory", "set", "builds", "41")
+    both.ours("ada", "memory", "incr", "builds")
+    assert both.theirs("old", "memory", "get", "builds") == "42\n"
+    both.ours("ada", "memory", "delete", "builds")
+    # A tombstone keeps an empty value, which is all that 0.2 can know of it.
+    assert both.stored("memory/builds.json")["value"] == ""
+    both.ours("ada", "memory", "get", "builds", exit=1)
+    both.theirs("old", "memory", "set", "builds", "7")
+    assert both.ours("ada", "memory", "get", "builds") == "7\n"
+    assert "builds" in both.ours("ada", "memory", "list").splitlines()
+
+
+# -- mail --------------------------------------------------------------
+
+
+def texts_of_19(inbox):
+    return [line.partition("] ")[2] for line in inbox.splitlines()]
+
+
+@pytest.mark.peers
+def test_messages_and_broadcasts_go_both_ways_in_the_same_words(both):
+    both.ours("ada", "send", "old", "the API is ready", "--step", "design", "-q")
+    both.ours("ada", "send", "_broadcast", "to all", "-q")
+    both.theirs("old", "send", "ada", "thanks", "--step", "design")
+    both.theirs("old", "send", "_broadcast", "noted")
+    assert texts_of_19(both.theirs("old", "inbox")) == [
+        "(direct) ada [step design]: the API is ready", "(broadcast) ada: to all"]
+    assert texts_of_19(both.ours("ada", "inbox", "--new")) == [
+        "(direct) old [step design]: thanks", "(broadcast) old: noted"]
+    assert both.ours("ada", "inbox", "--new") == "No new messages.\n"
+
+
+@pytest.mark.peers
+def test_one_agent_may_read_with_either_client_and_sees_each_message_once(both):
+    def send(text):
+        both.ours("ada", "send", "mix", text, "-q")
+
+    send("one")
+    assert texts_of_19(both.theirs("mix", "inbox", "--new")) == ["(direct) ada: one"]
+    assert both.ours("mix", "inbox", "--new") == "No new messages.\n"
+    send("two")
+    assert texts_of_19(both.ours("mix", "inbox", "--new")) == ["(direct) ada: two"]
+    assert "rev" in both.stored("messages/mix/_cursor.json")
+    send("three")
+    both.ours("ada", "send", "_broadcast", "four", "-q")
+    assert texts_of_19(both.theirs("mix", "inbox", "--new")) == [
+        "(direct) ada: three", "(broadcast) ada: four"]
+    assert "rev" not in both.stored("messages/mix/_cursor.json")
+    assert both.ours("mix", "inbox", "--new") == "No new messages.\n"
+    send("five")
+    assert texts_of_19(both.ours("mix", "inbox", "--new")) == ["(direct) ada: five"]
+    assert both.theirs("mix", "inbox", "--new") == "No new messages.\n"
+
+
+@pytest.mark.peers
+def test_a_message_sent_twice_under_one_id_reaches_0_2_once(both):
+    for _ in range(2):
+        both.ours("ada", "send", "old", "built", "--id", "build-7", "-q")
+    assert texts_of_19(both.theirs("old", "inbox", "--new")) == ["(direct) ada: built"]
+
+
+@pytest.mark.peers
+def test_an_acknowledgement_is_no_mail_to_0_2(both):
+    both.theirs("old", "send", "ada", "did you see it?")
+    message, = both.ours_json("ada", "inbox")["items"]
+    both.ours("ada", "ack", message.get("id") or message["key"])
+    assert len(both.keys("messages/ada/_acks/")) == 1
+    box, = both.ours_json("old", "status")["mailboxes"]
+    assert box["total"] == 1
+    assert texts_of_19(both.theirs("ada", "inbox")) == ["(direct) old: did you see it?"]
+
+
+# -- steps -------------------------------------------------------------
+
+
+@pytest.mark.peers
+def test_each_refuses_what_the_other_has_claimed(both):
+    both.ours("ada", "claim", "mine")
+    both.theirs("old", "claim", "yours")
+    assert "Step mine already claimed by ada" in both.theirs(
+        "old", "claim", "mine", exit=1)
+    assert "claimed by 'ada'" in both.theirs("old", "complete", "mine", exit=1)
+    assert "Step yours already claimed by old" in both.ours(
+        "ada", "claim", "yours", exit=3)
+    assert "is claimed by 'old'" in both.ours("ada", "complete", "yours", exit=3)
+    assert both.ours("ada", "step-status", "mine", "yours").splitlines() == [
+        "mine: in_progress (agent: ada)", "yours: in_progress (agent: old)"]
+    assert both.theirs("old", "step-status", "mine") == \
+        "mine: in_progress (agent: ada)\n"
+
+
+@pytest.mark.peers
+def test_a_race_between_the_clients_has_one_winner(both):
+    steps = ["race-1", "race-2", "race-3"]
+    for agent in ("ada", "old"):
+        both.home(agent)
+
+    def race(step):
+        rivals = [subprocess.Popen(**both.command([PEER], "old", ["claim", step])),
+                  subprocess.Popen(**both.command(OURS, "ada", ["claim", step]))]
+        return [rival.wait(60) for rival in rivals]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        exits = list(pool.map(race, steps))
+    for step, (theirs, ours) in zip(steps, exits):
+        assert (theirs, ours) in ((0, 3), (1, 0))
+        winner = "old" if theirs == 0 else "ada"
+        assert both.stored(f"steps/{step}/claim.json")["agent"] == winner
+
+
+@pytest.mark.peers
+def test_a_complete_step_is_complete_to_the_other_and_hands_off(both):
+    both.ours("ada", "claim", "S1.A")
+    both.ours("ada", "complete", "S1.A", "--note", "see api.md", "--to", "old")
+    assert both.theirs("old", "step-status", "s1.a") == "s1.a: complete (agent: ada)\n"
+    both.theirs("old", "claim", "next")
+    both.theirs("old", "complete", "next", "--note", "tests pass", "--to", "ada",
+                "--next-action", "merge it")
+    assert both.theirs("old", "wait-for", "S1.A", "next") == \
+        "All steps complete: S1.A, next\n"
+    assert both.ours("ada", "wait-for", "S1.A", "next") == \
+        "All steps complete: S1.A, next\n"
+    note = both.ours_json("ada", "handoff", "next")
+    assert (note["from_agent"], note["next_agent"], note["note"], note["next_action"]) \
+        == ("old", "ada", "tests pass", "merge it")
+    stored = both.stored("steps/s1-a/handoff.json")
+    assert stored.items() >= {
+        "schema": 2, "from_agent": "ada", "from_step": "S1.A", "next_agent": "old",
+        "state": "complete", "next_action": None, "note": "see api.md"}.items()
+    assert healthy(both)
+
+
+@pytest.mark.peers
+def test_a_step_ended_by_0_2_can_be_reopened_and_0_2_sees_the_new_holder(both):
+    both.theirs("old", "claim", "design")
+    both.theirs("old", "complete", "design")
+    assert "complete" in both.ours("ada", "claim", "design", exit=3)
+    assert both.ours_json("ada", "claim", "design", "--reopen")["token"] == 2
+    # 0.2 reads status.json first: it must not still say what old wrote there.
+    assert both.theirs("old", "step-status", "design") == \
+        "design: in_progress (agent: ada)\n"
+    assert "already claimed by ada" in both.theirs("old", "claim", "design", exit=1)
+    assert both.ours_json("ada", "step-status", "design")["state"] == "in_progress"
+    both.ours("ada", "complete", "design")
+    assert both.stored("steps/design/status.json")["status"] == "complete"
+    assert healthy(both)
+
+
+@pytest.mark.peers
+def test_without_a_claim_either_client_completes_and_the_other_agrees(both):
+    both.ours("ada", "complete", "quick")
+    assert both.theirs("old", "step-status", "quick") == \
+        "quick: complete (agent: ada)\n"
+    assert "already claimed by ada" in both.theirs("old", "claim", "quick", exit=1)
+    both.theirs("old", "complete", "habit")
+    assert both.ours("ada", "step-status", "habit") == "habit: complete (agent: old)\n"
+    assert "complete" in both.ours("ada", "claim", "habit", exit=3)
+    assert both.ours_json("ada", "claim", "habit", "--reopen")["token"] == 2
+
+
+@pytest.mark.peers
+def test_an_agent_may_end_with_0_2_what_it_claimed_with_ours(both):
+    both.ours("ada", "claim", "design")
+    both.theirs("ada", "complete", "design", "--note", "by the old one")
+    assert both.ours("ben", "step-status", "design") == \
+        "design: complete (agent: ada)\n"
+    assert both.ours_json("ben", "handoff", "design")["note"] == "by the old one"
+    assert "complete" in both.ours("ada", "renew", "design", exit=3)
+    both.ours("ada", "complete", "design")  # the same end: nothing to refuse
+    claim = both.stored("steps/design/claim.json")
+    assert (claim["state"], claim["token"]) == ("complete", 1)
+    both.ours("ada", "step-status", "design")
+    assert healthy(both)
+
+
+@pytest.mark.peers
+def test_0_2_forcing_a_complete_over_our_claim_fences_us(both):
+    both.ours("ada", "claim", "design")
+    both.theirs("old", "complete", "design", "--force", "--note", "ada is gone")
+    assert both.ours("ben", "step-status", "design") == \
+        "design: complete (agent: old)\n"
+    for act in ("renew", "release", "complete"):
+        assert "old" in both.ours("ada", act, "design", exit=4)
+    assert both.ours_json("ada", "handoff", "design")["note"] == "ada is gone"
+    both.ours("ben", "claim", "design", exit=3)
+    again = both.ours_json("ben", "claim", "design", "--reopen")
+    assert again["token"] == 3
+    assert any("forced by old" in event["why"] for event in again["history"])
+    both.ours("ada", "complete", "design", exit=4)
+    both.ours("ben", "complete", "design")
+    assert healthy(both)
+
+
+@pytest.mark.peers
+def test_our_force_over_a_claim_of_0_2_is_final_for_0_2(both):
+    both.theirs("old", "claim", "design")
+    both.ours("ada", "complete", "design", "--force", "--note", "old is gone")
+    claim = both.stored("steps/design/claim.json")
+    assert (claim["agent"], claim["state"], claim["token"]) == ("ada", "complete", 2)
+    assert "claimed by 'ada'" in both.theirs("old", "complete", "design", exit=1)
+    assert both.theirs("old", "step-status", "design") == \
+        "design: complete (agent: ada)\n"
+    assert healthy(both)
+
+
+@pytest.mark.peers
+def test_a_wait_ends_when_the_other_client_blocks_or_fails_the_step(both):
+    both.theirs("old", "complete", "api", "--blocked", "--note", "no keys")
+    assert "Step api is blocked (agent: old)" in both.ours(
+        "ada", "wait-for", "api", "--timeout", "20", exit=5)
+    both.ours("ada", "claim", "web")
+    both.ours("ada", "complete", "web", "--failed")
+    assert "Step web is blocked (agent: ada)" in both.theirs(
+        "old", "wait-for", "web", "--timeout", "20", exit=1)
+
+
+@pytest.mark.peers
+def test_what_0_2_wants_reviewed_we_approve_or_reject(both):
+    both.theirs("old", "claim", "docs")
+    both.theirs("old", "complete", "docs", "--needs-review")
+    assert both.ours("ada", "step-status", "docs") == \
+        "docs: needs_review (agent: old)\n"
+    both.ours("ada", "approve", "docs")
+    assert both.theirs("old", "step-status", "docs") == "docs: complete (agent: old)\n"
+    both.theirs("old", "complete", "text", "--needs-review")
+    both.ours("ada", "reject", "text", "--note", "dead links")
+    assert both.ours_json("ada", "claim", "text")["token"] == 2
+    assert both.stored("steps/text/status.json")["status"] == "in_progress"
+    assert healthy(both)
+
+
+@pytest.mark.peers
+def test_a_released_step_reads_as_pending_in_0_2_and_is_ours_to_claim(both):
+    both.ours("ada", "claim", "design")
+    both.ours("ada", "release", "design")
+    # 0.2 has no word for it: the claim is never deleted, so 0.2 cannot take it.
+    assert "design: pending" in both.theirs("old", "step-status", "design")
+    assert "already claimed by (released)" in both.theirs(
+        "old", "claim", "design", exit=1)
+    assert both.ours_json("ben", "claim", "design")["token"] == 2
+
+
+# -- artifacts ---------------------------------------------------------
+
+
+@pytest.mark.peers
+def test_artifacts_go_both_ways_with_their_bytes(both, tmp_path):
+    (both.home("ada") / "api.md").write_bytes(b"# API\n\xff\x00")
+    (both.home("old") / "out.csv").write_bytes(b"a,b\n1,2\n")
+    both.ours("ada", "artifact", "upload", "api.md", "--step", "S1.A")
+    assert both.theirs("old", "artifact", "upload", "out.csv") == \
+        "Uploaded out.csv -> artifacts/shared/out.csv\n"
+    listed = both.theirs("old", "artifact", "list").splitlines()
+    assert listed == ["artifacts/s1-a/api.md", "artifacts/shared/out.csv"]
+    assert both.ours("ada", "artifact", "list").splitlines() == listed
+    both.theirs("old", "artifact", "download", "api.md", "--step", "S1.A")
+    assert (tmp_path / "old" / "api.md").read_bytes() == b"# API\n\xff\x00"
+    both.ours("ada", "artifact", "download", "out.csv", "-o", "got.csv")
+    assert (tmp_path / "ada" / "got.csv").read_bytes() == b"a,b\n1,2\n"
+
+
+@pytest.mark.peers
+def test_bytes_of_0_2_over_an_artifact_of_ours_are_adopted_and_said(both, tmp_path):
+    for agent, text in (("ada", "one"), ("old", "two")):
+        (both.home(agent) / "a.txt").write_text(text)
+    both.ours("ada", "artifact", "upload", "a.txt")
+    both.theirs("old", "artifact", "upload", "a.txt")
+    both.ours("ada", "artifact", "download", "a.txt", "-o", "b.txt")
+    assert (tmp_path / "ada" / "b.txt").read_text() == "two"
+    both.ours("ada", "artifact", "verify", "a.txt")
+    # Ours over theirs asks first, and 0.2 then finds the new bytes at its own key.
+    (tmp_path / "ada" / "a.txt").write_text("three")
+    both.ours("ada", "artifact", "upload", "a.txt", exit=3)
+    both.ours("ada", "artifact", "upload", "a.txt", "--overwrite")
+    both.theirs("old", "artifact", "download", "a.txt", "-o", "c.txt")
+    assert (tmp_path / "old" / "c.txt").read_text() == "three"
+    assert healthy(both)
+
+
+@pytest.mark.peers
+def test_the_same_bytes_uploaded_by_both_are_one_artifact(both):
+    for agent in ("ada", "old"):
+        (both.home(agent) / "same.txt").write_text("same")
+    both.theirs("old", "artifact", "upload", "same.txt")
+    both.ours("ada", "artifact", "upload", "same.txt")
+    head = both.ours_json("ada", "artifact", "show", "same.txt")
+    assert head["size"] == 4
+    assert both.keys("artifacts/") == ["artifacts/shared/same.txt"]
+
+
+# -- status ------------------------------------------------------------
+
+
+@pytest.mark.peers
+def test_status_json_has_the_keys_and_the_values_of_0_2(both):
+    both.ours("ada", "heartbeat")
+    both.ours("ada", "claim", "mine")
+    both.ours("ada", "claim", "gone")
+    both.ours("ada", "release", "gone")
+    both.ours("ada", "step", "add", "later")
+    both.theirs("old", "complete", "done", "--needs-review")
+    both.theirs("old", "send", "ada", "hello")
+    both.ours("ada", "inbox", "--new")
+    both.ours("ada", "send", "old", "hi", "-q")
+    ours = both.ours_json("ada", "status")
+    theirs = json.loads(both.theirs("ada", "status", "--json"))
+    assert set(theirs) <= set(ours)
+    for name in ("project", "backend", "bucket", "mailboxes", "sessions"):
+        assert ours[name] == theirs[name]
+    for name in ("steps", "agents"):
+        assert len(ours[name]) == len(theirs[name])
+        for mine, old in zip(ours[name], theirs[name]):
+            assert set(old) <= set(mine)
+            if old.get("id") != "gone":  # 0.2 names '(released)' as its agent
+                assert {key: mine[key] for key in old if key != "heartbeat_age_s"} == \
+                    {key: old[key] for key in old if key != "heartbeat_age_s"}
+    text = both.ours("ada", "status").splitlines()
+    assert text[0] == f"project {both.project} · backend s3 · bucket bucket"
+
+
+# -- a real server -----------------------------------------------------
+
+
+@pytest.mark.peers
+@pytest.mark.bucket
+@pytest.mark.skipif(not os.environ.get("TRACECRAFT_TEST_STORE"),
+                    reason="TRACECRAFT_TEST_STORE names no bucket")
+def test_both_clients_work_together_on_a_real_server(peer_server, tmp_path):
+    parts = tracecraft.parse_store_url(os.environ["TRACECRAFT_TEST_STORE"])
+    if parts["kind"] != "s3":
+        pytest.skip("0.2.5 knows S3 only")
+    endpoint = parts.get("endpoint") or os.environ["AWS_ENDPOINT_URL"]
+    both = TwoClients(tmp_path, {
+        "backend": "s3", "endpoint": endpoint, "bucket": parts["bucket"],
+        "access_key": os.environ["AWS_ACCESS_KEY_ID"],
+        "secret_key": os.environ["AWS_SECRET_ACCESS_KEY"]})
+    both.ours("ada", "init", "-q")
+    try:
+        both.ours("ada", "claim", "design")
+        both.theirs("old", "claim", "design", exit=1)
+        both.ours("ada", "complete", "design", "--note", "see api.md")
+        both.theirs("old", "wait-for", "design")
+        both.theirs("old", "claim", "build")
+        both.ours("ada", "claim", "build", exit=3)
+        both.theirs("old", "complete", "build", "--note", "built")
+        assert both.ours_json("ada", "handoff", "build")["note"] == "built"
+        both.theirs("old", "send", "ada", "hello")
+        assert texts_of_19(both.ours("ada", "inbox", "--new")) == ["(direct) old: hello"]
+        both.theirs("old", "memory", "set", "k", "1")
+        both.ours("ada", "memory", "incr", "k")
+        assert both.theirs("old", "memory", "get", "k") == "2\n"
+    finally:
+        with tracecraft.connect(
+                f"s3://{parts['bucket']}/{both.project}?endpoint={endpoint}",
+                agent="cleaner") as project:
+            for entry in project.store.list("").entries:
+                project.store.delete(entry.key)
+
+
+# == 20. README ========================================================
+#
+# Every ```console block is run: its commands in order, in a fresh directory; what it
+# shows is what they print. Every ```python block runs; the tables name what exists.
+
+
+
+
+HERE = os.path.dirname(os.path.abspath(tracecraft.__file__))
+README = os.path.join(HERE, "README.md")
+
+# What differs from run to run is made equal in the README and in the output:
+VOLATILE = (
+    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?", "TIME"),  # ISO times
+    (r"\b\d{19}\b", "NS"),  # times in the names of messages
+    (r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{8,64}\b", "HEX"),  # ids, nonces, digests
+    (r"\b\d+(s\b|m ago\b|h ago\b| ms\b)", "N\\1"),  # ages, time left, durations
+    (r"--wait \d+", "--wait N"),
+)
+STANDINS = {"store": "https://s3.example.com", "here": "/home/ada/shop"}
+
+
+def readme():
+    if not os.path.exists(README):
+        pytest.skip("README.md is not beside tracecraft.py")
+    with open(README, encoding="utf-8") as file:
+        return file.read()
+
+
+def fenced(language):
+    """[(line number, text)] of the README's blocks in that language."""
+    if not os.path.exists(README):
+        return []
+    blocks = re.finditer(r"^```%s\n(.*?)^```$" % language, readme(), re.M | re.S)
+    return [pytest.param(found.group(1),
+                         id=f"line {readme()[:found.start()].count(chr(10)) + 1}")
+            for found in blocks]
+
+
+def steady(text):
+    for pattern, word in VOLATILE:
+        text = re.sub(pattern, word, text)
+    return text.rstrip()
+
+
+def transcript(block):
+    """[(command, output)] of a block: `$ ` begins a command, `> ` continues it."""
+    steps = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            steps.append([line[2:], ""])
+        elif line.startswith("> "):
+            steps[-1][0] += "\n" + line[2:]
+        else:
+            steps[-1][1] += line + "\n"
+    return steps
+
+
+class Shell_20:
+    """Runs the commands of one block: PATH, HOME and nothing else in the environment,
+    exports kept from one command to the next, $? as well."""
+
+    def __init__(self, root, endpoint, launcher):
+        self.here, home = root / "shop", root / "home"
+        for folder in (self.here, home):
+            folder.mkdir()
+        path = f"{os.path.dirname(launcher)}:{os.environ['PATH']}"
+        self.env = {"HOME": str(home), "PATH": path}
+        self.real = {"store": endpoint, "here": str(self.here)}
+        self.before, self.code = "", 0
+
+    def run(self, command):
+        if command.startswith(("export ", "cd ")):
+            self.before += command + "\n"
+            return ""
+        script = f"{self.before}(exit {self.code})\n{command}\n"
+        for name, standin in STANDINS.items():
+            script = script.replace(standin, self.real[name])
+        done = subprocess.run(["/bin/sh", "-c", script], cwd=str(self.here),
+                              env=self.env, stdin=subprocess.DEVNULL, timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              encoding="utf-8")
+        self.code, said = done.returncode, done.stdout
+        for name, standin in STANDINS.items():
+            said = said.replace(self.real[name], standin)
+        return said
+
+
+@pytest.fixture(scope="module")
+def readme_world(tmp_path_factory):
+    """(endpoint of an S3 server, launcher as `install` puts it on PATH)."""
+    root = tmp_path_factory.mktemp("installed")
+    launcher = str(root / "bin" / "tracecraft")
+    tracecraft.install(launcher, str(root / "share" / "tracecraft.py"))
+    with S3Server() as server:
+        yield server.url, launcher
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the transcripts are of a POSIX shell")
+@pytest.mark.parametrize("block", fenced("console"))
+def test_a_transcript_in_the_readme_is_what_happens(block, readme_world, tmp_path):
+    shell = Shell_20(tmp_path, *readme_world)
+    for command, shows in transcript(block):
+        assert steady(shell.run(command)) == steady(shows), command
+
+
+@pytest.mark.parametrize("block", fenced("python"))
+def test_a_program_in_the_readme_runs(block, tmp_path):
+    shutil.copy(tracecraft.__file__, str(tmp_path / "tracecraft.py"))
+    (tmp_path / "program.py").write_text(block, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-B", "program.py"], cwd=str(tmp_path),
+                          env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          encoding="utf-8", timeout=60)
+    shown = re.findall(r"print\(.*\)  # (.*)", block)
+    assert (done.returncode, done.stdout.splitlines()) == (0, shown), done.stdout
+
+
+def test_the_readme_greets_within_its_first_30_lines():
+    first = readme().split("\n")[:30]
+    assert any(line.strip().startswith("curl ") for line in first)
+    assert sum(line.startswith("```") for line in first) % 2 == 0  # none is cut
+    assert sum(line.startswith("$ tracecraft claim ") for line in first) >= 2
+
+
+def named_commands(cell):
+    """`memory set/get`, `ack` -> memory set, memory get, ack"""
+    for words in re.findall(r"`([^`]+)`", cell):
+        group, _, inner = words.rpartition(" ")
+        yield from (f"{group} {word}".strip() for word in inner.split("/"))
+
+
+def test_the_table_of_commands_names_exactly_what_exists():
+    rows = {run.row.name: run.row for run in tracecraft.command_functions()}
+    section = readme().partition("## Commands")[2].partition("\n## ")[0]
+    table = re.findall(r"^\| (`.*?) \| (.*) \|$", section, re.M)
+    assert sorted(name for cell, _ in table for name in named_commands(cell)) == \
+        sorted(rows)
+    for cell, text in table:
+        own = {flag for name in named_commands(cell) for names, _ in rows[name].args
+               for flag in names}
+        assert set(re.findall(r"`(--[a-z-]+)`", text)) <= own, cell
+
+
+def test_the_readme_lists_every_exit_code_and_no_other():
+    classes, codes = [tracecraft.Error], {0, 70, 130}
+    while classes:
+        found = classes.pop()
+        codes.add(found.exit)
+        classes += found.__subclasses__()
+    section = readme().partition("## Exit codes")[2].partition("\n## ")[0]
+    assert {int(code) for code in re.findall(r"^\| (\d+) ", section, re.M)} == codes
+
+
+def test_the_settings_in_the_readme_are_read_by_the_program():
+    with open(tracecraft.__file__, encoding="utf-8") as file:
+        source = file.read()
+    section = readme().partition("## Settings")[2].partition("\n## ")[0]
+    names = re.findall(r"`((?:TRACECRAFT|AWS|SSL|REQUESTS)_[A-Z0-9_]+)`", section)
+    assert names and all(name in source for name in names)
+
+
+KEY, SECRET = "testkey", "testsecret"
+
+
+def client(s, style="path", secret=SECRET, token=None, region="us-east-1", retries=0,
+           **config):
+    return boto3.client(
+        "s3", endpoint_url=s.url, aws_access_key_id=KEY, aws_secret_access_key=secret,
+        aws_session_token=token, region_name=region,
+        config=Config(s3={"addressing_style": style}, retries={"max_attempts": retries},
+                      signature_version="s3v4", max_pool_connections=40, **config))
+
+
+def signed(s, method, target, body=b"", headers=None, host=None, auth=S3SigV4Auth,
+           **kw):
+    """The headers (and URL) of a request signed by botocore, for raw sending."""
+    host = host or "127.0.0.1:%d" % s.port
+    request = AWSRequest(method, "http://%s%s" % (host, target), data=body,
+                         headers=dict(headers or {}, Host=host))
+    request.context["payload_signing_enabled"] = True
+    auth(Credentials(KEY, SECRET, kw.pop("token", None)), "s3", "us-east-1",
+         **kw).add_auth(request)
+    return request.url, dict(request.headers.items())
+
+
+class Raw:
+    """http.client with signed requests over one kept connection."""
+
+    def __init__(self, s):
+        self.s, self.connection = s, http.client.HTTPConnection("127.0.0.1", s.port, 10)
+
+    def __call__(self, method, target, body=b"", headers=None, sign=True, **kw):
+        headers = dict(headers or {})
+        if sign:
+            _, headers = signed(self.s, method, target, body, headers, **kw)
+        if method in ("PUT", "POST") and "Content-Length" not in headers:
+            headers["Content-Length"] = str(len(body))
+        self.connection.request(method, target, body, headers)
+        reply = self.connection.getresponse()
+        reply.data = reply.read()
+        return reply
+
+
+def code(call, *args, **kw):
+    with pytest.raises(botocore.exceptions.ClientError) as caught:
+        call(*args, **kw)
+    response = caught.value.response
+    return response["Error"]["Code"], response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+@pytest.fixture
+def s():
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def c(s):
+    return client(s)
+
+
+@pytest.fixture
+def raw(s):
+    return Raw(s)
+
+
+# ---- operations through boto3
+
+def test_put_get_head_delete(s, c):
+    put = c.put_object(Bucket="bucket", Key="a/b c+ü~!*'()%", Body=b"hello",
+                       Metadata={"x": "y"}, ContentType="text/plain")
+    assert put["ETag"] == '"%s"' % hashlib.md5(b"hello").hexdigest()
+    got = c.get_object(Bucket="bucket", Key="a/b c+ü~!*'()%")
+    assert got["Body"].read() == b"hello" and got["Metadata"] == {"x": "y"}
+    assert got["ContentType"] == "text/plain"
+    assert abs(got["LastModified"].timestamp() - time.time()) < 3
+    head = c.head_object(Bucket="bucket", Key="a/b c+ü~!*'()%")
+    assert head["ContentLength"] == 5 and head["ETag"] == put["ETag"]
+    assert s.body("a/b c+ü~!*'()%") == b"hello"
+    c.delete_object(Bucket="bucket", Key="a/b c+ü~!*'()%")
+    assert code(c.head_object, Bucket="bucket", Key="a/b c+ü~!*'()%") == ("404", 404)
+    assert code(c.get_object, Bucket="bucket", Key="x") == ("NoSuchKey", 404)
+    assert code(c.get_object, Bucket="nope", Key="x") == ("NoSuchBucket", 404)
+    assert s.count() == 7 and s.count("GET", "a/b") == 1
+    assert [r.landed for r in s.log] == [True, False, False, True, False, False, False]
+    assert s.log[0].body_size == 5 and s.log[0].headers["x-amz-meta-x"] == "y"
+    s.clear_log()
+    assert s.count() == 0
+
+
+def test_empty_and_large_bodies(s, c):
+    for body in (b"", b"x" * 9_000_000):
+        c.put_object(Bucket="bucket", Key="k", Body=body)
+        assert c.get_object(Bucket="bucket", Key="k")["Body"].read() == body
+
+
+def test_conditional_put(s, c):
+    tag = c.put_object(Bucket="bucket", Key="k", Body=b"1", IfNoneMatch="*")["ETag"]
+    put = dict(Bucket="bucket", Key="k", Body=b"2")
+    assert code(c.put_object, IfNoneMatch="*", **put) == ("PreconditionFailed", 412)
+    assert code(c.put_object, IfMatch='"bad"', **put) == ("PreconditionFailed", 412)
+    assert s.body("k") == b"1"
+    c.put_object(IfMatch=tag, **put)
+    assert code(c.put_object, IfMatch=tag, **put) == ("PreconditionFailed", 412)
+    absent = dict(put, Key="absent")
+    assert code(c.put_object, IfMatch=tag, **absent) == ("NoSuchKey", 404)
+    assert code(c.put_object, IfNoneMatch="x", **absent) == ("NotImplemented", 501)
+    assert [r.landed for r in s.log] == [True, False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("form,quoted,bare", [
+    ("any", 200, 200), ("quoted", 200, 412), ("unquoted", 412, 200)])
+def test_etag_forms(form, quoted, bare):
+    with S3Server(etags=form) as s:
+        raw = Raw(s)
+        tag = raw("PUT", "/bucket/k", b"same").getheader("ETag")
+        for value, status in ((tag, quoted), (tag.strip('"'), bare)):
+            assert raw("PUT", "/bucket/k", b"same",
+                       {"If-Match": value}).status == status
+
+
+def test_conditional_get_and_ranges(s, c):
+    tag = c.put_object(Bucket="bucket", Key="k", Body=b"0123456789")["ETag"]
+    get = dict(Bucket="bucket", Key="k")
+    assert code(c.get_object, IfNoneMatch=tag, **get) == ("304", 304)
+    assert code(c.head_object, IfNoneMatch=tag, **get) == ("304", 304)
+    assert code(c.get_object, IfMatch='"x"', **get) == ("PreconditionFailed", 412)
+    assert code(c.head_object, IfMatch='"x"', **get) == ("412", 412)
+    assert c.get_object(IfMatch=tag, IfNoneMatch='"x"', **get)["ContentLength"] == 10
+    for spec, body, where in (
+            ("bytes=2-4", b"234", "bytes 2-4/10"), ("bytes=7-", b"789", "bytes 7-9/10"),
+            ("bytes=-3", b"789", "bytes 7-9/10"), ("bytes=0-0", b"0", "bytes 0-0/10"),
+            ("bytes=5-99", b"56789", "bytes 5-9/10"),
+            ("bytes=-99", b"0123456789", "bytes 0-9/10")):
+        got = c.get_object(Range=spec, **get)
+        assert got["Body"].read() == body and got["ContentRange"] == where
+        assert got["ResponseMetadata"]["HTTPStatusCode"] == 206
+        assert c.head_object(Range=spec, **get)["ContentLength"] == len(body)
+    for spec in ("bytes=4-2", "bytes=-", "items=1-2", "bytes=0-1,3-4"):
+        assert c.get_object(Range=spec, **get)["Body"].read() == b"0123456789"
+    for spec in ("bytes=10-", "bytes=-0"):
+        assert code(c.get_object, Range=spec, **get) == ("InvalidRange", 416)
+    c.put_object(Bucket="bucket", Key="k", Body=b"")
+    assert code(c.get_object, Range="bytes=0-", **get) == ("InvalidRange", 416)
+    s.conditional_get = False
+    assert c.get_object(IfMatch='"x"', **get)["ContentLength"] == 0
+
+
+NAMES = sorted(["a/1", "a/2", "a/b/3", "b", "c d+e%/ü", "c d+e%/z", "é", "z/", "z/1",
+                "\U0001f600", "\uffee", "q&<>\"'", "r\rn"], key=lambda k: k.encode())
+
+
+def fill(s, names=NAMES):
+    c = client(s)
+    for name in names:
+        c.put_object(Bucket="bucket", Key=name, Body=b"x")
+    return c
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_list_pages(s, size):
+    c = fill(s)
+    pages = list(c.get_paginator("list_objects_v2").paginate(
+        Bucket="bucket", PaginationConfig={"PageSize": size}))
+    assert [o["Key"] for p in pages for o in p.get("Contents", ())] == NAMES
+    assert all(p["KeyCount"] <= size for p in pages)
+    assert len(pages) == -(-len(NAMES) // size)
+    pages = list(c.get_paginator("list_objects_v2").paginate(
+        Bucket="bucket", Delimiter="/", PaginationConfig={"PageSize": size}))
+    keys = [o["Key"] for p in pages for o in p.get("Contents", ())]
+    assert keys == [n for n in NAMES if "/" not in n]
+    assert [o["Prefix"] for p in pages for o in p.get("CommonPrefixes", ())] == [
+        "a/", "c d+e%/", "z/"]
+    assert sum(p["KeyCount"] for p in pages) == len(keys) + 3
+
+
+def test_list_options(s):
+    c = fill(s)
+
+    def keys(**options):
+        got = c.list_objects_v2(Bucket="bucket", **options)
+        return [o["Key"] for o in got.get("Contents", ())]
+    assert keys(Prefix="a/") == ["a/1", "a/2", "a/b/3"]
+    assert keys(Prefix="a/", Delimiter="/") == ["a/1", "a/2"]
+    assert keys(Prefix="z/", Delimiter="/") == ["z/", "z/1"]
+    assert keys(Prefix="a/", StartAfter="a/1") == ["a/2", "a/b/3"]
+    assert keys(Prefix="c d+e%/") == ["c d+e%/z", "c d+e%/ü"]
+    got = c.list_objects_v2(Bucket="bucket", MaxKeys=0)
+    assert got["KeyCount"] == 0 and not got["IsTruncated"]
+    first = c.list_objects_v2(Bucket="bucket", Prefix="b")["Contents"][0]
+    assert first["ETag"] == '"%s"' % hashlib.md5(b"x").hexdigest()
+    assert first["Size"] == 1
+    assert code(c.list_objects_v2, Bucket="bucket", ContinuationToken="?") == (
+        "InvalidArgument", 400)
+    assert code(c.list_objects_v2, Bucket="nope") == ("NoSuchBucket", 404)
+    s.max_keys = 2
+    assert c.list_objects_v2(Bucket="bucket")["IsTruncated"]
+    assert len(keys()) == 2
+
+
+def test_list_without_encoding_type(s, raw):
+    fill(s, ["q&<> +ü", "r\rn"])
+    text = raw("GET", "/bucket?list-type=2").data.decode()
+    assert "<Key>q&amp;&lt;&gt; +ü</Key>" in text and "<Key>r&#13;n</Key>" in text
+    assert 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"' in text
+    assert "<KeyCount>2</KeyCount>" in text and "<IsTruncated>false<" in text
+    text = raw("GET", "/bucket?encoding-type=url&list-type=2").data.decode()
+    assert "<Key>q%26%3C%3E+%2B%C3%BC</Key>" in text
+
+
+def test_copy(s, c):
+    tag = c.put_object(Bucket="bucket", Key="a ü+b", Body=b"1",
+                       Metadata={"m": "1"})["ETag"]
+    source = {"Bucket": "bucket", "Key": "a ü+b"}
+    got = c.copy_object(Bucket="bucket", Key="d", CopySource=source,
+                        CopySourceIfMatch=tag)
+    assert got["CopyObjectResult"]["ETag"] == tag and s.body("d") == b"1"
+    assert c.head_object(Bucket="bucket", Key="d")["Metadata"] == {"m": "1"}
+    c.copy_object(Bucket="bucket", Key="d", CopySource=source, Metadata={"n": "2"},
+                  MetadataDirective="REPLACE")
+    assert c.head_object(Bucket="bucket", Key="d")["Metadata"] == {"n": "2"}
+    assert code(c.copy_object, Bucket="bucket", Key="d", CopySource=source,
+                CopySourceIfMatch='"x"') == ("PreconditionFailed", 412)
+    assert code(c.copy_object, Bucket="bucket", Key="d",
+                CopySource="bucket/none") == ("NoSuchKey", 404)
+    assert code(c.copy_object, Bucket="bucket", Key="d",
+                CopySource="nope/none") == ("NoSuchBucket", 404)
+
+
+def test_multipart(s, c):
+    where = dict(Bucket="bucket", Key="big ü")
+    upload = c.create_multipart_upload(Metadata={"m": "1"}, **where)["UploadId"]
+    parts = [b"a" * 1000, b"b" * 10]
+    tags = [c.upload_part(PartNumber=n, UploadId=upload, Body=body, **where)["ETag"]
+            for n, body in enumerate(parts, 1)]
+    listed = c.list_parts(UploadId=upload, **where)["Parts"]
+    assert [(p["PartNumber"], p["ETag"], p["Size"]) for p in listed] == [
+        (1, tags[0], 1000), (2, tags[1], 10)]
+
+    def complete(tags, numbers=(1, 2), **more):
+        return c.complete_multipart_upload(UploadId=upload, MultipartUpload={"Parts": [
+            {"PartNumber": n, "ETag": t} for n, t in zip(numbers, tags)]}, **where,
+            **more)
+    assert code(complete, ['"x"', tags[1]]) == ("InvalidPart", 400)
+    assert code(complete, tags, (1, 3)) == ("InvalidPart", 400)
+    assert code(complete, tags[::-1], (2, 1)) == ("InvalidPartOrder", 400)
+    c.put_object(Body=b"old", **where)
+    assert code(complete, tags, IfNoneMatch="*") == ("PreconditionFailed", 412)
+    c.delete_object(**where)
+    want = hashlib.md5(b"".join(hashlib.md5(p).digest() for p in parts)).hexdigest()
+    assert complete(tags, IfNoneMatch="*")["ETag"] == '"%s-2"' % want
+    assert s.body("big ü") == b"".join(parts)
+    assert c.head_object(**where)["Metadata"] == {"m": "1"}
+    assert code(complete, tags) == ("NoSuchUpload", 404)
+    upload = c.create_multipart_upload(**where)["UploadId"]
+    c.abort_multipart_upload(UploadId=upload, **where)
+    assert code(c.abort_multipart_upload, UploadId=upload, **where) == (
+        "NoSuchUpload", 404)
+    assert not s.uploads
+
+
+def test_transfer_manager(s, c, tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(256)) * 80_000)
+    c.upload_file(str(path), "bucket", "f")
+    c.download_file("bucket", "f", str(tmp_path / "g"))
+    assert (tmp_path / "g").read_bytes() == path.read_bytes()
+    assert s.objects["bucket", "f"].etag.endswith('-3"')
+
+
+def test_delete_objects(s, c):
+    for name in ("a", "b", "c&<ü"):
+        c.put_object(Bucket="bucket", Key=name, Body=b"")
+    entries = [{"Key": k} for k in ("a", "c&<ü", "absent")]
+    got = c.delete_objects(Bucket="bucket", Delete={"Objects": entries})
+    assert [d["Key"] for d in got["Deleted"]] == ["a", "c&<ü", "absent"]
+    assert [k for _, k in s.objects] == ["b"]
+    got = c.delete_objects(Bucket="bucket", Delete={"Objects": [{"Key": "b"}],
+                                                    "Quiet": True})
+    assert "Deleted" not in got and not s.objects
+
+
+def test_buckets(s, c):
+    got = c.head_bucket(Bucket="bucket")
+    assert got["ResponseMetadata"]["HTTPHeaders"]["x-amz-bucket-region"] == "us-east-1"
+    assert code(c.head_bucket, Bucket="nope") == ("404", 404)
+    assert code(c.create_bucket, Bucket="bucket") == ("BucketAlreadyOwnedByYou", 409)
+    c.create_bucket(Bucket="nope")
+    c.put_object(Bucket="nope", Key="k", Body=b"n")
+    assert s.body("k", "nope") == b"n" and s.body("k") is None
+    assert c.get_bucket_location(Bucket="bucket")["LocationConstraint"] is None
+    with S3Server(region="eu-west-1") as other:
+        c = client(other, region="eu-west-1")
+        where = c.get_bucket_location(Bucket="bucket")
+        assert where["LocationConstraint"] == "eu-west-1"
+    assert code(client(s).get_object_acl, Bucket="bucket", Key="k") == (
+        "NotImplemented", 501)
+
+
+def test_virtual_host_style(s, monkeypatch):
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real(
+        "127.0.0.1" if str(host).endswith(".example") else host, *a, **k))
+    c = boto3.client("s3", endpoint_url="http://s3.example:%d" % s.port,
+                     aws_access_key_id=KEY, aws_secret_access_key=SECRET,
+                     region_name="us-east-1",
+                     config=Config(s3={"addressing_style": "virtual"}))
+    c.put_object(Bucket="bucket", Key="a/b ü", Body=b"v")
+    assert c.get_object(Bucket="bucket", Key="a/b ü")["Body"].read() == b"v"
+    assert s.body("a/b ü") == b"v" and s.log[0].path.startswith("/a/")
+    assert s.log[0].headers["host"].startswith("bucket.s3.example")
+    listed = c.list_objects_v2(Bucket="bucket")["Contents"]
+    assert [o["Key"] for o in listed] == ["a/b ü"]
+    c.head_bucket(Bucket="bucket")
+    assert code(c.get_object, Bucket="nope", Key="k") == ("NoSuchBucket", 404)
+
+
+# ---- signatures
+
+def test_wrong_credentials(s):
+    put = dict(Bucket="bucket", Key="k", Body=b"")
+    assert code(client(s, secret="wrong").put_object, **put) == (
+        "SignatureDoesNotMatch", 403)
+    c = boto3.client("s3", endpoint_url=s.url, aws_access_key_id="who",
+                     aws_secret_access_key=SECRET, region_name="us-east-1")
+    assert code(c.put_object, **put) == ("InvalidAccessKeyId", 403)
+    assert code(client(s, secret="wrong").head_object, Bucket="bucket", Key="k") == (
+        "403", 403)
+    assert not s.objects
+
+
+def test_wrong_region(s):
+    raw = Raw(s)
+    url, headers = signed(s, "GET", "/bucket/k")
+    headers["Authorization"] = headers["Authorization"].replace("us-east-1", "mars-1")
+    got = raw("GET", "/bucket/k", headers=headers, sign=False)
+    assert got.status == 400 and b"<Region>us-east-1</Region>" in got.data
+    assert b"<Code>AuthorizationHeaderMalformed</Code>" in got.data
+    # boto3 itself goes on to the region it is told of
+    client(s, region="eu-west-1").put_object(Bucket="bucket", Key="k", Body=b"r")
+    assert s.body("k") == b"r"
+
+
+def test_session_token():
+    with S3Server(session_token="tok/en+=") as s:
+        put = dict(Bucket="bucket", Key="k", Body=b"")
+        client(s, token="tok/en+=").put_object(**put)
+        assert code(client(s).put_object, **put) == ("InvalidToken", 400)
+        assert code(client(s, token="no").put_object, **put) == ("InvalidToken", 400)
+        assert s.env()["AWS_SESSION_TOKEN"] == "tok/en+="
+        url = client(s, token="tok/en+=").generate_presigned_url(
+            "get_object", Params={"Bucket": "bucket", "Key": "k"})
+        assert fetch(url).status == 200
+        url = client(s).generate_presigned_url(
+            "get_object", Params={"Bucket": "bucket", "Key": "k"})
+        assert fetch(url).status == 400
+
+
+def test_skew():
+    with S3Server(skew=1000) as s:
+        with pytest.raises(botocore.exceptions.ClientError) as caught:
+            client(s).put_object(Bucket="bucket", Key="k", Body=b"")
+        error = caught.value.response
+        assert error["Error"]["Code"] == "RequestTimeTooSkewed"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",
+                            error["Error"]["ServerTime"])
+        date = error["ResponseMetadata"]["HTTPHeaders"]["date"]
+        stamp = datetime.datetime.strptime(date, "%a, %d %b %Y %H:%M:%S GMT").replace(
+            tzinfo=datetime.timezone.utc).timestamp()
+        assert abs(stamp - time.time() - 1000) < 3
+        s.skew = -800
+        c = client(s)
+        c.put_object(Bucket="bucket", Key="k", Body=b"")
+        modified = c.head_object(Bucket="bucket", Key="k")["LastModified"].timestamp()
+        assert abs(modified - time.time() + 800) < 3
+        s.skew = -901
+        assert code(c.put_object, Bucket="bucket", Key="k") == (
+            "RequestTimeTooSkewed", 403)
+
+
+def fetch(url, method="GET", body=None, headers=None):
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+    connection.request(method, "%s?%s" % (parts.path, parts.query), body, headers or {})
+    reply = connection.getresponse()
+    reply.data = reply.read()
+    return reply
+
+
+def test_presigned(s, c):
+    params = {"Bucket": "bucket", "Key": "a/b ü+~"}
+    put = c.generate_presigned_url("put_object", Params=params)
+    assert fetch(put, "PUT", b"body").status == 200
+    assert fetch(put, "GET").status == 403
+    get = c.generate_presigned_url("get_object", Params=params, ExpiresIn=60)
+    assert fetch(get).data == b"body"
+    assert fetch(get + "&x=1").status == 403
+    assert fetch(get.replace("60", "61")).status == 403
+    s.skew = 61
+    got = fetch(get)
+    assert got.status == 403 and b"expired" in got.data
+    s.skew = -1000
+    assert fetch(get).status == 403
+    s.skew = 0
+    assert fetch(get, headers={"If-None-Match": "x"}).status == 403
+    once = c.generate_presigned_url("put_object", Params=dict(params, IfNoneMatch="*"))
+    assert fetch(once, "PUT", b"x", {"If-None-Match": "*"}).status == 412
+    assert fetch(once, "PUT", b"x").status == 403
+    assert fetch(s.url + "/bucket/a?x=1").status == 403
+
+
+def test_strictness(s, raw):
+    url, good = signed(s, "PUT", "/bucket/k", b"body")
+    good["Content-Length"] = "4"
+
+    def send(body=b"body", target="/bucket/k", **changes):
+        headers = {k: v for k, v in dict(good, **changes).items() if v is not None}
+        reply = raw("PUT", target, body, headers, sign=False)
+        found = re.search(b"<Code>(.*?)</Code>", reply.data)
+        assert reply.getheader("x-amz-request-id")
+        return reply.status, found and found.group(1).decode()
+    assert send() == (200, None)
+    for name in ("If-Match", "If-None-Match", "x-amz-meta-a", "x-amz-copy-source"):
+        assert send(**{name: "*"}) == (403, "AccessDenied")
+    assert send(body=b"bodx") == (400, "XAmzContentSHA256Mismatch")
+    assert send(target="/bucket/j") == (403, "SignatureDoesNotMatch")
+    assert send(target="/bucket/k?a=b") == (403, "SignatureDoesNotMatch")
+    assert send(Authorization=None) == (403, "AccessDenied")
+    assert send(Authorization="Basic eA==") == (400, "InvalidRequest")
+    assert send(**{"X-Amz-Content-SHA256": None, "x-amz-content-sha256": None}) == (
+        400, "InvalidRequest")
+    assert send(**{"X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"})[0] == 403
+    no_host = good["Authorization"].replace("SignedHeaders=host;", "SignedHeaders=")
+    assert send(Authorization=no_host) == (403, "AccessDenied")
+    service = good["Authorization"].replace("/s3/", "/ec2/")
+    assert send(Authorization=service) == (400, "AuthorizationHeaderMalformed")
+    _, odd = signed(s, "PUT", "/bucket/a+b", b"")
+    reply = raw("PUT", "/bucket/a+b", b"", odd, sign=False)
+    assert reply.status == 403 and b"SignatureDoesNotMatch" in reply.data
+    assert list(s.objects) == [("bucket", "k")]
+    s.verify = False
+    assert raw("PUT", "/bucket/z", b"", sign=False).status == 200
+
+
+def test_unsigned_payload(s):
+    request = AWSRequest("PUT", s.url + "/bucket/k", data=b"free", headers={
+        "Host": "127.0.0.1:%d" % s.port, "X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"})
+    request.context["payload_signing_enabled"] = False
+    auth = S3SigV4Auth(Credentials(KEY, SECRET), "s3", "us-east-1")
+    auth._should_sha256_sign_payload = lambda _: False
+    auth.add_auth(request)
+    assert Raw(s)("PUT", "/bucket/k", b"other", dict(request.headers.items()),
+                  sign=False).status == 200
+
+
+def streaming_headers(s, target, headers):
+    request = AWSRequest("PUT", s.url + target, headers=dict(headers, **{
+        "Host": "127.0.0.1:%d" % s.port,
+        "X-Amz-Content-SHA256": "STREAMING-UNSIGNED-PAYLOAD-TRAILER"}))
+    auth = S3SigV4Auth(Credentials(KEY, SECRET), "s3", "us-east-1")
+    auth.payload = lambda _: "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+    auth.add_auth(request)
+    return dict(request.headers.items())
+
+
+def test_aws_chunked(s, raw):
+    data = b"5\r\nhello\r\n1;x=y\r\n!\r\n0\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n"
+    for length, status in (("6", 200), ("7", 400)):
+        headers = streaming_headers(s, "/bucket/k", {
+            "Content-Encoding": "aws-chunked", "X-Amz-Trailer": "x-amz-checksum-crc32",
+            "X-Amz-Decoded-Content-Length": length})
+        reply = raw("PUT", "/bucket/k", data,
+                    dict(headers, **{"Content-Length": str(len(data))}), sign=False)
+        assert reply.status == status
+    assert s.body("k") == b"hello!" and s.log[0].body_size == 6
+    headers = streaming_headers(s, "/bucket/t", {
+        "Content-Encoding": "aws-chunked", "X-Amz-Decoded-Content-Length": "6",
+        "Transfer-Encoding": "chunked"})
+    connection = raw.connection
+    connection.request("PUT", "/bucket/t", iter([data[:7], data[7:]]), headers,
+                       encode_chunked=True)
+    assert connection.getresponse().read() == b"" and s.body("t") == b"hello!"
+
+
+def test_boto3_trailing_checksum(s, monkeypatch):
+    # boto3 sends trailers over https only, unless it is told the request is one.
+    import botocore.httpchecksum as httpchecksum
+    real = httpchecksum.resolve_request_checksum_algorithm
+
+    def resolve(request, *args, **kw):
+        url, request["url"] = request["url"], "https" + request["url"][4:]
+        real(request, *args, **kw)
+        request["url"] = url
+    monkeypatch.setattr("botocore.client.resolve_request_checksum_algorithm", resolve,
+                        raising=False)
+    monkeypatch.setattr(httpchecksum, "resolve_request_checksum_algorithm", resolve)
+    client(s).put_object(Bucket="bucket", Key="k", Body=b"trailer" * 9)
+    assert s.body("k") == b"trailer" * 9
+    assert s.log[0].headers["x-amz-content-sha256"].startswith("STREAMING-UNSIGNED")
+
+
+def test_missing_length_and_bad_requests(s):
+    _, headers = signed(s, "PUT", "/bucket/k")
+    head = "".join("%s: %s\r\n" % pair for pair in headers.items()
+                   if pair[0].lower() != "content-length")
+    assert exchange(s, "PUT /bucket/k HTTP/1.1\r\n%s\r\n" % head).startswith(
+        b"HTTP/1.1 411 ")
+    for text in ("nonsense\r\n\r\n", "GET /%ff HTTP/1.1\r\n\r\n",
+                 "PUT / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
+        assert exchange(s, text).startswith(b"HTTP/1.1 400 ")
+
+
+def exchange(s, text):
+    with socket.create_connection(("127.0.0.1", s.port), 5) as sock:
+        sock.sendall(text.encode("latin-1"))
+        return sock.recv(65536)
+
+
+def test_content_md5(s, raw):
+    assert raw("PUT", "/bucket/k", b"x", {
+        "Content-MD5": "AAAAAAAAAAAAAAAAAAAAAA=="}).status == 400
+    assert not s.objects
+
+
+def test_error_shape(s, raw):
+    reply = raw("GET", "/bucket/a%26b")
+    text = reply.data.decode()
+    assert reply.status == 404 and reply.getheader("Content-Type") == "application/xml"
+    for piece in ("<Error><Code>NoSuchKey</Code>", "<Message>", "<Key>a&amp;b</Key>",
+                  "<RequestId>%s</RequestId>" % reply.getheader("x-amz-request-id")):
+        assert piece in text
+    reply = raw("HEAD", "/bucket/a")
+    assert reply.status == 404 and reply.data == b""
+    assert reply.getheader("x-amz-request-id")
+
+
+# ---- behaviour switches
+
+def together_0(n, work):
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(work, range(n)))
+
+
+@pytest.mark.parametrize("options,most", [({}, 1), ({"races": True}, 16),
+                                          ({"ignores": True}, 16)])
+def test_atomicity(options, most):
+    with S3Server(**options) as s:
+        _, headers = signed(s, "PUT", "/bucket/k", b"x", {"If-None-Match": "*"})
+        headers["Content-Length"] = "1"
+        gate = threading.Barrier(16)
+
+        def claim(n):
+            raw = Raw(s)
+            raw.connection.connect()
+            gate.wait()
+            status = raw("PUT", "/bucket/k", b"x", headers, sign=False).status
+            assert status in (200, 412)
+            return status == 200
+        won = sum(together_0(16, claim))
+        assert won == 1 if most == 1 else won > 1
+        assert sum(r.landed for r in s.log) == won
+
+
+def test_lost_updates_never_happen(s):
+    c = client(s)
+    c.put_object(Bucket="bucket", Key="n", Body=b"0")
+
+    def add(_):
+        for _ in range(10):
+            while True:
+                got = c.get_object(Bucket="bucket", Key="n")
+                try:
+                    c.put_object(Bucket="bucket", Key="n", IfMatch=got["ETag"],
+                                 Body=b"%d" % (int(got["Body"].read()) + 1))
+                    break
+                except botocore.exceptions.ClientError:
+                    pass
+    together_0(4, add)
+    assert s.body("n") == b"40"
+
+
+def test_reads_never_miss_an_overwritten_object(s):
+    c = client(s)
+    c.put_object(Bucket="bucket", Key="k", Body=b"0")
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            c.put_object(Bucket="bucket", Key="k", Body=b"1")
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(200):
+            c.head_object(Bucket="bucket", Key="k")
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_small_switches():
+    with S3Server(lm=False, md5_etags=False, latency=0.05, buckets=("b.c",)) as s:
+        c = client(s)
+        one = c.put_object(Bucket="b.c", Key="k", Body=b"")["ETag"]
+        assert one != c.put_object(Bucket="b.c", Key="k", Body=b"")["ETag"]
+        began = time.time()
+        assert "LastModified" not in c.head_object(Bucket="b.c", Key="k")
+        assert 0.05 <= time.time() - began < 0.2
+        assert s.env() == {"AWS_ENDPOINT_URL": s.url, "AWS_ACCESS_KEY_ID": KEY,
+                           "AWS_SECRET_ACCESS_KEY": SECRET,
+                           "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.raises(TypeError):
+        S3Server(nonsense=1)
+
+
+def test_environment_and_restart(s):
+    script = ("import boto3\nboto3.client('s3').put_object(Bucket='bucket', Key='e', "
+              "Body=b'env')")
+    subprocess.run([sys.executable, "-c", script], check=True,
+                   env=dict(s.env(), PATH="/usr/bin:/bin"))
+    assert s.body("e") == b"env"
+    port, raw = s.port, Raw(s)
+    assert raw("GET", "/bucket/e").status == 200
+    s.stop()
+    with pytest.raises(OSError):
+        Raw(s)("GET", "/bucket/e")
+    with pytest.raises((OSError, http.client.HTTPException)):
+        raw.connection.request("GET", "/bucket/e")
+        raw.connection.getresponse()
+    s.start()
+    assert s.port == port and Raw(s)("GET", "/bucket/e").data == b"env"
+
+
+# ---- faults
+
+BROKEN = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+
+
+@pytest.mark.parametrize("kind,error,landed", [
+    ("refuse", http.client.RemoteDisconnected, False),
+    ("lose", http.client.RemoteDisconnected, True),
+    ("reset", ConnectionResetError, False),
+    ("reset_after", ConnectionResetError, True)])
+def test_silent_faults(s, kind, error, landed):
+    for _ in range(20):
+        s.objects.clear()
+        s.clear_log()
+        s.fault(kind, "PUT")
+        raw = Raw(s)
+        with pytest.raises(BROKEN) as caught:
+            raw("PUT", "/bucket/k", b"1")
+        assert type(caught.value) is error
+        assert (s.body("k") == b"1") is landed
+        assert s.log[-1].landed is landed and s.log[-1].status == 0
+        raw.connection.close()
+        assert raw("PUT", "/bucket/k", b"2").status == 200
+
+
+def test_selection(s, raw):
+    fault = s.fault(503, "PUT", key="locks/", times=2, skip=1)
+    asked = ["/bucket/locks/a", "/bucket/other", "/bucket/locks/a", "/bucket/locks/a",
+             "/bucket/locks/a"]
+    assert [raw("PUT", t, b"").status for t in asked] == [200, 200, 503, 503, 200]
+    assert fault.times == 0
+    s.fault(500, key="jobs/")
+    assert raw("GET", "/bucket?list-type=2&prefix=x").status == 200
+    assert raw("GET", "/bucket?list-type=2&prefix=jobs%2Fa").status == 500
+    assert raw("GET", "/bucket?list-type=2&prefix=jobs%2Fa").status == 200
+    with pytest.raises(ValueError):
+        s.fault("typo")
+
+
+@pytest.mark.parametrize("status,name", [
+    (409, "ConditionalRequestConflict"), (412, "PreconditionFailed"),
+    (429, "TooManyRequests"), (500, "InternalError"), (501, "NotImplemented"),
+    (503, "SlowDown")])
+def test_status_faults(s, c, raw, status, name):
+    s.fault(status, times=2, retry_after=7)
+    assert code(c.put_object, Bucket="bucket", Key="k", Body=b"") == (name, status)
+    reply = raw("PUT", "/bucket/k", b"")
+    assert reply.getheader("Retry-After") == "7" and not s.objects
+    assert [(r.status, r.landed) for r in s.log] == [(status, False)] * 2
+
+
+def test_landed(s, raw):
+    s.fault("landed", status=503)
+    assert raw("PUT", "/bucket/k", b"1").status == 503 and s.body("k") == b"1"
+    assert s.log[-1].landed and s.log[-1].status == 503
+
+
+def test_delay(s, raw):
+    s.fault("delay", seconds=0.2)
+    began = time.time()
+    assert raw("PUT", "/bucket/k", b"1").status == 200
+    assert time.time() - began >= 0.2
+
+
+def test_late(s, raw):
+    s.fault("late", "PUT", seconds=0.15)
+    assert raw("PUT", "/bucket/k", b"1", {"If-None-Match": "*"}).status == 500
+    assert s.body("k") is None and not s.log[-1].landed
+    time.sleep(0.4)
+    assert s.body("k") == b"1" and s.log[-1].landed
+    s.fault("late", "PUT", seconds=0.15)
+    assert raw("PUT", "/bucket/j", b"1", {"If-None-Match": "*"}).status == 500
+    assert raw("PUT", "/bucket/j", b"2", {"If-None-Match": "*"}).status == 200
+    time.sleep(0.4)
+    assert s.body("j") == b"2"
+    assert [r.landed for r in s.log] == [True, False, True]
+
+
+def test_duplicate(s, raw):
+    s.md5_etags = False
+    s.fault("duplicate")
+    reply = raw("PUT", "/bucket/k", b"1")
+    assert reply.status == 200
+    assert reply.getheader("ETag") != s.objects["bucket", "k"].etag
+    s.fault("duplicate")
+    reply = raw("PUT", "/bucket/j", b"1", {"If-None-Match": "*"})
+    assert reply.status == 200 and s.log[-1].landed and s.log[-1].status == 200
+
+
+def test_truncate(s, raw):
+    raw("PUT", "/bucket/k", b"0123456789")
+    s.fault("truncate", "GET")
+    with pytest.raises(http.client.IncompleteRead) as caught:
+        raw("GET", "/bucket/k")
+    assert caught.value.partial == b"01234"
+    for at in ({}, {"at": 7}):
+        s.fault("truncate", "PUT", **at)
+        _, headers = signed(s, "PUT", "/bucket/j", b"x")
+        headers["Content-Length"] = "1"
+        head = "".join("%s: %s\r\n" % pair for pair in headers.items())
+        got = exchange(s, "PUT /bucket/j HTTP/1.1\r\n%s\r\nx" % head)
+        assert b"\r\n\r\n" not in got and b"etag" not in got.lower() and got
+        assert len(got) == 7 or not at
+        assert s.body("j") == b"x" and s.log[-1].landed and s.log[-1].status == 200
+        s.objects.pop(("bucket", "j"))
+
+
+def test_redirect_region_html(s, c, raw):
+    s.fault("redirect", location="http://elsewhere.example/x")
+    reply = raw("PUT", "/bucket/k", b"1")
+    assert reply.status == 307
+    assert reply.getheader("Location") == "http://elsewhere.example/x"
+    s.fault("redirect", location="/x", status=302)
+    assert raw("GET", "/bucket/k").status == 302
+    s.fault("region", region="eu-west-1")
+    reply = raw("PUT", "/bucket/k", b"1")
+    assert reply.status == 301 and b"PermanentRedirect" in reply.data
+    assert reply.getheader("x-amz-bucket-region") == "eu-west-1"
+    s.fault("html", times=2)
+    reply = raw("PUT", "/bucket/k", b"1")
+    assert reply.status == 200 and reply.getheader("Content-Type") == "text/html"
+    assert raw("HEAD", "/bucket/k").data == b""
+    assert not s.objects and not any(r.landed for r in s.log)
+
+
+def test_stale_list(s, c):
+    def keys():
+        got = c.list_objects_v2(Bucket="bucket").get("Contents", ())
+        return [(o["Key"], o["Size"]) for o in got]
+    c.put_object(Bucket="bucket", Key="a", Body=b"1")
+    c.put_object(Bucket="bucket", Key="b", Body=b"1")
+    c.put_object(Bucket="bucket", Key="a", Body=b"12")
+    c.delete_object(Bucket="bucket", Key="b")
+    c.delete_object(Bucket="bucket", Key="absent")
+    states = [[("a", 2)], [("a", 2), ("b", 1)], [("a", 1), ("b", 1)], [("a", 1)],
+              [], []]
+    for depth, state in enumerate(states):
+        if depth:
+            s.fault("stale_list", depth=depth)
+        assert keys() == state
+    s.fault("stale_list")
+    c.put_object(Bucket="bucket", Key="c", Body=b"")
+    assert keys() == [("a", 2)]
+    assert keys() == [("a", 2), ("c", 0)]
+
+
+def test_ignore(s, raw):
+    raw("PUT", "/bucket/k", b"1")
+    s.fault("ignore")
+    assert raw("PUT", "/bucket/k", b"2", {"If-None-Match": "*"}).status == 200
+    assert raw("PUT", "/bucket/k", b"3", {"If-None-Match": "*"}).status == 412
+    assert s.body("k") == b"2"
+
+
+def test_garbage_and_age(s, raw):
+    tag = raw("PUT", "/bucket/k", b"abba").getheader("ETag")
+    s.fault("garbage")
+    reply = raw("GET", "/bucket/k")
+    assert reply.status == 200 and reply.data != b"abba"
+    assert len(reply.data) == 4 and reply.getheader("ETag") == tag
+    s.fault("garbage", body=b"{")
+    assert raw("GET", "/bucket/absent").data == b"{"
+    s.fault("age")
+    reply = raw("GET", "/bucket/k")
+    assert reply.getheader("Age") == "120" and reply.data == b"abba"
+    stamp = datetime.datetime.strptime(reply.getheader("Date"),
+                                       "%a, %d %b %Y %H:%M:%S GMT")
+    age = time.time() - stamp.replace(tzinfo=datetime.timezone.utc).timestamp()
+    assert 119 <= age <= 123
+
+
+def test_call(s, raw):
+    seen = []
+
+    def meanwhile(req):
+        seen.append((req.method, req.key, s.body("k")))
+        Raw(s)("PUT", "/bucket/k", b"rival")
+    s.fault("call", "PUT", fn=meanwhile)
+    assert raw("PUT", "/bucket/k", b"mine", {"If-None-Match": "*"}).status == 412
+    assert seen == [("PUT", "k", None)] and s.body("k") == b"rival"
+
+
+def test_faults_through_boto3_retries(s):
+    c = client(s, retries=3)
+    for kind in ("reset", "lose", 503, "reset_after", "refuse"):
+        s.fault(kind)
+        c.put_object(Bucket="bucket", Key="k", Body=b"1")
+    assert s.count("PUT") == 10
+
+
+# ---- speed
+
+def test_throughput(s, record_property):
+    _, put = signed(s, "PUT", "/bucket/k", b"x" * 100)
+    put["Content-Length"] = "100"
+    _, get = signed(s, "GET", "/bucket/k")
+    connection = http.client.HTTPConnection("127.0.0.1", s.port)
+    began, n = time.time(), 2000
+    for i in range(n):
+        method, headers = ("PUT", put) if i % 2 else ("GET", get)
+        connection.request(method, "/bucket/k", b"x" * 100 if i % 2 else None, headers)
+        connection.getresponse().read()
+    rate = n / (time.time() - began)
+    print("requests/s:", json.dumps(round(rate)))
+    record_property("rate", rate)
+    assert rate >= 800
+
+
+# == The file's form ===================================================
+#
+# style.md as tests: order, contents, imports, lines. `python test_tracecraft.py check`
+# prints the table; `… startup` times whole processes.
+
+HERE_21 = os.path.dirname(os.path.abspath(__file__))
+PATH = os.path.join(HERE_21, "tracecraft.py")
+with open(PATH, encoding="utf-8") as _file:
+    SOURCE = _file.read()
+BANNERS = [(at, line) for at, line in enumerate(SOURCE.splitlines(), 1)
+           if line.startswith("# == ")]
+
+
+def banner_titles():
+    return [line.strip("# =\n") for _, line in BANNERS]
+
+
+def test_the_docstring_lists_the_banners_in_their_order():
+    listed = re.findall(r"(\d+) (\w[\w, -]*?)(?=\s{2,}|\n)", SOURCE.split("Contents")[1]
+                        .split('"""')[0])
+    assert [f"{number}. {title}" for number, title in sorted(
+        listed, key=lambda pair: int(pair[0]))] == banner_titles()
+
+
+def test_sections_use_only_sections_above():
+    tree = ast.parse(SOURCE, feature_version=(3, 9))
+    home = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            home[node.name] = node.lineno
+        elif isinstance(node, ast.Assign):
+            home.update((t.id, node.lineno) for t in node.targets
+                        if isinstance(t, ast.Name))
+    lines = [at for at, _ in BANNERS]
+
+    def section(line):
+        return bisect.bisect(lines, line)
+
+    wrong = []
+
+    def visit(table, line):
+        for inner in table.get_children():
+            at = line or inner.get_lineno()
+            for symbol in inner.get_symbols():
+                name = symbol.get_name()
+                if symbol.is_global() and symbol.is_referenced() \
+                        and section(home.get(name, 0)) > section(at):
+                    wrong.append(f"line {at} uses {name} of a later section")
+            visit(inner, at)
+    visit(symtable.symtable(SOURCE, PATH, "exec"), 0)
+    assert not wrong
+
+
+def test_no_line_is_longer_than_88():
+    assert [at for at, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 88] == []
+
+
+def test_every_public_name_has_a_docstring_and_a_return_type():
+    bare_names = []
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            public = not node.name.startswith(("_", "cmd_"))
+            inner = any(isinstance(n, ast.FunctionDef) and node in ast.walk(n)
+                        and n is not node for n in ()) or node.col_offset > 4
+            if public and not inner and not ast.get_docstring(node):
+                bare_names.append(node.name)
+    tops = {n.name for n in ast.parse(SOURCE).body
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    assert [name for name in bare_names if name in tops] == []
+
+
+def test_importing_loads_nothing_heavy():
+    code = ("import sys; before = set(sys.modules); import tracecraft;"
+            "print(sorted(set(sys.modules) - before))")
+    out = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys;"
+                          f"sys.path.insert(0, {HERE!r});" + code],
+                         capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(out) == ["tracecraft"] or "ssl" not in out
+
+
+def test_a_directory_command_loads_neither_ssl_nor_http(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {HERE!r}); import tracecraft;"
+            "tracecraft.main(['memory', 'list']);"
+            "print([m for m in ('ssl', 'http', 'http.client', 'urllib.request',"
+            " 'logging', 'dataclasses', 'typing', 'concurrent.futures')"
+            " if m in sys.modules])")
+    out = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", code], cwd=tmp_path, text=True,
+        capture_output=True, env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]})
+    assert out.stdout.splitlines()[-1] == "[]", out.stdout + out.stderr
+
+
+def test_only_the_standard_library_is_imported():
+    allowed = {"requests", "urllib3", "botocore"}
+    found = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    if hasattr(sys, "stdlib_module_names"):
+        assert found - set(sys.stdlib_module_names) <= allowed | {"__future__"}
+
+
+def test_the_examples_in_docstrings_are_true():
+    result = doctest.testmod(tracecraft)
+    assert result.failed == 0 and result.attempted >= 6
+
+
+def form_table():
+    """The table of style.md 3 as text."""
+    tree = ast.parse(SOURCE, feature_version=(3, 9))
+    sizes = sorted((n.end_lineno - n.lineno + 1, n.name) for n in ast.walk(tree)
+                   if isinstance(n, ast.FunctionDef))
+    classes = sorted((n.end_lineno - n.lineno + 1, n.name) for n in ast.walk(tree)
+                     if isinstance(n, ast.ClassDef))
+    ends = [at for at, _ in BANNERS[1:]] + [len(SOURCE.splitlines())]
+    rows = [f"lines {len(SOURCE.splitlines())}, functions {len(sizes)}: median"
+            f" {sizes[len(sizes) // 2][0]}, 90 % {sizes[len(sizes) * 9 // 10][0]},"
+            f" longest {sizes[-1]}", f"largest classes {classes[-3:]}"]
+    for (at, line), stop in zip(BANNERS, ends):
+        rows.append(f"{stop - at:5}  {line.strip('# =')}")
+    return "\n".join(rows)
+
+
+CEILINGS = {"--version": 20, "directory store": 35}  # ms, style.md 8.6
+TOLERANCE = 1.5
+
+
+def startup_times(folder):
+    """{what: median ms} of whole processes through a launcher, 15 runs each."""
+    shutil.copy(PATH, folder)
+    py_compile.compile(os.path.join(folder, "tracecraft.py"), doraise=True)
+    launcher = os.path.join(folder, "go.py")
+    with open(launcher, "w") as file:
+        file.write(f"import sys\nsys.path.insert(0, {folder!r})\n"
+                   "import tracecraft\nsys.exit(tracecraft.main())\n")
+    env = {"PATH": os.environ.get("PATH", ""), "HOME": folder}
+    out = {}
+    for what, words in (("-c pass", None), ("--version", ["--version"]),
+                        ("directory store", ["memory", "get", "k"])):
+        command = [sys.executable, "-S", "-E"] + (
+            ["-c", "pass"] if words is None else [launcher] + words)
+        times = []
+        for _ in range(16):
+            begun = time.perf_counter()
+            subprocess.run(command, cwd=folder, env=env, capture_output=True)
+            times.append((time.perf_counter() - begun) * 1000)
+        out[what] = sorted(times[1:])[7]
+    return out
+
+
+def main_of_tests(what):
+    if what == "check":
+        print(form_table())
+        return pytest.main(["-q", __file__, "-k", "docstring or sections or line_is or"
+                            " standard_library or examples", "-p", "no:cacheprovider"])
+    with tempfile.TemporaryDirectory() as folder:
+        times = startup_times(folder)
+    late = 0
+    for what, ms in times.items():
+        limit = CEILINGS.get(what, 0) * TOLERANCE
+        word = "" if not limit else "ok" if ms <= limit else "SLOW"
+        late += word == "SLOW"
+        print(f"{what:20} {ms:6.1f} ms  ceiling {limit or '-'}  {word}")
+    return late
+
+
+if __name__ == "__main__":
+    sys.exit(main_of_tests(sys.argv[1] if len(sys.argv) > 1 else "check"))
