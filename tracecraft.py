@@ -437,8 +437,8 @@ def settle(seen: dict | None, sent: dict, *, unchanged: bool) -> str:
     if unchanged:
         return "again"
     rev, prev, recent = sent["rev"], sent.get("prev"), texts(seen, "recent")
-    if f"{rev}:{sent['nonce']}" in recent:
-        return "landed"
+    if any(entry.partition(":")[2] == sent["nonce"] for entry in recent):
+        return "landed"  # perhaps under another rev, by a twin with the same --op
     mine_taken = any(entry.startswith(f"{rev}:") for entry in recent)
     before_me = prev is None or f"{rev - 1}:{prev}" in recent
     return "lost" if mine_taken and before_me else "unknown"
@@ -662,7 +662,8 @@ def end(claim: dict | None, me: Me, state: str, *, at: str, handoff: dict,
 
 
 def _ended_by(claim: dict, me: Me) -> bool:
-    return claim.get("agent") == me.agent and _token_matches(claim, me)
+    mine = me.token is None and claim.get("instance") == me.instance
+    return claim.get("agent") == me.agent and (mine or _token_matches(claim, me))
 
 
 def _with_handoff(claim: dict, handoff: dict) -> dict:
@@ -1289,12 +1290,12 @@ def proxy_for(origin: str, environ: dict) -> str:
     parts = urlsplit(origin)
     proxy = _setting(environ, f"{parts.scheme.upper()}_PROXY") or \
         _setting(environ, "ALL_PROXY")
-    if not proxy or _bypassed(parts.hostname or "", parts.port, environ):
+    if not proxy or _bypassed(parts.hostname or "", parts.port, environ=environ):
         return ""
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def _bypassed(host: str, port: int | None, environ: dict) -> bool:
+def _bypassed(host: str, port: int | None, *, environ: dict) -> bool:
     for entry in _setting(environ, "NO_PROXY").replace(",", " ").split():
         entry = entry.lower()
         if entry == "*" or _in_network(host, entry):
@@ -1630,9 +1631,11 @@ def whole_response(sock: object, debuglevel: int = 0, **how: object) -> object:
     def begin_whole() -> None:
         file = reply.fp
         reply.fp = lines = HeadLines(file)
-        begin()
-        if reply.fp is lines:
-            reply.fp = file
+        try:
+            begin()
+        finally:
+            if reply.fp is lines:  # None: begin() has closed it
+                reply.fp = file
         if lines.last not in (b"\r\n", b"\n"):
             raise IncompleteRead(lines.last)
     reply.begin = begin_whole
@@ -3199,11 +3202,10 @@ class Multipart:
                 return
             try:
                 self._send(number)
-            except (Error, OSError) as why:
-                with self._lock:
-                    self._trouble = self._trouble or (
-                        os_error(why, doing="read", path=self._file) if isinstance(why, OSError)
-                        else why)
+            except OSError as why:
+                self._trouble = os_error(why, doing="read", path=self._file)
+            except Error as why:
+                self._trouble = self._trouble or why
 
     def _send(self, number: int) -> None:
         start = (number - 1) * self._part
@@ -3318,6 +3320,7 @@ class Download:
         except OSError as why:
             name = str(getattr(self._file, "name", "the file"))
             self.trouble = os_error(why, doing="write", path=name)
+            self.trouble.retryable = False
             raise self.trouble from why
         self.done += len(cut)
         if self._progress is not None and cut:
@@ -3340,12 +3343,8 @@ def _total(answer: Answer) -> int | None:
 # -- the store ---------------------------------------------------------
 
 
-class S3Store(S3Client):
-    """One project in an S3 bucket. Methods: section 6. Keys are those in the project.
-
-    verdict: what the probe said, or None; its dialect decides how If-Match is written.
-    environ: for proxies, CA bundles and TRACECRAFT_HTTP. trace: callable(line).
-    """
+class S3Reader(S3Client):
+    """What S3Store can do without writing; see there."""
 
     kind = "s3"
 
@@ -3373,8 +3372,6 @@ class S3Store(S3Client):
     def _path(self, key: str) -> str:
         return f"/{self._prefix}{key}"
 
-    # reading
-
     def get(self, key: str, *, if_none_match: str | None = None, start: int = 0,
             limit: int | None = None) -> Found:
         """The object, or at most `limit` bytes of it from `start`. NotFound."""
@@ -3394,10 +3391,11 @@ class S3Store(S3Client):
                            limit=room + (start if "range" not in headers else 0))
         if answer.status == 416:
             found = self.head(key)
-            return self._found(key, b"", answer, etag=found.etag, size=found.size,
-                               modified=found.modified)
+            return self._found(key, b"", answer=answer, etag=found.etag,
+                               size=found.size, modified=found.modified)
         if answer.status == 304 and "if-none-match" in headers:
-            return self._found(key, None, answer, etag=headers["if-none-match"], size=0)
+            return self._found(key, None, answer=answer, size=0,
+                               etag=headers["if-none-match"])
         if answer.status not in (200, 206):
             raise self.fail(answer, doing, key=key)
         if is_portal(answer):
@@ -3408,9 +3406,9 @@ class S3Store(S3Client):
         body = answer.body[start if answer.status == 200 else 0:][:room]
         total = _total(answer)
         total = len(body) if total is None else total
-        return self._found(key, body, answer, size=total)
+        return self._found(key, body, answer=answer, size=total)
 
-    def _found(self, key: str, body: bytes | None, answer: Answer, *, size: int,
+    def _found(self, key: str, body: bytes | None, *, answer: Answer, size: int,
                etag: str = "", modified: float | None = None) -> Found:
         stamp = parse_date(answer.headers.get("last-modified"))
         stamp = modified if stamp is None else stamp
@@ -3430,7 +3428,7 @@ class S3Store(S3Client):
             raise portal_error(answer, doing)
         if _total(answer) is None:
             raise Lost(f"cannot {doing}: the answer does not tell its size")
-        return self._found(key, b"", answer, size=_total(answer))
+        return self._found(key, b"", answer=answer, size=_total(answer))
 
     def list(self, prefix: str, *, start_after: str = "", delimiter: str = "",
              limit: int | None = None) -> Listing:
@@ -3487,13 +3485,14 @@ class S3Store(S3Client):
         while True:
             before = load.done
             try:
-                self.retry(lambda: self._load(key, load, doing), lasting=DEADLINE)
+                self.retry(lambda: self._load(key, load, doing=doing),
+                           lasting=DEADLINE)
                 return
             except Unavailable:
                 if load.trouble or load.done == before:
                     raise
 
-    def _load(self, key: str, load: Download, doing: str) -> None:
+    def _load(self, key: str, load: Download, *, doing: str) -> None:
         headers, before = {}, load.done
         if load.done:
             headers = {"range": f"bytes={load.done}-",
@@ -3507,7 +3506,19 @@ class S3Store(S3Client):
         if not load.whole():
             raise Lost(f"cannot {doing}: it ended at byte {load.done}")
 
-    # writing
+    def _known_dialect(self) -> str:
+        return (self.verdict or {}).get("dialect") or self._dialect
+
+    def _condition(self, etag: str) -> str:
+        return bare_etag(etag) if self._known_dialect() == "unquoted" else etag
+
+
+class S3Store(S3Reader):
+    """One project in an S3 bucket. Methods: section 6. Keys are those in the project.
+
+    verdict: what the probe said, or None; its dialect decides how If-Match is written.
+    environ: for proxies, CA bundles and TRACECRAFT_HTTP. trace: callable(line).
+    """
 
     def put(self, key: str, data: bytes, *, if_match: str | None = None,
             if_none_match: bool = False) -> Stamp:
@@ -3532,12 +3543,6 @@ class S3Store(S3Client):
             self._dialect = "quoted"
         return stamp
 
-    def _known_dialect(self) -> str:
-        return (self.verdict or {}).get("dialect") or self._dialect
-
-    def _condition(self, etag: str) -> str:
-        return bare_etag(etag) if self._known_dialect() == "unquoted" else etag
-
     def _same(self, key: str, etag: str) -> bool:
         try:
             return same_etag(self.head(key).etag, etag)
@@ -3555,7 +3560,7 @@ class S3Store(S3Client):
                            body=body, digest=digest or _sha256(body))
         if not 200 <= answer.status < 300:
             raise self.fail(answer, doing, key=key, write=True, condition=condition)
-        etag = answer.headers.get("etag") or self._unstamped(key, body, answer)
+        etag = answer.headers.get("etag") or self._unstamped(key, body, answer=answer)
         return self._stamp(etag, answer)
 
     def _stamp(self, etag: str | None, answer: Answer) -> Stamp:
@@ -3563,7 +3568,7 @@ class S3Store(S3Client):
         modified = parse_date(answer.headers.get("last-modified"))
         return Stamp(etag, modified=now if modified is None else modified, now=now)
 
-    def _unstamped(self, key: str, body: object, answer: Answer) -> str:
+    def _unstamped(self, key: str, body: object, *, answer: Answer) -> str:
         """The ETag of a PUT whose answer had none: no store of ours does that.
 
         It must be that of *these* bytes, or the next CAS would be made on another's.
@@ -4789,7 +4794,7 @@ class CredentialChain:
                      hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
                           " AWS_PROFILE")
 
-    def _pair(self, source: str, fields: tuple, tried: list) -> Keys | None:
+    def _pair(self, source: str, fields: tuple, *, tried: list) -> Keys | None:
         """Keys of (access key, secret key, token): the first two, or none of them."""
         access, secret, token = fields
         if access and secret:
@@ -4804,7 +4809,7 @@ class CredentialChain:
     def _given(self, tried: list) -> Keys | None:
         for source, given in (("flags", self._flags), ("config", self._config)):
             keys = self._pair(source, (given.get("access_key"), given.get("secret_key"),
-                                       given.get("session_token")), tried)
+                                       given.get("session_token")), tried=tried)
             if keys is not None:
                 return keys
         return None
@@ -4813,7 +4818,7 @@ class CredentialChain:
         get = self._environ.get
         return self._pair("environment", (
             get("AWS_ACCESS_KEY_ID"), get("AWS_SECRET_ACCESS_KEY"),
-            get("AWS_SESSION_TOKEN") or get("AWS_SECURITY_TOKEN")), tried)
+            get("AWS_SESSION_TOKEN") or get("AWS_SECURITY_TOKEN")), tried=tried)
 
     # profile files
 
@@ -4829,7 +4834,7 @@ class CredentialChain:
         if profile.get("aws_access_key_id"):
             return self._pair(source, (
                 profile["aws_access_key_id"], profile.get("aws_secret_access_key"),
-                profile.get("aws_session_token")), tried)
+                profile.get("aws_session_token")), tried=tried)
         if profile.get("credential_process"):
             return self._from_process(profile["credential_process"], source)
         if any(profile.get(field) for field in NEEDS_BOTOCORE):
@@ -5104,7 +5109,8 @@ def naming(subject: str, decide: object) -> object:
         try:
             return decide(record)
         except Error as why:
-            why.message = f"{subject} {why.message}"
+            joint = ": " if isinstance(why, Fenced) else " "
+            why.message = f"{subject}{joint}{why.message}"
             why.args = (why.message,)
             raise
     return deciding
@@ -5115,6 +5121,7 @@ class Ledger:
 
     deadline: seconds a call may spend retrying. verdicts: object with load() and
     save(verdict), the per-user cache of what the probe found. warn: callable(text).
+    writer: the agent id, so that an --op of one agent is not another's.
     """
 
     def __init__(self, store: object, *, deadline: float = DEADLINE,
@@ -5122,7 +5129,7 @@ class Ledger:
                  warn: object = None) -> None:
         self.store, self.verdicts = store, verdicts
         self.allow_advisory, self.warn = allow_advisory, warn or (lambda text: None)
-        self.allow_seconds = deadline
+        self.allow_seconds, self.writer = deadline, ""
         self.restart()
 
     def restart(self, seconds: float | None = None) -> None:
@@ -5195,7 +5202,8 @@ class Ledger:
         duplicate from writing twice.
         """
         self.restart()
-        new = stamped(doc, None, nonce=nonce_of(op or self.hex(), key))
+        op = op or key.rpartition("/")[2].partition(".json")[0]
+        new = stamped(doc, None, nonce=nonce_of(f"{self.writer} {op}", key))
         return self._write(key, new, Record(key), op, plain_ok=True)[0] == "landed"
 
     def put(self, key: str, doc: dict, *, seconds: float | None = None) -> None:
@@ -5223,7 +5231,7 @@ class Ledger:
         self.require_arbiter()
         name, _, rev = op.partition("@")
         name = name or self.hex(16)
-        nonce = nonce_of(name, key)
+        nonce = nonce_of(f"{self.writer} {name}", key)
         record = self.read(key) if first is None else first
         if op and self._landed_before(record, name, nonce, rev):
             return Change(record.doc, record, wrote=False, after=record)
@@ -5236,7 +5244,9 @@ class Ledger:
                           above=above(record) if above else 0)
             outcome, after = self._write(key, new, record, name)
             if outcome == "landed":
-                return Change(new, record, wrote=True, after=after)
+                if f"{new['rev']}:{nonce}" in texts(after.doc, "recent"):
+                    return Change(new, record, wrote=True, after=after)
+                return Change(after.doc, record, wrote=False, after=after)
             record = after
             self.pause(tries, Busy(f"{key}: too many writers at once; gave up after"
                                    f" {tries + 1} rounds", hint="try again"))
@@ -5315,7 +5325,7 @@ class Ledger:
         """Sleep before the next try, exponential with full jitter; raise `why` when the
         deadline does not allow it. A store's own wish (Retry-After) is the minimum."""
         import random
-        wait = random.random() * min(2.0, 0.03 * 2 ** min(tries, 10))
+        wait = random.random() * min(1.0, 0.02 * 2 ** min(tries, 10))
         wait = max(wait, getattr(why, "after", 0.0) or 0.0)
         if time.monotonic() + wait > self.until:
             raise why
@@ -5606,6 +5616,11 @@ class Steps:
         status, spec = found["status.json"], found["spec.json"].doc or {}
         me = self.me(sid)
         needs = [] if ignore_needs else texts(spec, "needs")
+        for doc in (found["claim.json"].doc, found["spec.json"].doc):
+            other = (doc or {}).get("spelling", sid)
+            if sid != step != other:
+                self.ledger.warn(f"{shown(step)!r} and {shown(other)!r} are one step:"
+                                 f" {sid}")
         how = {**how, "max_attempts": number(spec, "max_attempts") or MAX_ATTEMPTS}
 
         def decide(record: Record) -> dict:
@@ -5638,7 +5653,8 @@ class Steps:
         raised = token_of(doc) > token_of(before)
         if state_of(doc) == "in_progress":
             self.who.hold(f"step/{sid}", token_of(doc), ttl=number(doc, "ttl"))
-        if change.wrote and raised and (token_of(doc) > 1 or status.doc is not None):
+        late = token_of(doc) > 1 and number(status.doc, "token") < token_of(doc)
+        if late or (change.wrote and raised and status.doc is not None):
             self._project_one(f"steps/{sid}/status.json", project_status(doc), sid,
                               seen=status)
         if raised and state_of(before) == "in_progress":
@@ -5669,22 +5685,26 @@ class Steps:
         if not holds(doc, me):  # it landed, but was taken over before that was known
             self.who.drop(f"step/{sid}")
             why = refusal(doc, me)
-            raise type(why)(f"Step {step} {why.message}", hint=why.hint, **why.details)
+            raise type(why)(f"Step {step}: {why.message}", hint=why.hint, **why.details)
         self.who.hold(f"step/{sid}", token_of(doc), ttl=number(doc, "ttl"))
         return doc
 
-    def _change(self, step: str, sid: str, decide: object, op: str) -> Change:
+    def _change(self, step: str, sid: str, decide: object, op: str, *,
+                project: bool = False) -> Change:
         """CAS of a claim by decide(claim), acts of 0.2 in status.json honoured."""
         record, status = self._claim_and_status(sid)
 
         def adopting(now: Record) -> dict:
             return decide(adopt(now.doc, status.doc, status.stamp))
         try:
-            return self.ledger.change(record.key, naming(f"Step {step}", adopting),
-                                      op=op, first=record)
+            change = self.ledger.change(record.key, naming(f"Step {step}", adopting),
+                                        op=op, first=record)
         except Fenced:
             self.who.drop(f"step/{sid}")
             raise
+        if project:
+            self._projected(sid, change, status)
+        return change
 
     def _moved_on(self, step: str, doc: dict) -> Error:
         kind = Fenced if state_of(doc) == "in_progress" else Conflict
@@ -5710,10 +5730,9 @@ class Steps:
 
         def decide(claim: dict | None) -> dict:
             return release(claim, me, at=self.ledger.at(), why=why)
-        change = self._change(step, sid, decide, op)
+        change = self._change(step, sid, decide, op, project=True)
         if self.who.token_for(f"step/{sid}") == token_of(change.doc):
             self.who.hold(f"step/{sid}", token_of(change.doc), ttl=0)
-        self.project(sid, change.after.doc)
         return change.doc
 
     def end(self, step: str, state: str = "complete", *, note: str = "",
@@ -5752,8 +5771,7 @@ class Steps:
         mine = me.token in (None, token_of(change.doc))
         if change.wrote or (mine and change.doc.get("agent") == me.agent):
             self.who.hold(f"step/{sid}", token_of(change.doc), ttl=0)
-        if change.wrote:
-            self.project(sid, change.after.doc, status=status)
+        self._projected(sid, change, status)
         return change.doc
 
     def judge(self, step: str, approve: bool, *, note: str = "", op: str = "") -> dict:
@@ -5763,11 +5781,14 @@ class Steps:
         def decide(claim: dict | None) -> dict:
             return judge(claim, self.me(sid), approve=approve, note=note,
                          at=self.ledger.at())
-        change = self._change(step, sid, decide, op)
-        self.project(sid, change.after.doc)
-        return change.doc
+        return self._change(step, sid, decide, op, project=True).doc
 
     # -- projections
+
+    def _projected(self, sid: str, change: Change, status: Record) -> None:
+        """Project a change, also one that an earlier, killed command made."""
+        if change.wrote or number(status.doc, "rev") < number(change.after.doc, "rev"):
+            self.project(sid, change.after.doc, status=status)
 
     def project(self, sid: str, claim: dict | None = None, *,
                 status: Record | None = None) -> None:
@@ -6075,7 +6096,9 @@ class Mail:
         if to != BROADCAST:
             check_name("recipient", to)
             self._know(to)
-        name = self.ledger.hex(32) if not op else nonce_of(op, f"messages/{to}")
+        op = op.partition("@")[0]
+        name = nonce_of(f"{self.who.agent} {op}", f"messages/{to}") if op \
+            else self.ledger.hex(32)
         doc = {"from": self.who.agent, "to": to, "message": text,
                "sent_at": self.ledger.at(), "id": name[:16]}
         more = {"step": step and step_id(step), "thread": thread, "reply_to": reply_to,
@@ -6086,8 +6109,23 @@ class Mail:
             self._offload(doc, text)
         key = event_key(f"messages/{to}/", agent=self.who.agent, uuid8=name[:8],
                         at_ns=int(self.ledger.now() * 1e9))
+        if op:
+            key = self._once(to, op, key)
         self.ledger.create(key, doc, op=op)
         return {"key": key, **doc}
+
+    def _once(self, to: str, op: str, key: str) -> str:
+        """The key for a message sent under `op`: the same whenever it is sent again.
+
+        What exit 9 printed is the leaf of the key itself; another id is written down
+        first, naming the key. Keys: create messages/<to>/_ids/<sha256(from, id)>.json"""
+        if event_parts(op + ".json")[1] == self.who.agent:
+            return f"messages/{to}/{op}.json"
+        import hashlib
+        mark = hashlib.sha256(f"{self.who.agent}\n{op}".encode()).hexdigest()
+        mark = f"messages/{to}/_ids/{mark}.json"
+        self.ledger.create(mark, {"key": key, "from": self.who.agent})
+        return str(self.ledger.read(mark).doc.get("key") or key)
 
     def _offload(self, doc: dict, text: str) -> None:
         head = self.artifacts.put_bytes(f"messages/{doc['id']}.txt",
@@ -7054,6 +7092,7 @@ class Project:
         self.settings, self.ledger, self.who, self.store = (
             settings, ledger, who, ledger.store)
         self.agent, self.instance = who.agent, who.instance
+        ledger.writer = who.agent
         self.presence = Presence(ledger, who)
         self.artifacts = Artifacts(ledger, self)
         self.memory = Memory(ledger, who, self.artifacts)
@@ -10000,6 +10039,7 @@ def plain(value: object) -> str:
     "status", "agents, steps, mail, sessions on one screen",
     arg("--watch", action="store_true", help="refresh until Ctrl-C"),
     arg("--interval", type=float, default=5.0, metavar="SECONDS", help="default 5"),
+    arg("--limit", type=int, default=SHOWN, metavar="N", help="lines a list; 0: all"),
     examples=("status", "status --watch --interval 2"), exits="0 7 130")
 def cmd_status(project: object, options: object) -> None:
     if options.as_json and options.watch:
@@ -10009,11 +10049,11 @@ def cmd_status(project: object, options: object) -> None:
         raise Usage("--interval must be > 0", hint="5 is the default")
     if not options.watch:
         snap = gather_status(project)
-        answer(options, render_status(snap), snap)
+        answer(options, render_status(snap, options.limit), snap)
         return
     clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
     while True:
-        text = render_status(gather_status(project))
+        text = render_status(gather_status(project), options.limit)
         put_out(f"{clear}{text}\n\n(refreshing every {options.interval:g}s"
                 " — Ctrl-C to stop)\n")
         time.sleep(options.interval)
@@ -10150,8 +10190,9 @@ def config_doc(settings: Settings, options: object) -> dict:
         doc["agent_id"] = agent
     doc.update((name, parts[name]) for name in URL_OPTIONS[parts["kind"]]
                if parts.get(name))
-    if options.access_key:
-        doc.update(access_key=options.access_key, secret_key=options.secret_key)
+    # load_settings has taken out keys that were meant for another store.
+    doc.update((name, settings.config[name]) for name in SECRETS
+               if settings.config.get(name))
     return doc
 
 
@@ -10309,7 +10350,10 @@ def uninstall(launcher: str, copy: str) -> bool:
 def cmd_demo(_project: None, options: object) -> int:
     if not os.path.isdir(options.directory):
         raise Usage(f"{shown(options.directory)} is no directory", hint="demo .")
-    settings = load_settings(options.flags, os.environ, os.getcwd())
+    # A trial makes a project of its own: the configured bucket only when it is named.
+    flags = dict(options.flags)
+    flags["store"] = flags.get("store") or store_url(embedded_store(os.getcwd()))
+    settings = load_settings(flags, os.environ, os.getcwd())
     live = sys.stdout.isatty() and not options.quiet and not options.as_json
     return demo(settings, options.directory, out=sys.stdout, live=live)
 
