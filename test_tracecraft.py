@@ -65,7 +65,8 @@ try:  # oracles; without them the tests marked `peers` are left out
     import boto3
     import botocore.exceptions
 except ImportError:
-    boto3 = None
+    boto3 = botocore = S3SigV4Auth = S3SigV4QueryAuth = AWSRequest = None
+    Config = Credentials = None
 
 # The status of every code but 400, which is that of the rest.
 S3_CODES = {"PermanentRedirect": 301, "TemporaryRedirect": 307, "NoSuchBucket": 404,
@@ -5821,7 +5822,8 @@ class MemoryStore:
                 self.faults.remove(fault)
                 return fault[0], fault[3], fault[4]
         if self.chaos and self.chaos[0].random() < self.chaos[1]:
-            return self.chaos[0].choice(TRANSIENT), None, None
+            kinds = TRANSIENT * 4 + ("crash-before", "crash-after")
+            return self.chaos[0].choice(kinds), None, None
         return "ok", None, None
 
     def _request(self, method, key, act):
@@ -5851,7 +5853,8 @@ class MemoryStore:
             if kind == "late":
                 self.shared.late.append([2, act])
             refused = {
-                "drop": tracecraft.Unknown("dropped"), "late": tracecraft.Unknown("late"),
+                "drop": tracecraft.Unknown("dropped"),
+                "late": tracecraft.Unknown("late"),
                 "busy": tracecraft.Busy("409"), "throttle": tracecraft.Throttled("429"),
                 "down": tracecraft.Unavailable("503"),
                 "dead": tracecraft.Unavailable("unreachable"),
@@ -5981,7 +5984,8 @@ class MemoryStore:
     def place(self, key, doc):
         """Write as somebody else would: 0.2, or a person with a bucket browser."""
         with self.shared.lock:
-            self._store(key, doc if isinstance(doc, bytes) else json.dumps(doc).encode())
+            data = doc if isinstance(doc, bytes) else json.dumps(doc).encode()
+            self._store(key, data)
 
     def writes(self, key):
         """How many writes of `key` landed."""
@@ -6016,7 +6020,7 @@ class LocalState:
     """Local state that survives a crash of its agent: what section 8 keeps on disk."""
 
     def __init__(self):
-        self.kept, self.facts = {}, {}
+        self.kept, self.facts, self.set_at = {}, {}, {}
 
     def token(self, resource):
         return self.kept.get(resource)
@@ -6035,6 +6039,10 @@ class LocalState:
 
     def set(self, name, value):
         self.facts[name] = json.loads(json.dumps(value))
+        self.set_at[name] = time.time()
+
+    def age(self, name):
+        return time.time() - self.set_at[name] if name in self.set_at else None
 
 
 def agent_on(bucket, name, *, instance="", ledger=tracecraft.Ledger, deadline=5, **who):
@@ -6273,7 +6281,8 @@ def test_a_decision_for_no_change_writes_nothing(ada, bob, bucket):
     assert (change.wrote, ada.store.counts["PUT", "n.json"]) == (False, 0)
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff", b"", b"[" * 99999])
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff", b"",
+                                  pytest.param(b"[" * 99_999, id="nested")])
 def test_a_damaged_record_is_reported_and_kept(ada, bucket, body):
     bucket.place("n.json", body)
     error = refused(tracecraft.Corrupt, bump, ada)
@@ -6292,11 +6301,6 @@ def test_a_created_record_is_written_once(ada, bucket):
         ada.store.fault(kind)
         assert ada.ledger.create(f"e/{kind}.json", {})
         assert bucket.writes(f"e/{kind}.json") == 1
-
-
-def test_a_created_name_that_is_taken_is_not_mine(ada, bob):
-    assert ada.ledger.create("e/x.json", {"by": "ada"})
-    assert not bob.ledger.create("e/x.json", {"by": "bob"})
 
 
 def test_creating_needs_no_arbiter(ada, bucket):
@@ -6365,6 +6369,34 @@ def test_a_project_that_lives_longer_than_its_deadline_still_retries(bucket):
     time.sleep(0.35)
     ada.store.fault("busy")
     assert ada.memory.incr("n")["value"] == "1"
+
+
+@pytest.mark.parametrize("act", ["change", "memory"])
+def test_a_record_that_never_rests_is_given_up_at_the_deadline(bucket, act):
+    ada, bob = agent_on(bucket, "ada", deadline=0.4), agent_on(bucket, "bob")
+    key = {"change": "n.json", "memory": "memory/n.json"}[act]
+    ada.store.fault("ok", key=key, times=999, before=lambda: bob.ledger.change(
+        key, lambda r: {**(r.doc or {}), "value": "1", "x": bob.ledger.hex()}))
+    began = time.monotonic()
+    refused(tracecraft.Busy, lambda: bump(ada) if act == "change" else
+            ada.memory.incr("n"))
+    assert time.monotonic() - began < 4
+
+
+def test_a_decision_that_refuses_leaves_nothing_behind(ada, bob, bucket):
+    def refuse(record):
+        raise tracecraft.Conflict("no")
+    bump(bob)
+    refused(tracecraft.Conflict, ada.ledger.change, "n.json", refuse)
+    assert bucket.writes("n.json") == 1 and ada.store.sent == []
+
+
+def test_records_are_read_in_order_with_damage_in_its_place(ada, bucket):
+    bucket.place("a.json", {"n": 1})
+    bucket.place("b.json", b"{")
+    found = ada.ledger.read_many(["b.json", "none.json", "a.json", "a.json"])
+    assert [type(r.fault).__name__ for r in found] == ["Corrupt"] + ["NoneType"] * 3
+    assert [r.doc for r in found] == [None, None, {"n": 1}, {"n": 1}]
 
 
 def chain_faults(bucket):
@@ -6454,7 +6486,8 @@ def test_resume_does_not_take_from_another_agent(ada, bob):
 
 @pytest.mark.parametrize("seconds, free", [
     (tracecraft.TTL, False), (LEASE_OVER - 1, False), (LEASE_OVER, True)])
-def test_a_lease_ends_ttl_and_grace_after_its_last_write(ada, bob, bucket, seconds, free):
+def test_a_lease_ends_ttl_and_grace_after_its_last_write(
+        ada, bob, bucket, seconds, free):
     ada.claim("s")
     pass_time(bucket, seconds)
     if free:
@@ -6682,6 +6715,21 @@ def test_a_failed_step_tells_its_last_holder_that_it_failed(ada, bob, bucket):
     assert "took it over" not in message["message"]
 
 
+@pytest.mark.parametrize("ttl", [-1, 0.5, "60", True, 2**60, float("nan")])
+def test_a_lease_is_a_whole_number_of_seconds(ada, bucket, ttl):
+    """Anything else would be read back as 0: a lease that never ends."""
+    assert refused(tracecraft.Usage, ada.claim, "s", ttl=ttl).exit == 2
+    assert bucket.under("") == []
+
+
+@pytest.mark.parametrize("state", ["done", "released", "in_progress", "", "pending"])
+def test_an_end_is_one_of_four(ada, bucket, state):
+    """Another word would be read back as in_progress, with the hand-off inside."""
+    ada.claim("s")
+    assert refused(tracecraft.Usage, ada.complete, "s", state=state).exit == 2
+    assert bucket.writes(CLAIM) == 1
+
+
 # -- winners -----------------------------------------------------------
 
 
@@ -6846,7 +6894,7 @@ def test_needs_can_be_ignored(ada, bob):
 def test_many_needs_are_looked_up_in_one_listing(ada, bob):
     ada.add_step("s", needs=[f"n{i}" for i in range(9)])
     assert len(refused(tracecraft.Blocked, bob.claim, "s").details["missing"]) == 9
-    assert sum(n for (method, _), n in bob.store.counts.items() if method == "LIST") == 2
+    assert [m for m, _ in bob.store.counts.elements()].count("LIST") == 2
 
 
 def test_needs_count_when_a_lost_race_leaves_a_released_step(ada, bob, bucket):
@@ -6923,7 +6971,7 @@ def test_waiting_for_six_steps_is_one_listing_a_round(ada, bob):
     for name in names:
         ada.complete(name)
     bob.wait_for(names + names)
-    assert [m for m, _ in bob.store.counts].count("LIST") == 1
+    assert [m for m, _ in bob.store.counts.elements()].count("LIST") == 1
 
 
 # -- 0.2.x in the same bucket ------------------------------------------
@@ -7125,6 +7173,52 @@ def test_checkin_renews_my_claims_and_says_what_was_lost(ada, bob, bucket):
     assert (seen["renewed"], seen["lost"], seen["unread"]) == (["s"], ["t"], 2)
 
 
+def aged_claim(bucket, seconds):
+    """An agent with local state whose claim of s was renewed `seconds` ago."""
+    state = LocalState()
+    agent = agent_on(bucket, "ada", state=state)
+    agent.claim("s")
+    state.kept["step/s"]["at"] -= seconds
+    agent.heartbeat()
+    return agent_on(bucket, "ada", state=state)
+
+
+@pytest.mark.parametrize("seconds, mutating, renewed", [
+    (tracecraft.TTL / 3 + 9, True, 1), (tracecraft.TTL / 3 - 9, True, 0),
+    (tracecraft.TTL, False, 0)])
+def test_a_mutating_command_renews_what_is_due(bucket, seconds, mutating, renewed):
+    agent = aged_claim(bucket, seconds)
+    agent.tidy(mutating=mutating)
+    assert agent.store.counts["PUT", CLAIM] == renewed
+
+
+def test_a_due_renewal_that_was_lost_is_a_warning(bucket, bob):
+    agent = aged_claim(bucket, tracecraft.TTL)
+    pass_time(bucket)
+    bob.claim("s")
+    agent.tidy(mutating=True)
+    assert "lease of step s was lost" in agent.warned[-1]
+    agent.tidy(mutating=True)
+    assert len(agent.warned) == 1
+
+
+@pytest.mark.parametrize("kind", ["dead", "denied", "down"])
+def test_what_goes_beside_a_command_never_fails_it(bucket, kind):
+    agent = aged_claim(bucket, tracecraft.TTL)
+    agent.ledger.allow_seconds = 0.1
+    agent.who.state.set_at["presence"] -= 100
+    agent.store.fault(kind, "", times=99)
+    agent.tidy(mutating=True)
+
+
+@pytest.mark.parametrize("seconds, written", [(50, 0), (70, 1)])
+def test_presence_is_refreshed_after_a_minute(bucket, seconds, written):
+    agent = aged_claim(bucket, 0)
+    agent.who.state.set_at["presence"] -= seconds
+    agent.tidy(mutating=False)
+    assert agent.store.counts["PUT", "agents/ada.json"] == written
+
+
 def test_who_left_reads_as_left(ada, bob):
     ada.heartbeat()
     ada.leave()
@@ -7141,6 +7235,8 @@ def test_a_damaged_presence_does_not_hide_the_others(ada, bob, bucket):
 # == 12. Memory ========================================================
 #
 # Values with revisions; their history; what 0.2 wrote between.
+
+NESTED = "[" * 99_999  # what json.loads gives up on with a RecursionError
 
 
 def test_a_value_is_read_back_with_who_and_which_revision(ada, bob):
@@ -7162,7 +7258,8 @@ def test_the_last_writer_wins_and_history_has_all(ada, bob):
     ({"if_rev": 1}, True), ({"if_rev": 2}, False), ({"if_rev": 0}, False),
     ({"if_absent": True}, False), ({"if_value": "one"}, True),
     ({"if_value": "two"}, False)])
-def test_a_condition_on_memory_holds_or_refuses_with_the_rev(ada, bob, condition, holds):
+def test_a_condition_on_memory_holds_or_refuses_with_the_rev(
+        ada, bob, condition, holds):
     ada.memory.set("k", "one")
     if holds:
         assert bob.memory.set("k", "new", **condition)["rev"] == 2
@@ -7180,7 +7277,8 @@ def test_if_absent_and_if_rev_0_create(ada):
 
 def test_a_condition_is_judged_again_after_a_lost_race(ada, bob):
     ada.memory.set("k", "one")
-    ada.store.fault("ok", key="memory/k.json", before=lambda: bob.memory.set("k", "two"))
+    ada.store.fault("ok", key="memory/k.json",
+                    before=lambda: bob.memory.set("k", "two"))
     refused(tracecraft.Conflict, ada.memory.set, "k", "three", if_rev=1)
     assert [d["value"] for d in ada.memory.history("k")] == ["one", "two"]
 
@@ -7220,6 +7318,35 @@ def test_incr_of_what_is_no_number_is_refused(ada, text):
     ada.memory.set("n", text)
     assert refused(tracecraft.Conflict, ada.memory.incr, "n").exit == 3
     assert len(ada.memory.history("n")) == 1
+
+
+@pytest.mark.parametrize("text, by", [
+    ("9" * 400, 1), ("NaN", 1), ("Infinity", 1), ("1e308", 1e308), ("1", float("nan")),
+    ("1", float("inf")), pytest.param(NESTED, 1, id="nested")])
+def test_a_sum_that_is_no_number_is_refused(ada, text, by):
+    ada.memory.set("n", text)
+    with pytest.raises((tracecraft.Conflict, tracecraft.Usage)):
+        ada.memory.incr("n", by)
+    assert ada.memory.get("n")["value"] == text
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "5", "[oops", '"text"',
+                                  pytest.param(NESTED, id="nested")])
+def test_nothing_is_appended_to_json_that_is_no_list(ada, bucket, text):
+    bucket.place("memory/k.json", {"value": text, "type": "json"})
+    refused(tracecraft.Conflict, ada.memory.append, "k", "x")
+
+
+@pytest.mark.parametrize("patch", [
+    "", "{]", pytest.param(NESTED, id="nested"),
+    pytest.param('{"a":' * 9999, id="deep")])
+def test_a_patch_that_cannot_be_read_is_a_usage_error(ada, patch):
+    refused(tracecraft.Usage, ada.memory.merge, "k", patch)
+
+
+def test_a_deep_patch_merges_or_is_refused(ada):
+    patch = '{"a":' * 500 + "1" + "}" * 500
+    assert json.loads(ada.memory.merge("k", patch)["value"]) == json.loads(patch)
 
 
 def test_append_grows_text_by_lines_and_lists_by_elements(ada):
@@ -7269,6 +7396,12 @@ def test_an_op_of_memory_is_applied_once_even_after_200_others(ada, bob):
     assert ada.memory.incr("n", 5, op="o1")["value"] == "205"
 
 
+def test_the_history_shows_both_writes_of_two_agents_with_one_op(ada, bob):
+    ada.memory.incr("n", op="job7")
+    bob.memory.incr("n", op="job7")
+    assert [d["value"] for d in ada.memory.history("n")] == ["1", "2"]
+
+
 def test_an_unknown_update_keeps_its_snapshot_and_is_settled_by_its_op(ada, bucket):
     ada.store.fault("lose", key="memory/n.json")
     ada.store.fault("ok", "GET", "memory/n.json")
@@ -7279,8 +7412,17 @@ def test_an_unknown_update_keeps_its_snapshot_and_is_settled_by_its_op(ada, buck
     assert len(ada.memory.history("n")) == 1
 
 
+def test_a_snapshot_of_unknown_outcome_means_that_nothing_was_changed(ada, bucket):
+    ada.memory.set("n", "1")
+    ada.store.fault("lose", key="memory/_history")
+    ada.store.fault("dead", "GET", "memory/_history")
+    assert refused(tracecraft.Unavailable, ada.memory.incr, "n").exit == 7
+    assert bucket.doc("memory/n.json")["value"] == "1"
+    assert [d["value"] for d in ada.memory.history("n")] == ["1"]
+
+
 def test_the_history_of_a_crashed_attempt_is_told_by_what_landed(ada, bob):
-    """The first attempt is refused, its snapshot survives a crash, the op comes again."""
+    """The first attempt is refused, its snapshot survives a crash, then again."""
     ada.memory.incr("n")
     ada.store.fault("ok", key="memory/n.json", before=lambda: bob.memory.incr("n"))
     ada.store.fault("crash-before", "GET", "memory/n.json")
@@ -7300,14 +7442,16 @@ def test_a_value_over_64_kib_moves_to_a_blob_and_comes_back(ada, bob, bucket):
     assert bob.memory.get("big")["value"].endswith("ä\nend")
 
 
-@pytest.mark.parametrize("text", ["", "\x00\x1b[31m", "\ud800", "a\r\nb\u2028", "ﬁ\u202e"])
+@pytest.mark.parametrize("text", ["", "\x00\x1b[31m", "\ud800", "a\r\nb\u2028",
+                                  "ﬁ\u202e"])
 def test_any_text_is_kept_as_it_is_or_escaped(ada, text):
     ada.memory.set("k", text)
     got = ada.memory.get("k")["value"]
     assert got == text or got == text.encode("utf-8", "backslashreplace").decode()
 
 
-@pytest.mark.parametrize("key", ["", "a..b", ".a", "a/b", "_x", "a._x", "ä", "a b", "a\n"])
+@pytest.mark.parametrize("key", ["", "a..b", ".a", "a/b", "_x", "a._x", "ä", "a b",
+                                 "a\n"])
 def test_keys_that_do_not_fit_are_refused(ada, key):
     assert refused(tracecraft.Usage, ada.memory.set, key, "v").exit == 2
     assert ada.store.requests == 0
@@ -7631,7 +7775,8 @@ def test_a_message_of_odd_shape_is_shown(bob, bucket, doc):
 def test_a_message_deleted_while_it_is_read_is_skipped(ada, bob):
     sent = ada.send("bob", "gone")
     ada.send("bob", "stays")
-    bob.store.fault("ok", "GET", sent["key"], before=lambda: bob.mail.delete(sent["key"]))
+    bob.store.fault("ok", "GET", sent["key"],
+                    before=lambda: bob.mail.delete(sent["key"]))
     assert read_new(bob) == ["stays"]
 
 
@@ -7958,7 +8103,7 @@ def crashes(prepare, act):
 
 
 def step_faults(bucket):
-    """What invariants 1 and 3 of protocol.md 11 forbid, found in the log; [] if sound."""
+    """What invariants 1 and 3 of protocol.md 11 forbid, found in the log."""
     wrong, last = chain_faults(bucket), {}
     for key, body, at, _ in bucket.log:
         if not key.endswith("/claim.json"):
@@ -7981,7 +8126,7 @@ def _move_faults(key, old, doc, at):
     if token not in (was, was + 1):
         return [f"{key}: token {was} -> {token}"]
     if token == was:
-        same = (doc["agent"], doc.get("instance")) == (old["agent"], old.get("instance"))
+        same = all(doc.get(name) == old.get(name) for name in ("agent", "instance"))
         if state == "in_progress" and (before != "in_progress" or not same):
             return [f"{key}: token {token} given twice"]
         if before in ("complete", "failed", "blocked") and state != before:
@@ -8176,20 +8321,25 @@ def test_a_crash_while_checking_in_loses_no_claim_and_no_mail():
 
 
 class Witness:
-    """What agents were told. check() finds what the log of the store contradicts."""
+    """What agents were told, and when. check() finds what the store's log contradicts.
+
+    Times are lengths of that log: an act that began at b and was told at e is
+    linearisable if its write, or what it read, was there between b and e.
+    """
 
     def __init__(self, bucket):
         self.bucket, self.told = bucket, []
 
-    def note(self, what, *facts):
-        self.told.append((what, len(self.bucket.log), *facts))
+    def note(self, what, began, *facts):
+        self.told.append((what, began, len(self.bucket.log), *facts))
 
     def all(self, what):
-        return [facts[2:] for facts in self.told if facts[0] == what]
+        return [facts[3:] for facts in self.told if facts[0] == what]
 
     def check(self):
-        return (step_faults(self.bucket) + self._claims() + self._ends()
-                + self._counter() + self._messages() + self._refusals())
+        return (step_faults(self.bucket) + projection_faults(self.bucket)
+                + self._claims() + self._ends() + self._counter() + self._messages()
+                + self._refusals() + self._order() + self._reads() + self._snapshots())
 
     def _claims(self):
         given, wrong = {}, []
@@ -8211,7 +8361,7 @@ class Witness:
         return wrong
 
     def _counter(self):
-        """Each acknowledged increment is in the value once, each doubtful one at most."""
+        """Each acknowledged increment counts once, each doubtful one at most."""
         sure, doubtful = len(self.all("counted")), len(self.all("counted?"))
         docs = self.bucket.history("memory/n.json")
         value = int(docs[-1]["value"]) if docs else 0
@@ -8220,15 +8370,19 @@ class Witness:
         return [f"counter is {value} after {sure} increments and {doubtful} doubtful"]
 
     def _messages(self):
-        there = collections.Counter(
-            self.bucket.doc(key)["message"] for key in self.bucket.under("messages/")
-            if "/_" not in key[len("messages/"):]
-            and self.bucket.doc(key).get("kind") != "notice")
+        """Each message acknowledged to its sender was shown, each is there once."""
+        there = collections.Counter()
+        for key in self.bucket.under("messages/"):
+            doc = self.bucket.doc(key)
+            if "message" in doc and doc.get("kind") != "notice":
+                there[doc["message"]] += 1
+        shown = {text for texts, in self.all("shown") for text in texts}
         sent = [text for text, in self.all("sent")]
-        doubtful = [text for text, in self.all("sent?")]
-        return ([f"message {text} is there {there[text]} times" for text in sent
+        return ([f"message {text} was sent and never shown" for text in sent
+                 if text not in shown] +
+                [f"message {text} is there {there[text]} times" for text in sent
                  if there[text] != 1] +
-                [f"message {text} is there twice" for text in doubtful
+                [f"message {text} is there twice" for text, in self.all("sent?")
                  if there[text] > 1])
 
     def _refusals(self):
@@ -8240,58 +8394,152 @@ class Witness:
                 wrong.append(f"{step}: refused for {holder}, who never held it")
         return wrong
 
+    def _order(self):
+        """A write was made between the call and its answer."""
+        landed = {}
+        for at, (_, body, *_) in enumerate(self.bucket.log):
+            if body is not None:
+                landed.setdefault(json.loads(body).get("nonce"), at)
+        return [f"{key} {nonce}: told at {ended}, began at {began},"
+                f" landed at {landed.get(nonce)}"
+                for what, began, ended, *facts in self.told if what == "wrote"
+                for key, nonce in [facts]
+                if not began <= landed.get(nonce, -1) < ended]
 
-def act_at_random(agent, dice, witness, serial):
-    """One random verb of one agent, and what it was told."""
-    what, step = dice.choice("ccccceeeerwnnns"), f"s{dice.randrange(3)}"
-    try:
-        if what == "c":
-            claim = agent.claim(step, ttl=30, reopen=True)
-            if claim.fresh:
-                witness.note("claimed", step, claim.token, agent.instance)
-        elif what == "e":
-            doc = agent.complete(step, note=str(serial))
-            witness.note("ended", step, doc["token"], doc["agent"])
-        elif what == "r":
-            agent.release(step)
-        elif what == "w":
-            agent.renew(step)
-        elif what == "n":
-            _noting(witness, "counted", agent.memory.incr, "n")
-        else:
-            text = f"{agent.instance} {serial}"
-            _noting(witness, "sent", agent.send, "all", text, facts=(text,))
-    except tracecraft.Held as why:
-        witness.note("refused", step, why.details.get("holder"))
-    except (tracecraft.Conflict, tracecraft.Fenced, tracecraft.Unknown,
-            tracecraft.Unavailable):
-        pass
+    def _reads(self):
+        """A value that was read was the newest one at some time during the read."""
+        wrong = []
+        for what, began, ended, *facts in self.told:
+            if what != "read":
+                continue
+            told = enumerate(self.bucket.log[:ended])
+            log = [(at, body) for at, (key, body, *_) in told if key == "memory/n.json"]
+            before = [body for at, body in log if at < began][-1:] or [None]
+            bodies = before + [body for at, body in log if at >= began]
+            if facts[0] not in [body and json.loads(body)["value"] for body in bodies]:
+                wrong.append(f"read {facts[0]} at {began}, long after it was replaced")
+        return wrong
 
-
-def _noting(witness, what, act, *args, facts=()):
-    try:
-        act(*args)
-        witness.note(what, *facts)
-    except tracecraft.Unknown:
-        witness.note(what + "?", *facts)
-        raise
+    def _snapshots(self):
+        """Each version of a value has its snapshot in the history."""
+        there = {(d["op"], d["of_rev"], d["value"]) for d in map(
+            self.bucket.doc, self.bucket.under("memory/_history/n/"))}
+        return [f"n rev {d['rev']} has no snapshot"
+                for d in self.bucket.history("memory/n.json")
+                if (d["nonce"], d["rev"], d["value"]) not in there]
 
 
-def run_history(seed, ledger=tracecraft.Ledger, *, agents=4, rounds=25, faults=0.25):
+def projection_faults(bucket):
+    """Where status.json or handoff.json went back, or said what no claim ever said."""
+    wrong, last = [], {}
+    for key, body, *_ in bucket.log:
+        if not key.endswith(("/status.json", "/handoff.json")) or body is None:
+            continue
+        doc = json.loads(body)
+        now = doc["token"], doc["rev"]
+        if now <= last.get(key, (0, 0)):
+            wrong.append(f"{key}: {last[key]} -> {now}")
+        last[key] = now
+        claims = bucket.history(key.rpartition("/")[0] + "/claim.json")
+        if not any(c["rev"] == doc["rev"] for c in claims):
+            wrong.append(f"{key}: rev {doc['rev']} is of no claim")
+    return wrong
+
+
+class Player:
+    """One agent of a random run; it dies now and then and goes on with its state."""
+
+    def __init__(self, witness, dice, *, name, instance, ledger, faults):
+        self.witness, self.dice, self.faults = witness, dice, faults
+        self.name, self.instance, self.ledger = name, instance, ledger
+        self.state = LocalState()
+        self.start()
+
+    def start(self):
+        self.agent = agent_on(self.witness.bucket, self.name, instance=self.instance,
+                              ledger=self.ledger, state=self.state)
+        self.agent.store.chaos = (self.dice, self.faults)
+
+    def act(self, serial):
+        """One random verb, and what it was told."""
+        verb = self.dice.choice(
+            [self.claim] * 4 + [self.end] * 3 + [self.renew, self.release, self.get,
+             self.read_mail] + [self.count] * 2 + [self.send] * 2)
+        self.step = f"s{self.dice.randrange(3)}"
+        self.began = len(self.witness.bucket.log)
+        self.doubt = None
+        try:
+            verb(f"{self.instance} {serial}")
+        except tracecraft.Held as why:
+            self.note("refused", self.step, why.details.get("holder"))
+        except tracecraft.Unknown:
+            self.note(*self.doubt or ("unknown",))
+        except Crash:
+            self.note(*self.doubt or ("crashed",))
+            self.start()
+        except (tracecraft.Conflict, tracecraft.Fenced, tracecraft.Unavailable,
+                tracecraft.NotFound):
+            pass
+
+    def note(self, what, *facts):
+        self.witness.note(what, self.began, *facts)
+
+    def claim(self, text):
+        claim = self.agent.claim(self.step, ttl=30, reopen=True)
+        if claim.fresh:
+            self.note("claimed", self.step, claim.token, self.instance)
+            self.note("wrote", CLAIM, claim.doc["nonce"])
+
+    def end(self, text):
+        doc = self.agent.complete(self.step, note=text)
+        self.note("ended", self.step, doc["token"], doc["agent"])
+
+    def renew(self, text):
+        self.agent.renew(self.step)
+
+    def release(self, text):
+        self.agent.release(self.step)
+
+    def get(self, text):
+        self.note("read", self.agent.memory.get("n")["value"])
+
+    def count(self, text):
+        self.doubt = ("counted?",)
+        doc = self.agent.memory.incr("n")
+        self.note("counted")
+        self.note("wrote", "n", doc["nonce"])
+
+    def send(self, text):
+        self.doubt = ("sent?", text)
+        self.agent.send(self.dice.choice("ab"), text)
+        self.note("sent", text)
+
+    def read_mail(self, text):
+        batch = self.agent.inbox(new=True, limit=self.dice.choice((None, 2)))
+        self.note("shown", texts_of(batch))
+        batch.commit()
+
+
+def run_history(seed, ledger=tracecraft.Ledger, *, agents=4, rounds=25, faults=0.2):
     """What is wrong after a random run of some agents in threads; [] if nothing."""
     bucket = MemoryStore()
     witness = Witness(bucket)
 
     def live(number):
         dice = random.Random(f"{seed} {number}")
-        agent = agent_on(bucket, "ab"[number % 2], instance=f"i{number}",
-                         ledger=ledger, deadline=5)
-        agent.store.chaos = (dice, faults)
+        player = Player(witness, dice, name="ab"[number % 2], instance=f"i{number}",
+                        ledger=ledger, faults=faults)
         for serial in range(rounds):
-            act_at_random(agent, dice, witness, serial)
+            player.act(serial)
             if dice.random() < 0.1:
-                bucket.clock_at += dice.choice((10, 20, 40))
+                bucket.clock_at += dice.choice((10, 20, 40, 400))
     run_all([lambda n=n: live(n) for n in range(agents)])
+    for name in "ab":
+        reader = agent_on(bucket, name)
+        rest = read_new(reader)
+        while rest:
+            witness.note("shown", 0, rest)
+            rest = read_new(reader)
     return witness.check()
 
 
@@ -8383,8 +8631,20 @@ class OwnClock(tracecraft.Ledger):
         return record
 
 
+class OldNews(tracecraft.Ledger):
+    """Reads what it read before for a while, as through a cache."""
+
+    def read(self, key):
+        kept = self.__dict__.setdefault("kept", {})
+        record, uses = kept.get(key, (None, 0))
+        if not uses:
+            record, uses = super().read(key), 3
+        kept[key] = record, uses - 1
+        return record
+
+
 @pytest.mark.parametrize("broken", [Unsettling, Believing, Forgetful, BusyIsLost,
-                                    CheckThenPut, TokenReset, OwnClock])
+                                    CheckThenPut, TokenReset, OwnClock, OldNews])
 def test_a_broken_ledger_is_caught(broken):
     for seed in range(12):
         if run_history(seed, broken, rounds=20, faults=0.4):
@@ -11198,6 +11458,7 @@ def raw(s):
 
 # ---- operations through boto3
 
+@pytest.mark.peers
 def test_put_get_head_delete(s, c):
     put = c.put_object(Bucket="bucket", Key="a/b c+ü~!*'()%", Body=b"hello",
                        Metadata={"x": "y"}, ContentType="text/plain")
@@ -11220,12 +11481,14 @@ def test_put_get_head_delete(s, c):
     assert s.count() == 0
 
 
+@pytest.mark.peers
 def test_empty_and_large_bodies(s, c):
     for body in (b"", b"x" * 9_000_000):
         c.put_object(Bucket="bucket", Key="k", Body=body)
         assert c.get_object(Bucket="bucket", Key="k")["Body"].read() == body
 
 
+@pytest.mark.peers
 def test_conditional_put(s, c):
     tag = c.put_object(Bucket="bucket", Key="k", Body=b"1", IfNoneMatch="*")["ETag"]
     put = dict(Bucket="bucket", Key="k", Body=b"2")
@@ -11240,6 +11503,7 @@ def test_conditional_put(s, c):
     assert [r.landed for r in s.log] == [True, False, False, True, False, False, False]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("form,quoted,bare", [
     ("any", 200, 200), ("quoted", 200, 412), ("unquoted", 412, 200)])
 def test_etag_forms(form, quoted, bare):
@@ -11251,6 +11515,7 @@ def test_etag_forms(form, quoted, bare):
                        {"If-Match": value}).status == status
 
 
+@pytest.mark.peers
 def test_conditional_get_and_ranges(s, c):
     tag = c.put_object(Bucket="bucket", Key="k", Body=b"0123456789")["ETag"]
     get = dict(Bucket="bucket", Key="k")
@@ -11289,6 +11554,7 @@ def fill(s, names=NAMES):
     return c
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
 def test_list_pages(s, size):
     c = fill(s)
@@ -11306,6 +11572,7 @@ def test_list_pages(s, size):
     assert sum(p["KeyCount"] for p in pages) == len(keys) + 3
 
 
+@pytest.mark.peers
 def test_list_options(s):
     c = fill(s)
 
@@ -11330,6 +11597,7 @@ def test_list_options(s):
     assert len(keys()) == 2
 
 
+@pytest.mark.peers
 def test_list_without_encoding_type(s, raw):
     fill(s, ["q&<> +ü", "r\rn"])
     text = raw("GET", "/bucket?list-type=2").data.decode()
@@ -11340,6 +11608,7 @@ def test_list_without_encoding_type(s, raw):
     assert "<Key>q%26%3C%3E+%2B%C3%BC</Key>" in text
 
 
+@pytest.mark.peers
 def test_copy(s, c):
     tag = c.put_object(Bucket="bucket", Key="a ü+b", Body=b"1",
                        Metadata={"m": "1"})["ETag"]
@@ -11359,6 +11628,7 @@ def test_copy(s, c):
                 CopySource="nope/none") == ("NoSuchBucket", 404)
 
 
+@pytest.mark.peers
 def test_multipart(s, c):
     where = dict(Bucket="bucket", Key="big ü")
     upload = c.create_multipart_upload(Metadata={"m": "1"}, **where)["UploadId"]
@@ -11391,6 +11661,7 @@ def test_multipart(s, c):
     assert not s.uploads
 
 
+@pytest.mark.peers
 def test_transfer_manager(s, c, tmp_path):
     path = tmp_path / "f"
     path.write_bytes(bytes(range(256)) * 80_000)
@@ -11400,6 +11671,7 @@ def test_transfer_manager(s, c, tmp_path):
     assert s.objects["bucket", "f"].etag.endswith('-3"')
 
 
+@pytest.mark.peers
 def test_delete_objects(s, c):
     for name in ("a", "b", "c&<ü"):
         c.put_object(Bucket="bucket", Key=name, Body=b"")
@@ -11412,6 +11684,7 @@ def test_delete_objects(s, c):
     assert "Deleted" not in got and not s.objects
 
 
+@pytest.mark.peers
 def test_buckets(s, c):
     got = c.head_bucket(Bucket="bucket")
     assert got["ResponseMetadata"]["HTTPHeaders"]["x-amz-bucket-region"] == "us-east-1"
@@ -11429,6 +11702,7 @@ def test_buckets(s, c):
         "NotImplemented", 501)
 
 
+@pytest.mark.peers
 def test_virtual_host_style(s, monkeypatch):
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real(
@@ -11449,6 +11723,7 @@ def test_virtual_host_style(s, monkeypatch):
 
 # ---- signatures
 
+@pytest.mark.peers
 def test_wrong_credentials(s):
     put = dict(Bucket="bucket", Key="k", Body=b"")
     assert code(client(s, secret="wrong").put_object, **put) == (
@@ -11461,6 +11736,7 @@ def test_wrong_credentials(s):
     assert not s.objects
 
 
+@pytest.mark.peers
 def test_wrong_region(s):
     raw = Raw(s)
     url, headers = signed(s, "GET", "/bucket/k")
@@ -11473,6 +11749,7 @@ def test_wrong_region(s):
     assert s.body("k") == b"r"
 
 
+@pytest.mark.peers
 def test_session_token():
     with S3Server(session_token="tok/en+=") as s:
         put = dict(Bucket="bucket", Key="k", Body=b"")
@@ -11488,6 +11765,7 @@ def test_session_token():
         assert fetch(url).status == 400
 
 
+@pytest.mark.peers
 def test_skew():
     with S3Server(skew=1000) as s:
         with pytest.raises(botocore.exceptions.ClientError) as caught:
@@ -11519,6 +11797,7 @@ def fetch(url, method="GET", body=None, headers=None):
     return reply
 
 
+@pytest.mark.peers
 def test_presigned(s, c):
     params = {"Bucket": "bucket", "Key": "a/b ü+~"}
     put = c.generate_presigned_url("put_object", Params=params)
@@ -11541,6 +11820,7 @@ def test_presigned(s, c):
     assert fetch(s.url + "/bucket/a?x=1").status == 403
 
 
+@pytest.mark.peers
 def test_strictness(s, raw):
     url, good = signed(s, "PUT", "/bucket/k", b"body")
     good["Content-Length"] = "4"
@@ -11574,6 +11854,7 @@ def test_strictness(s, raw):
     assert raw("PUT", "/bucket/z", b"", sign=False).status == 200
 
 
+@pytest.mark.peers
 def test_unsigned_payload(s):
     request = AWSRequest("PUT", s.url + "/bucket/k", data=b"free", headers={
         "Host": "127.0.0.1:%d" % s.port, "X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"})
@@ -11595,6 +11876,7 @@ def streaming_headers(s, target, headers):
     return dict(request.headers.items())
 
 
+@pytest.mark.peers
 def test_aws_chunked(s, raw):
     data = b"5\r\nhello\r\n1;x=y\r\n!\r\n0\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n"
     for length, status in (("6", 200), ("7", 400)):
@@ -11614,6 +11896,7 @@ def test_aws_chunked(s, raw):
     assert connection.getresponse().read() == b"" and s.body("t") == b"hello!"
 
 
+@pytest.mark.peers
 def test_boto3_trailing_checksum(s, monkeypatch):
     # boto3 sends trailers over https only, unless it is told the request is one.
     import botocore.httpchecksum as httpchecksum
@@ -11631,6 +11914,7 @@ def test_boto3_trailing_checksum(s, monkeypatch):
     assert s.log[0].headers["x-amz-content-sha256"].startswith("STREAMING-UNSIGNED")
 
 
+@pytest.mark.peers
 def test_missing_length_and_bad_requests(s):
     _, headers = signed(s, "PUT", "/bucket/k")
     head = "".join("%s: %s\r\n" % pair for pair in headers.items()
@@ -11648,12 +11932,14 @@ def exchange(s, text):
         return sock.recv(65536)
 
 
+@pytest.mark.peers
 def test_content_md5(s, raw):
     assert raw("PUT", "/bucket/k", b"x", {
         "Content-MD5": "AAAAAAAAAAAAAAAAAAAAAA=="}).status == 400
     assert not s.objects
 
 
+@pytest.mark.peers
 def test_error_shape(s, raw):
     reply = raw("GET", "/bucket/a%26b")
     text = reply.data.decode()
@@ -11673,6 +11959,7 @@ def together_0(n, work):
         return list(pool.map(work, range(n)))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("options,most", [({}, 1), ({"races": True}, 16),
                                           ({"ignores": True}, 16)])
 def test_atomicity(options, most):
@@ -11693,6 +11980,7 @@ def test_atomicity(options, most):
         assert sum(r.landed for r in s.log) == won
 
 
+@pytest.mark.peers
 def test_lost_updates_never_happen(s):
     c = client(s)
     c.put_object(Bucket="bucket", Key="n", Body=b"0")
@@ -11711,6 +11999,7 @@ def test_lost_updates_never_happen(s):
     assert s.body("n") == b"40"
 
 
+@pytest.mark.peers
 def test_reads_never_miss_an_overwritten_object(s):
     c = client(s)
     c.put_object(Bucket="bucket", Key="k", Body=b"0")
@@ -11729,6 +12018,7 @@ def test_reads_never_miss_an_overwritten_object(s):
         thread.join()
 
 
+@pytest.mark.peers
 def test_small_switches():
     with S3Server(lm=False, md5_etags=False, latency=0.05, buckets=("b.c",)) as s:
         c = client(s)
@@ -11744,6 +12034,7 @@ def test_small_switches():
         S3Server(nonsense=1)
 
 
+@pytest.mark.peers
 def test_environment_and_restart(s):
     script = ("import boto3\nboto3.client('s3').put_object(Bucket='bucket', Key='e', "
               "Body=b'env')")
@@ -11767,6 +12058,7 @@ def test_environment_and_restart(s):
 BROKEN = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("kind,error,landed", [
     ("refuse", http.client.RemoteDisconnected, False),
     ("lose", http.client.RemoteDisconnected, True),
@@ -11787,6 +12079,7 @@ def test_silent_faults(s, kind, error, landed):
         assert raw("PUT", "/bucket/k", b"2").status == 200
 
 
+@pytest.mark.peers
 def test_selection(s, raw):
     fault = s.fault(503, "PUT", key="locks/", times=2, skip=1)
     asked = ["/bucket/locks/a", "/bucket/other", "/bucket/locks/a", "/bucket/locks/a",
@@ -11801,6 +12094,7 @@ def test_selection(s, raw):
         s.fault("typo")
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("status,name", [
     (409, "ConditionalRequestConflict"), (412, "PreconditionFailed"),
     (429, "TooManyRequests"), (500, "InternalError"), (501, "NotImplemented"),
@@ -11813,12 +12107,14 @@ def test_status_faults(s, c, raw, status, name):
     assert [(r.status, r.landed) for r in s.log] == [(status, False)] * 2
 
 
+@pytest.mark.peers
 def test_landed(s, raw):
     s.fault("landed", status=503)
     assert raw("PUT", "/bucket/k", b"1").status == 503 and s.body("k") == b"1"
     assert s.log[-1].landed and s.log[-1].status == 503
 
 
+@pytest.mark.peers
 def test_delay(s, raw):
     s.fault("delay", seconds=0.2)
     began = time.time()
@@ -11826,6 +12122,7 @@ def test_delay(s, raw):
     assert time.time() - began >= 0.2
 
 
+@pytest.mark.peers
 def test_late(s, raw):
     s.fault("late", "PUT", seconds=0.15)
     assert raw("PUT", "/bucket/k", b"1", {"If-None-Match": "*"}).status == 500
@@ -11840,6 +12137,7 @@ def test_late(s, raw):
     assert [r.landed for r in s.log] == [True, False, True]
 
 
+@pytest.mark.peers
 def test_duplicate(s, raw):
     s.md5_etags = False
     s.fault("duplicate")
@@ -11851,6 +12149,7 @@ def test_duplicate(s, raw):
     assert reply.status == 200 and s.log[-1].landed and s.log[-1].status == 200
 
 
+@pytest.mark.peers
 def test_truncate(s, raw):
     raw("PUT", "/bucket/k", b"0123456789")
     s.fault("truncate", "GET")
@@ -11869,6 +12168,7 @@ def test_truncate(s, raw):
         s.objects.pop(("bucket", "j"))
 
 
+@pytest.mark.peers
 def test_redirect_region_html(s, c, raw):
     s.fault("redirect", location="http://elsewhere.example/x")
     reply = raw("PUT", "/bucket/k", b"1")
@@ -11887,6 +12187,7 @@ def test_redirect_region_html(s, c, raw):
     assert not s.objects and not any(r.landed for r in s.log)
 
 
+@pytest.mark.peers
 def test_stale_list(s, c):
     def keys():
         got = c.list_objects_v2(Bucket="bucket").get("Contents", ())
@@ -11908,6 +12209,7 @@ def test_stale_list(s, c):
     assert keys() == [("a", 2), ("c", 0)]
 
 
+@pytest.mark.peers
 def test_ignore(s, raw):
     raw("PUT", "/bucket/k", b"1")
     s.fault("ignore")
@@ -11916,6 +12218,7 @@ def test_ignore(s, raw):
     assert s.body("k") == b"2"
 
 
+@pytest.mark.peers
 def test_garbage_and_age(s, raw):
     tag = raw("PUT", "/bucket/k", b"abba").getheader("ETag")
     s.fault("garbage")
@@ -11933,6 +12236,7 @@ def test_garbage_and_age(s, raw):
     assert 119 <= age <= 123
 
 
+@pytest.mark.peers
 def test_call(s, raw):
     seen = []
 
@@ -11944,6 +12248,7 @@ def test_call(s, raw):
     assert seen == [("PUT", "k", None)] and s.body("k") == b"rival"
 
 
+@pytest.mark.peers
 def test_faults_through_boto3_retries(s):
     c = client(s, retries=3)
     for kind in ("reset", "lose", 503, "reset_after", "refuse"):
@@ -11954,6 +12259,7 @@ def test_faults_through_boto3_retries(s):
 
 # ---- speed
 
+@pytest.mark.peers
 def test_throughput(s, record_property):
     _, put = signed(s, "PUT", "/bucket/k", b"x" * 100)
     put["Content-Length"] = "100"

@@ -790,7 +790,7 @@ def add_number(text: str, by: float) -> str:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
         total = value + (int(by) if float(by).is_integer() else by) if good else None
         good = good and total == total and abs(total) < 1e300
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, RecursionError):
         good = False
     if not good:
         raise Conflict(f"is not a number: {shown(text[:40])!r}", hint="set it first")
@@ -805,14 +805,14 @@ def append_value(text: str, kind: str, item: str) -> str:
         return f"{text}\n{item}" if text else item
     try:
         items = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         items = None
     if not isinstance(items, list):
         raise Conflict("holds JSON that is no list, so nothing can be appended",
                        hint="merge changes an object")
     try:
         return json.dumps(items + [json.loads(item)], ensure_ascii=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return json.dumps(items + [item], ensure_ascii=False)
 
 
@@ -5150,6 +5150,10 @@ class Ledger:
         """`count` random hexadecimal digits."""
         return os.urandom((count + 1) // 2).hex()[:count]
 
+    def nonce(self, op: str, key: str) -> str:
+        """The nonce of this agent's operation `op` on `key`."""
+        return nonce_of(f"{self.writer} {op}", key)
+
     # -- reading
 
     def read(self, key: str) -> Record:
@@ -5203,7 +5207,7 @@ class Ledger:
         """
         self.restart()
         op = op or key.rpartition("/")[2].partition(".json")[0]
-        new = stamped(doc, None, nonce=nonce_of(f"{self.writer} {op}", key))
+        new = stamped(doc, None, nonce=self.nonce(op, key))
         return self._write(key, new, Record(key), op, plain_ok=True)[0] == "landed"
 
     def put(self, key: str, doc: dict, *, seconds: float | None = None) -> None:
@@ -5231,7 +5235,7 @@ class Ledger:
         self.require_arbiter()
         name, _, rev = op.partition("@")
         name = name or self.hex(16)
-        nonce = nonce_of(f"{self.writer} {name}", key)
+        nonce = self.nonce(name, key)
         record = self.read(key) if first is None else first
         if op and self._landed_before(record, name, nonce, rev):
             return Change(record.doc, record, wrote=False, after=record)
@@ -5542,7 +5546,7 @@ class Steps:
 
     def _views_of(self, leaves: dict, cache: dict) -> dict:
         """Views of {sid: {leaf: Entry}}, all documents read in one parallel sweep."""
-        marks = {sid: sorted((leaf, e.etag, e.modified) for leaf, e in there.items())
+        marks = {sid: sorted((leaf, e.etag, e.modified, e.size) for leaf, e in there.items())
                  for sid, there in leaves.items()}
         stale = [sid for sid in leaves if cache.get(sid, (None,))[0] != marks[sid]
                  or cache[sid][1]["state"] == "in_progress"]
@@ -5591,6 +5595,9 @@ class Steps:
         ttl: seconds of the lease, 0 never expires. wait: seconds to wait for a holder
         or for needs. Raises Held, Conflict, Blocked, TimedOut, Unknown.
         Keys: CAS steps/<sid>/claim.json, then status.json where one is there."""
+        if ttl is not None and (type(ttl) is not int or not 0 <= ttl <= 10**9):
+            raise Usage(f"ttl {ttl!r} is not a whole number of seconds",
+                        hint="0 never expires")
         until, tries = time.monotonic() + wait, 0
         how = {"ttl": TTL if ttl is None else ttl, "reopen": reopen, "resume": resume}
         while True:
@@ -5744,6 +5751,8 @@ class Steps:
 
         force: a person's reason to end another's. Raises Fenced, Conflict, Unknown.
         Keys: CAS steps/<sid>/claim.json, then the projections status, handoff."""
+        if state not in ENDED:
+            raise Usage(f"a step ends as {', '.join(ENDED)}, not as {shown(state)!r}")
         sid = step_id(step)
         note_doc = {"from_agent": self.who.agent, "from_step": step, "next_agent": to,
                     "state": TO_02.get(state, state), "next_action": next_action,
@@ -5943,16 +5952,20 @@ class Memory:
         import json
         try:
             change = json.loads(patch)
-        except ValueError as why:
+        except (ValueError, RecursionError) as why:
             raise Usage(f"merge takes JSON: {why}", hint='e.g. \'{"a": 1}\'') from why
 
         def make(old: dict | None) -> tuple:
             try:
                 target = json.loads(self._text(old) or "{}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise Conflict("does not hold JSON, so nothing can be merged into it",
                                hint="set it with --json first") from None
-            return json.dumps(merge_patch(target, change), ensure_ascii=False), "json"
+            try:
+                merged = json.dumps(merge_patch(target, change), ensure_ascii=False)
+            except RecursionError:
+                raise Usage("merge: the patch is nested too deep") from None
+            return merged, "json"
         return self._update(key, make, op=op)
 
     def _text(self, old: dict | None) -> str:
@@ -5967,14 +5980,17 @@ class Memory:
         """One CAS update; make(old) -> (text or None for a tombstone, type)."""
         path, tried, floor = memory_parts(key), [], [0]
         op = op or self.ledger.hex(16)
-        mark = nonce_of(op.partition("@")[0], f"memory/{path}.json")
+        mark = self.ledger.nonce(op.partition("@")[0], f"memory/{path}.json")
 
         def decide(record: Record) -> dict:
             value, kind = make(record.doc)
             doc = self._document(record.doc, value, kind, expires_at)
             floor[0] = self._above(record, path)
             rev = max(number(record.doc, "rev"), floor[0]) + 1
-            tried.append(self._snapshot(path, key, {**doc, "of_rev": rev, "op": mark}))
+            tried.append(event_key(
+                f"memory/_history/{path}/", agent=self.who.agent,
+                at_ns=int(self.ledger.now() * 1e9), uuid8=self.ledger.hex(8)))
+            self._snapshot(tried[-1], key, {**doc, "of_rev": rev, "op": mark})
             return doc
         try:
             change = self.ledger.change(
@@ -6000,14 +6016,16 @@ class Memory:
         text = f"({size_text(len(data))}, sha256 {blob['sha256']})"
         return {**assign(old, text, expires_at=expires_at, **how), "blob": blob}
 
-    def _snapshot(self, path: str, key: str, doc: dict) -> str:
-        where = event_key(f"memory/_history/{path}/", agent=self.who.agent,
-                          at_ns=int(self.ledger.now() * 1e9), uuid8=self.ledger.hex(8))
+    def _snapshot(self, where: str, key: str, doc: dict) -> None:
+        """History first, live value second, as in 0.2."""
         entry = {name: doc[name] for name in ("value", "set_by", "set_at", "type",
                                               "deleted_at", "blob", "of_rev", "op")
                  if name in doc}
-        self.ledger.create(where, {"key": key, **entry})
-        return where
+        try:
+            self.ledger.create(where, {"key": key, **entry})
+        except Unknown as why:  # the value itself was not sent yet
+            raise Unavailable(f"{where}: {why.message}; {key} was not changed",
+                              hint="try again") from why
 
     def _forget(self, keys: list) -> None:
         """Remove the snapshots of attempts that definitely were not applied."""
@@ -6118,7 +6136,7 @@ class Mail:
         """The key for a message sent under `op`: the same whenever it is sent again.
 
         What exit 9 printed is the leaf of the key itself; another id is written down
-        first, naming the key. Keys: create messages/<to>/_ids/<sha256(from, id)>.json"""
+        first, naming the key. Keys: create messages/<to>/_ids/<sha256>.json"""
         if event_parts(op + ".json")[1] == self.who.agent:
             return f"messages/{to}/{op}.json"
         import hashlib
