@@ -1,4 +1,5 @@
-# make test: every Python from 3.9 to 3.13 found, the newest with oracles and peers.
+# make test: all on the newest Python, with oracles and peers; on every other from 3.9 to
+# 3.13 found, stores, settings, form and transcripts.  make test-all: all on all of them.
 # make check: the file's order, contents and sizes.  make startup: start-up times.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,9 +8,13 @@ PYTEST := $(PY) -m pytest -q -W ignore::pytest.PytestUnknownMarkWarning -n 2 tes
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' tracecraft.py)
 TOOLS := pytest pytest-xdist moto boto3 botocore requests tracecraft-ai==0.2.5
 
-test test-all: .venv/.ready
+test: .venv/.ready
 	$(PYTEST) -m "not soak"
-	@bash .ci/run --other-pythons
+	@bash .ci/run --other-pythons brief
+
+test-all: .venv/.ready
+	$(PYTEST) -m "not soak"
+	@bash .ci/run --other-pythons "not slow and not peers and not soak"
 
 soak: .venv/.ready
 	TRACECRAFT_SOAK=$${SOAK:-300} $(PYTEST) -m soak

@@ -1019,11 +1019,6 @@ SIGV4_VECTORS = [
 # histories that other tests use.
 
 
-
-
-
-
-
 # -- text --------------------------------------------------------------
 
 
@@ -2466,8 +2461,6 @@ def test_a_history_takes_refusals_as_not_done_and_lost_answers_as_open():
     assert [op.result for op in h.ops] == [UNKNOWN, 7]
 
 
-
-
 def test_a_chain_of_stamped_records_is_a_witness():
     docs = written(*"abcdef", keep=3)
     assert check_chain(docs, acked="abcdef") == []
@@ -2549,9 +2542,6 @@ def test_the_search_ends_soon_on_a_wide_history():
 # == 4. Wire ===========================================================
 #
 # Signatures against the published vectors and against botocore; dates, ETags, XML.
-
-
-
 
 
 def wire_at(amz_date):
@@ -2728,8 +2718,6 @@ def test_an_error_document_is_read_and_nothing_else_is():
 # == 5. HTTP ===========================================================
 #
 # One request over real sockets: a server that plays back bytes, proxies, TLS.
-
-
 
 
 OK_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nETag: \"x\"\r\n\r\nok"
@@ -3151,9 +3139,6 @@ def test_a_fork_does_not_share_connections():
 # The directory store, with real processes, real kills and a real disk.
 
 
-
-
-
 def spawn(target, *args):
     """A started process; forked where there is fork, so that tests stay quick."""
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
@@ -3191,6 +3176,7 @@ def disk(store, key):
 # -- reading and writing -----------------------------------------------
 
 
+@pytest.mark.brief
 def test_what_was_put_is_got_with_etag_and_times(store):
     stamp = store.put("a/b.json", b"one")
     found = store.get("a/b.json")
@@ -3199,18 +3185,21 @@ def test_what_was_put_is_got_with_etag_and_times(store):
     assert found.modified == stamp.modified and 0 <= found.age < 5
 
 
+@pytest.mark.brief
 def test_files_are_the_layout(store):
     store.put("steps/a/claim.json", b"{}\n")
     with open(disk(store, "steps/a/claim.json"), "rb") as file:
         assert file.read() == b"{}\n"
 
 
+@pytest.mark.brief
 def test_a_missing_key_is_not_found(store):
     for read in (store.get, store.head):
         with pytest.raises(tracecraft.NotFound):
             read("nothing/here.json")
 
 
+@pytest.mark.brief
 def test_reading_creates_no_store(store):
     with pytest.raises(tracecraft.NotFound):
         store.get("x")
@@ -3218,18 +3207,21 @@ def test_reading_creates_no_store(store):
     assert not os.path.exists(store.bucket)
 
 
+@pytest.mark.brief
 def test_a_folder_is_no_object(store):
     store.put("a/b", b"1")
     with pytest.raises(tracecraft.NotFound):
         store.get("a")
 
 
+@pytest.mark.brief
 def test_get_says_not_modified(store):
     stamp = store.put("k", b"1")
     assert store.get("k", if_none_match=stamp.etag).body is None
     assert store.get("k", if_none_match='"other"').body == b"1"
 
 
+@pytest.mark.brief
 def test_get_returns_a_part(store):
     store.put("k", b"0123456789")
     assert store.get("k", start=3, limit=4).body == b"3456"
@@ -3239,12 +3231,14 @@ def test_get_returns_a_part(store):
     assert found.body == big[1_000_000:1_000_007] and found.size == len(big)
 
 
+@pytest.mark.brief
 def test_head_has_size_and_etag_but_no_bytes(store):
     stamp = store.put("k", b"12345")
     found = store.head("k")
     assert (found.body, found.size, found.etag) == (b"", 5, stamp.etag)
 
 
+@pytest.mark.brief
 def test_create_refuses_what_exists(store):
     store.put("k", b"1", if_none_match=True)
     with pytest.raises(tracecraft.Moved):
@@ -3253,6 +3247,7 @@ def test_create_refuses_what_exists(store):
 
 
 @pytest.mark.parametrize("size", [3, (1 << 20) + 5])
+@pytest.mark.brief
 def test_a_replace_needs_the_etag_that_is_there(store, size):
     first = store.put("k", b"1" * size)
     second = store.put("k", b"2" * size, if_match=first.etag)
@@ -3263,17 +3258,20 @@ def test_a_replace_needs_the_etag_that_is_there(store, size):
     store.put("k", b"4", if_match=store.get("k").etag)
 
 
+@pytest.mark.brief
 def test_a_replace_of_an_absent_key_has_moved(store):
     with pytest.raises(tracecraft.Moved):
         store.put("k", b"1", if_match='"abc"')
     assert keys(store) == []
 
 
+@pytest.mark.brief
 def test_an_etag_without_quotes_matches_too(store):
     stamp = store.put("k", b"1")
     store.put("k", b"2", if_match=stamp.etag.strip('"'))
 
 
+@pytest.mark.brief
 def test_delete_takes_folders_along_and_may_be_repeated(store):
     store.put("a/b/c", b"1")
     store.delete("a/b/c")
@@ -3282,6 +3280,7 @@ def test_delete_takes_folders_along_and_may_be_repeated(store):
     assert keys(store) == ["a"]
 
 
+@pytest.mark.brief
 def test_a_folder_left_empty_by_a_crash_does_not_block_its_name(store):
     store.put("x", b"1")
     os.makedirs(disk(store, "a"))
@@ -3289,6 +3288,7 @@ def test_a_folder_left_empty_by_a_crash_does_not_block_its_name(store):
     store.put("a", b"2", if_none_match=True)
 
 
+@pytest.mark.brief
 def test_age_never_is_negative(store):
     store.put("k", b"1")
     ahead = time.time() + 1000
@@ -3296,6 +3296,7 @@ def test_age_never_is_negative(store):
     assert store.get("k").age == 0.0
 
 
+@pytest.mark.brief
 def test_age_counts_by_the_clock_of_the_files(store):
     store.put("k", b"1")
     past = time.time() - 100
@@ -3304,6 +3305,7 @@ def test_age_counts_by_the_clock_of_the_files(store):
     assert abs(store.offset()) < 1
 
 
+@pytest.mark.brief
 def test_a_document_is_readable_while_it_is_replaced(store):
     store.put("k", b"a" * 5000)
     stop, bad = threading.Event(), []
@@ -3346,6 +3348,7 @@ def winners(store, rounds):
         assert won == [f"won/{turn}/{store.get(f'race/{turn}').body.decode()}"]
 
 
+@pytest.mark.brief
 def test_of_8_processes_one_creates(store):
     gate = multiprocessing.Barrier(8)
     join_all([spawn(_create_all, store.bucket, f"w{n}", 25, gate) for n in range(8)])
@@ -3353,6 +3356,7 @@ def test_of_8_processes_one_creates(store):
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.brief
 def test_of_8_threads_one_creates(store, shared, monkeypatch):
     gate = threading.Barrier(8)
     if shared:
@@ -3379,6 +3383,7 @@ def _count(root, times):
                 time.sleep(random.random() * 0.005)
 
 
+@pytest.mark.brief
 def test_a_counter_of_8_processes_loses_no_update(store):
     store.put("counter", b"0")
     join_all([spawn(_count, store.bucket, 25) for _ in range(8)])
@@ -3396,6 +3401,7 @@ def _twins(root, name, gate):
 
 @pytest.mark.parametrize("names", [("Key", "kEY"), ("A/x", "a/y"), ("b", "b/c"),
                                    ("C/x", "c")])
+@pytest.mark.brief
 def test_racing_twins_leave_one(store, names):
     for turn in range(10):
         gate = multiprocessing.Barrier(2)
@@ -3413,6 +3419,7 @@ def _put_forever(root, size):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9")
 @pytest.mark.parametrize("size", [64, 400_000])
+@pytest.mark.brief
 def test_a_killed_writer_leaves_the_old_or_the_new_document(store, size):
     for turn in range(12):
         writer = spawn(_put_forever, store.bucket, size)
@@ -3434,6 +3441,7 @@ def _hold_lock(root, ready):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
+@pytest.mark.brief
 def test_a_stopped_holder_of_a_lock_makes_others_busy_not_hang(store, monkeypatch):
     monkeypatch.setattr(tracecraft, "REQUEST_TIMEOUT", 0.3)
     ready = multiprocessing.Event()
@@ -3467,6 +3475,7 @@ def in_child(act):
 
 
 @needs_fork
+@pytest.mark.brief
 def test_a_child_does_not_share_its_parents_locks(store, monkeypatch):
     monkeypatch.setattr(tracecraft, "REQUEST_TIMEOUT", 0.3)
     store.put("k", b"1")
@@ -3477,6 +3486,7 @@ def test_a_child_does_not_share_its_parents_locks(store, monkeypatch):
 
 
 @needs_fork
+@pytest.mark.brief
 def test_a_fork_in_the_middle_of_a_threads_put_leaves_the_child_free(store):
     stop = threading.Event()
 
@@ -3495,6 +3505,7 @@ def test_a_fork_in_the_middle_of_a_threads_put_leaves_the_child_free(store):
 
 
 @needs_fork
+@pytest.mark.brief
 def test_parent_and_children_count_with_one_inherited_store(store):
     store.put("counter", b"0")
 
@@ -3520,6 +3531,7 @@ def test_parent_and_children_count_with_one_inherited_store(store):
 @pytest.mark.parametrize("first, second", [
     ("a/Key.json", "a/key.json"), ("Dir/x", "dir/y"), ("é/x", "É/y"),
     ("a/straße", "a/STRASSE"), ("caf\u00e9", "CAFE\u0301")])
+@pytest.mark.brief
 def test_keys_that_differ_only_in_case_are_refused(store, first, second):
     store.put(first, b"1")
     with pytest.raises(tracecraft.Conflict, match="case"):
@@ -3527,6 +3539,7 @@ def test_keys_that_differ_only_in_case_are_refused(store, first, second):
     assert keys(store) == [first]
 
 
+@pytest.mark.brief
 def test_a_key_under_a_file_is_refused(store):
     store.put("a", b"1")
     for condition in ({}, {"if_none_match": True}):
@@ -3538,6 +3551,7 @@ def test_a_key_under_a_file_is_refused(store):
     assert keys(store) == ["a"]
 
 
+@pytest.mark.brief
 def test_a_key_over_a_folder_is_refused(store):
     store.put("a/b", b"1")
     with pytest.raises(tracecraft.Conflict, match="directory"):
@@ -3548,6 +3562,7 @@ def test_a_key_over_a_folder_is_refused(store):
 
 @pytest.mark.parametrize("key", ["", "a//b", "../x", "a/./b", "/etc/x", "a/..", "a\0b",
                                  ".tmp-1", "a/.tmp-x", "\ud800"])
+@pytest.mark.brief
 def test_keys_that_are_no_path_below_the_root_are_refused(store, key):
     for act in (store.get, store.delete, lambda k: store.put(k, b"")):
         with pytest.raises(tracecraft.Usage):
@@ -3555,11 +3570,13 @@ def test_keys_that_are_no_path_below_the_root_are_refused(store, key):
 
 
 @pytest.mark.parametrize("project", ["", ".locks", "..", "a/../b", ".LOCKS"])
+@pytest.mark.brief
 def test_projects_that_are_no_folder_are_refused(tmp_path, project):
     with pytest.raises(tracecraft.Usage):
         tracecraft.DirectoryStore(str(tmp_path), project)
 
 
+@pytest.mark.brief
 def test_a_name_too_long_for_the_disk_is_refused(store):
     with pytest.raises(tracecraft.Usage):
         store.put("x" * 300, b"1")
@@ -3567,6 +3584,7 @@ def test_a_name_too_long_for_the_disk_is_refused(store):
         store.get("x" * 300)
 
 
+@pytest.mark.brief
 def test_artifact_names_may_be_any_text(store):
     names = ["artifacts/s/#?&", "artifacts/s/ä ö", "artifacts/s/日本/a+b%20.txt"]
     for name in names:
@@ -3575,6 +3593,7 @@ def test_artifact_names_may_be_any_text(store):
     assert store.get(names[0]).body == names[0].encode()
 
 
+@pytest.mark.brief
 def test_the_url_is_the_canonical_one(tmp_path):
     store = tracecraft.DirectoryStore(str(tmp_path / "a b") + "/../a b", "p q")
     here = tracecraft.url_path(str(tmp_path))
@@ -3596,6 +3615,7 @@ def tree(store):
     return store
 
 
+@pytest.mark.brief
 def test_listing_is_in_the_byte_order_of_keys(tree):
     assert keys(tree) == sorted(TREE, key=str.encode)
     sizes = {entry.key: entry.size for entry in tree.list("").entries}
@@ -3605,6 +3625,7 @@ def test_listing_is_in_the_byte_order_of_keys(tree):
 
 @pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "a/b/", "b/", "c/x/", "nope",
                                     "nope/x", "z", "z/", "é"])
+@pytest.mark.brief
 def test_listing_agrees_with_its_definition(tree, prefix):
     for after in ["", *TREE, "a/", "a/b", "b", "zz"]:
         want = sorted(k for k in TREE if k.startswith(prefix) and k > after)
@@ -3616,6 +3637,7 @@ def test_listing_agrees_with_its_definition(tree, prefix):
 
 
 @pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "c/", "nope/"])
+@pytest.mark.brief
 def test_a_delimiter_folds_keys_into_prefixes(tree, prefix):
     for after in ["", "a/b/c", "b/1", "b/2"]:
         plain, folds = [], []
@@ -3628,6 +3650,7 @@ def test_a_delimiter_folds_keys_into_prefixes(tree, prefix):
         assert page.prefixes == sorted(set(folds))
 
 
+@pytest.mark.brief
 def test_temporary_files_are_no_keys(store):
     store.put("a/b", b"1")
     for name in (".tmp-1-x", "a/.tmp-2-y"):
@@ -3640,6 +3663,7 @@ def test_temporary_files_are_no_keys(store):
     assert store.list("", delimiter="/").prefixes == ["a/"]
 
 
+@pytest.mark.brief
 def test_old_temporary_files_are_swept_by_a_writer(store):
     store.put("a/b", b"1")
     old, new = disk(store, "a/.tmp-1-old"), disk(store, "a/.tmp-1-new")
@@ -3651,6 +3675,7 @@ def test_old_temporary_files_are_swept_by_a_writer(store):
     assert not os.path.exists(old) and os.path.exists(new)
 
 
+@pytest.mark.brief
 def test_files_whose_name_is_no_text_are_passed_over(store):
     store.put("a", b"1")
     try:
@@ -3660,6 +3685,7 @@ def test_files_whose_name_is_no_text_are_passed_over(store):
     assert keys(store) == ["a"]
 
 
+@pytest.mark.brief
 def test_lock_files_are_outside_the_layout_and_stay(store):
     store.put("k", b"1")
     locks = os.path.join(store.bucket, ".locks")
@@ -3690,6 +3716,7 @@ def open_up(path):
 
 
 @needs_fork
+@pytest.mark.brief
 def test_a_read_only_directory_is_readable_and_refuses_writes(tmp_path):
     store = tracecraft.DirectoryStore(str(tmp_path / "r"), "p")
     store.put("a/b", b"1")
@@ -3716,6 +3743,7 @@ def test_a_read_only_directory_is_readable_and_refuses_writes(tmp_path):
     assert keys(store) == ["a/b"]
 
 
+@pytest.mark.brief
 def test_a_root_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for root in (tmp_path / "file" / "root", tmp_path / "file"):
@@ -3729,6 +3757,7 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+@pytest.mark.brief
 def test_proc_is_no_place_for_a_store():
     with pytest.raises((tracecraft.Unavailable, tracecraft.Denied), match="/proc"):
         tracecraft.DirectoryStore("/proc/tracecraft", "p").put("k", b"1")
@@ -3736,6 +3765,7 @@ def test_proc_is_no_place_for_a_store():
 
 @pytest.mark.parametrize("code, error", [
     (errno.ENOSPC, "Unavailable"), (errno.EROFS, "Denied"), (errno.EIO, "Unavailable")])
+@pytest.mark.brief
 def test_a_disk_that_fails_at_fsync_leaves_nothing(store, monkeypatch, code, error):
     store.put("k", b"old")
 
@@ -3749,6 +3779,7 @@ def test_a_disk_that_fails_at_fsync_leaves_nothing(store, monkeypatch, code, err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.brief
 def test_a_full_disk_below_a_download_is_an_oserror_of_the_callers_file(store):
     store.put("k", b"x" * 10)
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError):
@@ -3758,6 +3789,7 @@ def test_a_full_disk_below_a_download_is_an_oserror_of_the_callers_file(store):
 # -- files of any size -------------------------------------------------
 
 
+@pytest.mark.brief
 def test_upload_and_download_keep_every_byte(store, tmp_path):
     data = random.Random(7).randbytes(3_500_001)
     (tmp_path / "in").write_bytes(data)
@@ -3771,23 +3803,27 @@ def test_upload_and_download_keep_every_byte(store, tmp_path):
         store.upload("big", str(tmp_path / "in"), if_none_match=True)
 
 
+@pytest.mark.brief
 def test_a_small_upload_has_the_etag_of_its_bytes(store, tmp_path):
     (tmp_path / "in").write_bytes(b"hello")
     stamp = store.upload("a", str(tmp_path / "in"))
     assert stamp.etag == store.get("a").etag == store.put("b", b"hello").etag
 
 
+@pytest.mark.brief
 def test_an_upload_of_no_file_names_it(store, tmp_path):
     with pytest.raises(tracecraft.Error, match="missing"):
         store.upload("k", str(tmp_path / "missing"))
 
 
+@pytest.mark.brief
 def test_a_download_of_another_size_has_moved(store, tmp_path):
     store.put("k", b"12345")
     with open(tmp_path / "out", "wb") as file, pytest.raises(tracecraft.Moved):
         store.download("k", file, size=4)
 
 
+@pytest.mark.brief
 def test_copy_copies(store):
     store.put("a", b"1")
     stamp = store.copy("a", "b/c")
@@ -3820,6 +3856,7 @@ class FakeMsvcrt(types.ModuleType):
                 self.held[inode] = fd
 
 
+@pytest.mark.brief
 def test_without_fcntl_msvcrt_locks(store, monkeypatch):
     fake = FakeMsvcrt()
     monkeypatch.setitem(sys.modules, "fcntl", None)
@@ -3834,6 +3871,7 @@ def test_without_fcntl_msvcrt_locks(store, monkeypatch):
     assert fake.held == {}
 
 
+@pytest.mark.brief
 def test_without_links_a_create_still_is_exclusive(store, monkeypatch):
     monkeypatch.delattr(os, "link", raising=False)
     store.put("k", b"1", if_none_match=True)
@@ -3843,6 +3881,7 @@ def test_without_links_a_create_still_is_exclusive(store, monkeypatch):
 
 @pytest.mark.parametrize("winerror, times, works", [(32, 3, True), (5, 1, True),
                                                     (32, 99, False), (None, 1, False)])
+@pytest.mark.brief
 def test_a_file_in_use_is_replaced_a_little_later(store, monkeypatch, winerror, times,
                                                   works):
     real, calls = os.replace, []
@@ -3866,6 +3905,7 @@ def test_a_file_in_use_is_replaced_a_little_later(store, monkeypatch, winerror, 
         assert os.listdir(disk(store, "")) == []
 
 
+@pytest.mark.brief
 def test_a_disk_without_locks_is_unsafe(store, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
 
@@ -3876,6 +3916,7 @@ def test_a_disk_without_locks_is_unsafe(store, monkeypatch):
         store.put("k", b"1")
 
 
+@pytest.mark.brief
 def test_on_a_case_blind_disk_another_spelling_is_refused(store):
     store.put("Dir/Key", b"1")
     store._tree._blind = True  # as on macOS and Windows: look at the names listed
@@ -3893,6 +3934,7 @@ def mountinfo(*rows):
                                   " dev rw\n") for point, kind in rows]
 
 
+@pytest.mark.brief
 def test_mount_points_with_spaces_are_understood():
     assert mountinfo(("/mnt/a\\040b", "nfs")) == [("/mnt/a b", "nfs")]
 
@@ -3900,6 +3942,7 @@ def test_mount_points_with_spaces_are_understood():
 @pytest.mark.parametrize("kind, atomic", [
     ("ext4", True), ("nfs4", True), ("nfs", False), ("cifs", False), ("smb3", False),
     ("9p", False), ("fuse.sshfs", False), ("overlay", True), ("tmpfs", True)])
+@pytest.mark.brief
 def test_network_file_systems_are_advisory(store, monkeypatch, kind, atomic):
     monkeypatch.setattr(tracecraft, "file_system", lambda path: kind)
     assert store.verdict["atomic"] is atomic and kind in store.verdict["why"]
@@ -3908,6 +3951,7 @@ def test_network_file_systems_are_advisory(store, monkeypatch, kind, atomic):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+@pytest.mark.brief
 def test_the_file_system_of_proc_is_proc():
     assert tracecraft.file_system("/proc/self/nothing") == "proc"
 
@@ -3928,6 +3972,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(point)], check=True)
 
 
+@pytest.mark.brief
 def test_a_full_disk_is_unavailable_and_keeps_the_old(small_disk):
     store = tracecraft.DirectoryStore(small_disk, "p")
     store.put("k", b"old")
@@ -3938,6 +3983,7 @@ def test_a_full_disk_is_unavailable_and_keeps_the_old(small_disk):
     store.close()
 
 
+@pytest.mark.brief
 def test_a_read_only_mount_can_be_read(small_disk):
     import subprocess
     store = tracecraft.DirectoryStore(small_disk, "p")
@@ -3956,9 +4002,6 @@ def test_a_read_only_mount_can_be_read(small_disk):
 # == 7. S3 =============================================================
 #
 # The bucket store against the suite's own strict server, with faults per request.
-
-
-
 
 
 @pytest.fixture
@@ -4679,8 +4722,6 @@ def test_a_directory_passes_the_probe(tmp_path):
 # Where a command works and as whom: real files, real git, no mocks of our own.
 
 
-
-
 OLD = {"backend": "s3", "bucket": "team", "project": "site", "agent_id": "designer",
        "endpoint": "http://localhost:9000", "access_key": "AKIA",
        "secret_key": "s3cr3t"}
@@ -4743,6 +4784,7 @@ def repository(path):
     ("file:///srv/a%20b/p", {"kind": "file", "bucket": "/srv/a b", "project": "p"}),
     ("file://localhost/srv/p", {"kind": "file", "bucket": "/srv", "project": "p"}),
 ])
+@pytest.mark.brief
 def test_store_urls_are_read_and_written_back(url, parts):
     assert tracecraft.parse_store_url(url) == parts
     assert tracecraft.parse_store_url(tracecraft.store_url(parts)) == parts
@@ -4762,12 +4804,14 @@ def test_store_urls_are_read_and_written_back(url, parts):
     ("file:///p", "project"), ("file:///", "project"), ("file:///a/../../p", "project"),
     ("file:///d/p?x=1", "unknown"), ("s3://b/p%00", "does not fit"),
 ])
+@pytest.mark.brief
 def test_nonsense_is_no_store_url(url, says):
     with pytest.raises(tracecraft.Usage, match=says) as caught:
         tracecraft.parse_store_url(url)
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.brief
 def test_a_secret_in_a_url_is_not_repeated():
     with pytest.raises(tracecraft.Usage) as caught:
         tracecraft.parse_store_url("s3://AKIA:hunter2@b/p")
@@ -4777,6 +4821,7 @@ def test_a_secret_in_a_url_is_not_repeated():
 @pytest.mark.parametrize("url, hint", [
     ("https://minio:9000", "s3://BUCKET/PROJECT?endpoint=https://minio:9000"),
     ("./dir", "file:///DIR/PROJECT"), ("/srv/dir", "file:///DIR/PROJECT")])
+@pytest.mark.brief
 def test_a_likely_mistake_gets_the_right_form(url, hint):
     with pytest.raises(tracecraft.Usage) as caught:
         tracecraft.parse_store_url(url)
@@ -4786,6 +4831,7 @@ def test_a_likely_mistake_gets_the_right_form(url, hint):
 # -- which setting wins ------------------------------------------------
 
 
+@pytest.mark.brief
 def test_flag_before_environment_before_config_before_default(work, home):
     steps = [({}, {}, None, "work", True)]
     config = {"store": "s3://c/from-config"}
@@ -4808,12 +4854,14 @@ def test_flag_before_environment_before_config_before_default(work, home):
     ({}, {"TRACECRAFT_STORE": "s3://b/u"}, "u"),
     ({}, {"TRACECRAFT_STORE": "s3://b/u", "TRACECRAFT_PROJECT": "e"}, "e"),
     ({"store": "s3://b"}, {}, "site")])
+@pytest.mark.brief
 def test_a_project_comes_from_the_first_that_names_one(work, home, flags, environ,
                                                        project):
     write(f"{work}/.tracecraft.json", OLD)
     assert load(work, home, flags=flags, **environ).project == project
 
 
+@pytest.mark.brief
 def test_agent_and_numbers_by_the_same_order(work, home):
     write(f"{work}/.tracecraft.json", {**OLD, "ttl": 60})
     found = load(work, home)
@@ -4834,11 +4882,13 @@ def test_agent_and_numbers_by_the_same_order(work, home):
     ({"deadline": "later"}, {}), ({"project": "a/../b"}, {}), ({"store": "x"}, {}),
     ({"instance": "a b"}, {}), ({}, {"TRACECRAFT_STORE": "s3://"}),
     ({"store": "s3://b/p"}, {"AWS_ENDPOINT_URL": "nonsense"})])
+@pytest.mark.brief
 def test_bad_values_are_usage_errors(work, home, flags, environ):
     with pytest.raises(tracecraft.Usage):
         load(work, home, flags=flags, **environ)
 
 
+@pytest.mark.brief
 def test_the_environment_names_the_endpoint_unless_the_url_does(work, home):
     aws = {"AWS_ENDPOINT_URL": "http://all:1", "AWS_ENDPOINT_URL_S3": "http://s3:2/"}
     found = load(work, home, flags={"store": "s3://b/p"}, **aws)
@@ -4848,6 +4898,7 @@ def test_the_environment_names_the_endpoint_unless_the_url_does(work, home):
     assert found.store["endpoint"] == "http://mine"
 
 
+@pytest.mark.brief
 def test_an_endpoint_that_overrides_the_config_is_told(work, home):
     write(f"{work}/.tracecraft.json", OLD)
     found = load(work, home, AWS_ENDPOINT_URL="http://other:1")
@@ -4855,6 +4906,7 @@ def test_an_endpoint_that_overrides_the_config_is_told(work, home):
     assert "localhost:9000" in " ".join(found.notes)
 
 
+@pytest.mark.brief
 def test_a_lent_token_is_for_the_named_resource_only(work, home):
     assert load(work, home, TRACECRAFT_TOKEN="3").lent() == {}
     found = load(work, home, TRACECRAFT_TOKEN="3", TRACECRAFT_STEP="S1.A")
@@ -4866,6 +4918,7 @@ def test_a_lent_token_is_for_the_named_resource_only(work, home):
 # -- config files ------------------------------------------------------
 
 
+@pytest.mark.brief
 def test_an_02_config_is_read_as_it_is(work, home):
     write(f"{work}/.tracecraft.json", OLD)
     found = load(work, home)
@@ -4876,6 +4929,7 @@ def test_an_02_config_is_read_as_it_is(work, home):
         assert json.load(file) == OLD
 
 
+@pytest.mark.brief
 def test_an_02_hf_config_is_read(work, home):
     write(f"{work}/.tracecraft.json", {"backend": "hf", "bucket": "me/b",
                                        "project": "p", "agent_id": "a",
@@ -4884,6 +4938,7 @@ def test_an_02_hf_config_is_read(work, home):
     assert found.store_url == "hf://me/b/p" and found.config["hf_token"] == "hf_x"
 
 
+@pytest.mark.brief
 def test_keys_of_one_store_are_not_shown_to_another(work, home):
     write(f"{work}/.tracecraft.json", OLD)
     found = load(work, home, flags={"store": "s3://team/site?endpoint=http://evil:1"})
@@ -4896,17 +4951,20 @@ def test_keys_of_one_store_are_not_shown_to_another(work, home):
                                   '{"bucket": "b", "backend": "ftp"}',
                                   '{"store": "nonsense"}', '{"agent_id": ["x"]}',
                                   '{"bucket": "b", "endpoint": "here"}', "[" * 100_000])
+@pytest.mark.brief
 def test_a_damaged_config_is_named_not_a_traceback(work, home, text):
     write(f"{work}/.tracecraft.json", text)
     with pytest.raises(tracecraft.Usage):
         load(work, home)
 
 
+@pytest.mark.brief
 def test_a_config_with_a_byte_order_mark_is_read(work, home):
     write(f"{work}/.tracecraft.json", "\ufeff" + json.dumps(OLD))
     assert load(work, home).project == "site"
 
 
+@pytest.mark.brief
 def test_a_named_config_must_exist(work, home):
     for flags, environ in (({"config": "no.json"}, {}),
                            ({}, {"TRACECRAFT_CONFIG": "no"})):
@@ -4914,6 +4972,7 @@ def test_a_named_config_must_exist(work, home):
             load(work, home, flags=flags, **environ)
 
 
+@pytest.mark.brief
 def test_a_named_config_wins(work, home):
     write(f"{work}/.tracecraft.json", OLD)
     write(f"{work}/env.json", {**OLD, "project": "env"})
@@ -4924,6 +4983,7 @@ def test_a_named_config_wins(work, home):
     assert found.project == "flag"
 
 
+@pytest.mark.brief
 def test_parents_then_home_are_searched(work, home):
     deep = f"{work}/a/b"
     os.makedirs(deep)
@@ -4935,6 +4995,7 @@ def test_parents_then_home_are_searched(work, home):
 
 
 @needs_git
+@pytest.mark.brief
 def test_the_search_ends_at_the_git_root(work, home):
     write(f"{work}/.tracecraft.json", OLD)
     top = repository(f"{work}/repo")
@@ -4945,6 +5006,7 @@ def test_the_search_ends_at_the_git_root(work, home):
 
 
 @needs_git
+@pytest.mark.brief
 def test_a_worktree_uses_the_main_worktrees_config(work, home):
     top = repository(f"{work}/repo")
     git(top, "worktree", "add", "-q", f"{work}/tree")
@@ -4956,6 +5018,7 @@ def test_a_worktree_uses_the_main_worktrees_config(work, home):
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs root")
+@pytest.mark.brief
 def test_a_strangers_config_in_an_open_directory_is_passed_over(work, home):
     os.chmod(work, 0o1777)
     os.makedirs(f"{work}/mine")
@@ -4965,6 +5028,7 @@ def test_a_strangers_config_in_an_open_directory_is_passed_over(work, home):
     assert not load(work, home).embedded  # there it was asked for
 
 
+@pytest.mark.brief
 def test_a_config_is_written_for_its_owner_only(work):
     path = f"{work}/sub/.tracecraft.json"
     assert tracecraft.write_config(path, OLD) == []
@@ -4975,6 +5039,7 @@ def test_a_config_is_written_for_its_owner_only(work):
 
 
 @needs_git
+@pytest.mark.brief
 def test_in_git_a_config_is_ignored_once(work):
     top = repository(f"{work}/repo")
     write(f"{top}/.gitignore", "*.pyc")
@@ -4987,6 +5052,7 @@ def test_in_git_a_config_is_ignored_once(work):
 
 
 @needs_git
+@pytest.mark.brief
 def test_a_gitignore_that_cannot_be_written_is_told(work):
     top = repository(f"{work}/repo")
     os.mkdir(f"{top}/.gitignore")
@@ -4995,6 +5061,7 @@ def test_a_gitignore_that_cannot_be_written_is_told(work):
                      " manually"]
 
 
+@pytest.mark.brief
 def test_a_config_that_cannot_be_written_is_an_error(work):
     write(f"{work}/file", "x")
     with pytest.raises(tracecraft.Error, match="file"):
@@ -5004,6 +5071,7 @@ def test_a_config_that_cannot_be_written_is_an_error(work):
 # -- the embedded default ----------------------------------------------
 
 
+@pytest.mark.brief
 def test_outside_git_it_is_here(work, home):
     found = load(work, home)
     assert found.embedded and found.store == {
@@ -5012,6 +5080,7 @@ def test_outside_git_it_is_here(work, home):
     assert not os.path.exists(f"{work}/.tracecraft")  # looking makes nothing
 
 
+@pytest.mark.brief
 def test_outside_git_the_nearest_existing_one_above_is_used(work, home):
     deep = f"{work}/a/b"
     os.makedirs(deep)
@@ -5022,6 +5091,7 @@ def test_outside_git_the_nearest_existing_one_above_is_used(work, home):
 
 
 @needs_git
+@pytest.mark.brief
 def test_inside_git_it_is_in_the_git_directory(work, home):
     top = repository(f"{work}/My Repo")
     os.makedirs(f"{top}/src/deep")
@@ -5035,6 +5105,7 @@ def test_inside_git_it_is_in_the_git_directory(work, home):
 
 
 @needs_git
+@pytest.mark.brief
 def test_work_trees_share_one_store_but_not_one_agent(work, home):
     top = repository(f"{work}/repo")
     git(top, "worktree", "add", "-q", f"{work}/tree")
@@ -5044,6 +5115,7 @@ def test_work_trees_share_one_store_but_not_one_agent(work, home):
 
 
 @needs_git
+@pytest.mark.brief
 def test_submodules_and_bare_repositories_have_their_own(work, home):
     inner = repository(f"{work}/inner")
     outer = repository(f"{work}/outer")
@@ -5062,6 +5134,7 @@ def test_submodules_and_bare_repositories_have_their_own(work, home):
 
 @needs_git
 @pytest.mark.parametrize("where", ["", "src"])
+@pytest.mark.brief
 def test_git_itself_agrees_on_the_common_directory(work, where):
     top = repository(f"{work}/repo")
     git(top, "worktree", "add", "-q", f"{work}/tree")
@@ -5075,11 +5148,13 @@ def test_git_itself_agrees_on_the_common_directory(work, where):
 
 
 @pytest.mark.parametrize("text", ["", "gitdir: nowhere", "garbage", "gitdir:"])
+@pytest.mark.brief
 def test_a_broken_git_file_is_no_repository(work, text):
     write(f"{work}/sub/.git", text)
     assert tracecraft.find_repository(f"{work}/sub") is None
 
 
+@pytest.mark.brief
 def test_the_embedded_store_is_told_once(work, home):
     assert "embedded store" in " ".join(load(work, home).notes)
     assert load(work, home).notes == []
@@ -5088,6 +5163,7 @@ def test_the_embedded_store_is_told_once(work, home):
 # -- identity and local state ------------------------------------------
 
 
+@pytest.mark.brief
 def test_the_default_agent_stays_and_differs_between_fresh_states(work, home, tmp_path):
     first = load(work, home)
     assert load(work, home).agent == first.agent and not first.agent_given
@@ -5098,6 +5174,7 @@ def test_the_default_agent_stays_and_differs_between_fresh_states(work, home, tm
     assert len(others | {first.agent}) > 3  # two of five may meet, once in 6,000
 
 
+@pytest.mark.brief
 def test_sessions_are_different_agents(work, home):
     one = load(work, home, CLAUDE_CODE_SESSION_ID="s-1")
     two = load(work, home, CLAUDE_CODE_SESSION_ID="s-2")
@@ -5105,6 +5182,7 @@ def test_sessions_are_different_agents(work, home):
     assert load(work, home, CLAUDE_CODE_SESSION_ID="s-1").instance == one.instance
 
 
+@pytest.mark.brief
 def test_a_given_instance_is_taken_and_has_its_own_state(work, home):
     plain, given = load(work, home), load(work, home, TRACECRAFT_INSTANCE="i1")
     assert (given.instance, given.instance_given) == ("i1", True)
@@ -5113,6 +5191,7 @@ def test_a_given_instance_is_taken_and_has_its_own_state(work, home):
     assert found.instance == "i2"
 
 
+@pytest.mark.brief
 def test_a_fresh_instance_is_new_each_time_and_keeps_nothing(work, home):
     plain = load(work, home)
     one, two = (load(work, home, flags={"fresh": True}) for _ in range(2))
@@ -5120,6 +5199,7 @@ def test_a_fresh_instance_is_new_each_time_and_keeps_nothing(work, home):
     assert one.state is None and one.agent == plain.agent and one.state_root
 
 
+@pytest.mark.brief
 def test_state_is_per_store_and_agent_and_the_same_below_the_directory(work, home):
     os.makedirs(f"{work}/.tracecraft/store")
     os.makedirs(f"{work}/sub")
@@ -5137,6 +5217,7 @@ def _first_use(cwd, home, queue):
     queue.put((found.agent, found.instance))
 
 
+@pytest.mark.brief
 def test_8_processes_at_first_use_agree(work, home):
     queue = multiprocessing.Queue()
     processes = [multiprocessing.Process(target=_first_use, args=(work, home, queue))
@@ -5148,6 +5229,7 @@ def test_8_processes_at_first_use_agree(work, home):
         process.join()
 
 
+@pytest.mark.brief
 def test_state_lies_in_xdg_state_home(work, home, tmp_path):
     found = load(work, home, XDG_STATE_HOME=str(tmp_path / "xdg"))
     assert found.state.directory.startswith(str(tmp_path / "xdg" / "tracecraft"))
@@ -5156,6 +5238,7 @@ def test_state_lies_in_xdg_state_home(work, home, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no modes")
+@pytest.mark.brief
 def test_state_is_for_its_owner_only(work, home):
     found = load(work, home)
     found.state.hold("step/x", 3, ttl=60, at=1.0)
@@ -5178,6 +5261,7 @@ HOMELESS = ["unset", "empty", "a file", "below a file", "read-only"]
 
 
 @pytest.mark.parametrize("kind", HOMELESS)
+@pytest.mark.brief
 def test_without_a_home_state_lies_beside_the_config(work, tmp_path, kind):
     environ = no_home(tmp_path, kind)
     write(f"{work}/.tracecraft.json", {k: v for k, v in OLD.items() if k != "agent_id"})
@@ -5191,12 +5275,14 @@ def test_without_a_home_state_lies_beside_the_config(work, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", HOMELESS)
+@pytest.mark.brief
 def test_without_a_home_the_embedded_store_keeps_state_beside_it(work, tmp_path, kind):
     found = load(work, **no_home(tmp_path, kind))
     assert found.state_root == os.path.realpath(work) + "/.tracecraft/state"
 
 
 @pytest.mark.parametrize("kind", HOMELESS)
+@pytest.mark.brief
 def test_without_any_place_there_is_no_state_but_a_stable_name(work, tmp_path, kind):
     environ = {**no_home(tmp_path, kind), "TRACECRAFT_STORE": "s3://b/p"}
     found = load(work, **environ)
@@ -5209,6 +5295,7 @@ def test_without_any_place_there_is_no_state_but_a_stable_name(work, tmp_path, k
     assert sorted(os.listdir(work)) == []
 
 
+@pytest.mark.brief
 def test_an_unknown_user_has_an_agent_name_too(work, home):
     found = tracecraft.load_settings({}, {"HOME": home, "USER": "J. Ö/x"}, work)
     assert tracecraft.check_name("agent id", found.agent) == found.agent
@@ -5224,6 +5311,7 @@ def state(tmp_path):
     return tracecraft.State(str(tmp_path / "s" / "t"), about={"store": "x"})
 
 
+@pytest.mark.brief
 def test_tokens_are_held_and_dropped(state):
     assert state.token("step/x") is None and state.holds() == {}
     state.drop("step/x")
@@ -5236,6 +5324,7 @@ def test_tokens_are_held_and_dropped(state):
     assert list(state.holds()) == ["lock/x"]
 
 
+@pytest.mark.brief
 def test_facts_have_a_value_and_an_age(state):
     assert state.get("presence") is None and state.age("presence") is None
     state.set("presence", {"a": [1, None]})
@@ -5248,6 +5337,7 @@ def test_facts_have_a_value_and_an_age(state):
     assert state.age("presence") is None
 
 
+@pytest.mark.brief
 def test_names_of_all_kinds_do_not_meet(state):
     names = ["a/b", "a-b", "A/b", "a b", "..", "", "é", "x" * 300, "a\nb"]
     for number, name in enumerate(names):
@@ -5258,6 +5348,7 @@ def test_names_of_all_kinds_do_not_meet(state):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": 1}', "\x00"])
+@pytest.mark.brief
 def test_a_damaged_file_reads_as_not_known(state, text):
     state.set("f", 1)
     state.hold("r", 1, ttl=1, at=0)
@@ -5268,6 +5359,7 @@ def test_a_damaged_file_reads_as_not_known(state, text):
     assert state.get("f") == 2
 
 
+@pytest.mark.brief
 def test_a_disk_that_refuses_is_silent(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "s", tmp_path / "file", "/proc/1/tracecraft"):
@@ -5280,6 +5372,7 @@ def test_a_disk_that_refuses_is_silent(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False])
+@pytest.mark.brief
 def test_of_8_threads_one_settles_a_fact(state, links, monkeypatch):
     if not links:
         monkeypatch.delattr(os, "link", raising=False)
@@ -5297,6 +5390,7 @@ def test_of_8_threads_one_settles_a_fact(state, links, monkeypatch):
     assert len(seen) == 8 and set(seen) == {state.get("f")}
 
 
+@pytest.mark.brief
 def test_nothing_half_written_is_left(state):
     for number in range(20):
         state.set("f", number)
@@ -5305,6 +5399,7 @@ def test_nothing_half_written_is_left(state):
         == sorted(["about.json", os.path.basename(state._path("fact", "f"))])
 
 
+@pytest.mark.brief
 def test_verdicts_are_kept_per_endpoint_and_bucket(tmp_path):
     root = str(tmp_path)
     mine = tracecraft.Verdicts(root, "http://e", bucket="b")
@@ -5316,6 +5411,7 @@ def test_verdicts_are_kept_per_endpoint_and_bucket(tmp_path):
         assert tracecraft.Verdicts(root, endpoint, bucket=bucket).load() is None
 
 
+@pytest.mark.brief
 def test_settings_of_a_directory_load_neither_ssl_nor_http(work, home):
     code = ("import sys, tracecraft\n"
             f"s = tracecraft.load_settings({{}}, {{'HOME': {home!r}}}, {work!r})\n"
@@ -5334,8 +5430,6 @@ def test_settings_of_a_directory_load_neither_ssl_nor_http(work, home):
 # == 9. Credentials ====================================================
 #
 # Every source of keys with a local stand-in for the service behind it.
-
-
 
 
 OFF = {"AWS_EC2_METADATA_DISABLED": "true"}
@@ -5741,8 +5835,6 @@ def test_no_secret_in_what_is_shown(renewing):
 #
 # Everything between the pure records and the commands, on a store in memory that
 # loses, delays, repeats or refuses any answer, and whose clock is a number.
-
-
 
 
 HOUR = 3600
@@ -8612,13 +8704,23 @@ class CheckThenPut(tracecraft.Ledger):
         return "landed", tracecraft.Record(key, new, etag=stamp.etag)
 
 
-class TokenReset(tracecraft.Ledger):
-    """Releases a claim by deleting it: tokens start again."""
+class ReleaseByDelete_10(tracecraft.Ledger):
+    """Gives a claim back by deleting it: its tokens start again."""
 
     def _write(self, key, new, old, op, **how):
         if new.get("state") == "released":
             self.store.delete(key)
             return "landed", tracecraft.Record(key, new)
+        return super()._write(key, new, old, op, **how)
+
+
+class TokenReset(tracecraft.Ledger):
+    """Starts each claim of a free step with token 1."""
+
+    def _write(self, key, new, old, op, **how):
+        if new.get("state") == "in_progress" and old.doc and (
+                old.doc.get("state") != "in_progress"):
+            new["token"] = 1
         return super()._write(key, new, old, op, **how)
 
 
@@ -8644,7 +8746,8 @@ class OldNews(tracecraft.Ledger):
 
 
 @pytest.mark.parametrize("broken", [Unsettling, Believing, Forgetful, BusyIsLost,
-                                    CheckThenPut, TokenReset, OwnClock, OldNews])
+                                    CheckThenPut, ReleaseByDelete_10, TokenReset,
+                                    OwnClock, OldNews])
 def test_a_broken_ledger_is_caught(broken):
     for seed in range(12):
         if run_history(seed, broken, rounds=20, faults=0.4):
@@ -8657,8 +8760,6 @@ def test_a_broken_ledger_is_caught(broken):
 # The same tests on the memory store, the directory, the suite's own S3 server in its ETag
 # dialects, S3 through `requests`, moto, a real server, and any bucket that
 # TRACECRAFT_TEST_STORE names (a store URL; a fresh random project, removed afterwards).
-
-
 
 
 BIN = os.path.join(os.path.dirname(os.path.abspath(tracecraft.__file__)), "..", "shared",
@@ -8992,9 +9093,6 @@ def soak_round(server, rng):
 #
 # Files and manifests on a directory store: what is written in which order, crashes
 # between any two requests, lost answers, 0.2 clients, names that would escape.
-
-
-
 
 
 def sha(data):
@@ -10097,8 +10195,6 @@ def test_the_hidden_command_runs_from_the_file_itself(tmp_path):
 # directory store. Texts are those of 0.2.5 where it has the command.
 
 
-
-
 PROGRAM = os.path.abspath(tracecraft.__file__)
 RUN = [sys.executable, "-S", "-m", "tracecraft"]  # as a module: its bytecode is cached
 SLOW = 30  # seconds no command of these may take
@@ -10726,8 +10822,6 @@ def test_a_script_and_a_module_are_the_same_program(sh):
 # wrote (protocol.md 3, 4, 11.7). A call of 0.2.5 takes half a second: there are few.
 
 
-
-
 PEER = os.path.join(os.path.dirname(sys.executable), "tracecraft")
 # As the launcher of `install`: a script's bytecode would not be cached.
 OURS = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1));"
@@ -11234,8 +11328,6 @@ def test_both_clients_work_together_on_a_real_server(peer_server, tmp_path):
 # shows is what they print. Every ```python block runs; the tables name what exists.
 
 
-
-
 HERE = os.path.dirname(os.path.abspath(tracecraft.__file__))
 README = os.path.join(HERE, "README.md")
 
@@ -11329,6 +11421,7 @@ def readme_world(tmp_path_factory):
 
 @pytest.mark.skipif(os.name == "nt", reason="the transcripts are of a POSIX shell")
 @pytest.mark.parametrize("block", fenced("console"))
+@pytest.mark.brief
 def test_a_transcript_in_the_readme_is_what_happens(block, readme_world, tmp_path):
     shell = Shell_20(tmp_path, *readme_world)
     for command, shows in transcript(block):
@@ -11336,6 +11429,7 @@ def test_a_transcript_in_the_readme_is_what_happens(block, readme_world, tmp_pat
 
 
 @pytest.mark.parametrize("block", fenced("python"))
+@pytest.mark.brief
 def test_a_program_in_the_readme_runs(block, tmp_path):
     shutil.copy(tracecraft.__file__, str(tmp_path / "tracecraft.py"))
     (tmp_path / "program.py").write_text(block, encoding="utf-8")
@@ -11347,6 +11441,7 @@ def test_a_program_in_the_readme_runs(block, tmp_path):
     assert (done.returncode, done.stdout.splitlines()) == (0, shown), done.stdout
 
 
+@pytest.mark.brief
 def test_the_readme_greets_within_its_first_30_lines():
     first = readme().split("\n")[:30]
     assert any(line.strip().startswith("curl ") for line in first)
@@ -11361,6 +11456,7 @@ def named_commands(cell):
         yield from (f"{group} {word}".strip() for word in inner.split("/"))
 
 
+@pytest.mark.brief
 def test_the_table_of_commands_names_exactly_what_exists():
     rows = {run.row.name: run.row for run in tracecraft.command_functions()}
     section = readme().partition("## Commands")[2].partition("\n## ")[0]
@@ -11373,6 +11469,7 @@ def test_the_table_of_commands_names_exactly_what_exists():
         assert set(re.findall(r"`(--[a-z-]+)`", text)) <= own, cell
 
 
+@pytest.mark.brief
 def test_the_readme_lists_every_exit_code_and_no_other():
     classes, codes = [tracecraft.Error], {0, 70, 130}
     while classes:
@@ -11383,6 +11480,7 @@ def test_the_readme_lists_every_exit_code_and_no_other():
     assert {int(code) for code in re.findall(r"^\| (\d+) ", section, re.M)} == codes
 
 
+@pytest.mark.brief
 def test_the_settings_in_the_readme_are_read_by_the_program():
     with open(tracecraft.__file__, encoding="utf-8") as file:
         source = file.read()
@@ -11503,9 +11601,9 @@ def test_conditional_put(s, c):
     assert [r.landed for r in s.log] == [True, False, False, True, False, False, False]
 
 
-@pytest.mark.peers
 @pytest.mark.parametrize("form,quoted,bare", [
     ("any", 200, 200), ("quoted", 200, 412), ("unquoted", 412, 200)])
+@pytest.mark.peers
 def test_etag_forms(form, quoted, bare):
     with S3Server(etags=form) as s:
         raw = Raw(s)
@@ -11554,8 +11652,8 @@ def fill(s, names=NAMES):
     return c
 
 
-@pytest.mark.peers
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
+@pytest.mark.peers
 def test_list_pages(s, size):
     c = fill(s)
     pages = list(c.get_paginator("list_objects_v2").paginate(
@@ -11959,9 +12057,9 @@ def together_0(n, work):
         return list(pool.map(work, range(n)))
 
 
-@pytest.mark.peers
 @pytest.mark.parametrize("options,most", [({}, 1), ({"races": True}, 16),
                                           ({"ignores": True}, 16)])
+@pytest.mark.peers
 def test_atomicity(options, most):
     with S3Server(**options) as s:
         _, headers = signed(s, "PUT", "/bucket/k", b"x", {"If-None-Match": "*"})
@@ -12058,12 +12156,12 @@ def test_environment_and_restart(s):
 BROKEN = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 
 
-@pytest.mark.peers
 @pytest.mark.parametrize("kind,error,landed", [
     ("refuse", http.client.RemoteDisconnected, False),
     ("lose", http.client.RemoteDisconnected, True),
     ("reset", ConnectionResetError, False),
     ("reset_after", ConnectionResetError, True)])
+@pytest.mark.peers
 def test_silent_faults(s, kind, error, landed):
     for _ in range(20):
         s.objects.clear()
@@ -12094,11 +12192,11 @@ def test_selection(s, raw):
         s.fault("typo")
 
 
-@pytest.mark.peers
 @pytest.mark.parametrize("status,name", [
     (409, "ConditionalRequestConflict"), (412, "PreconditionFailed"),
     (429, "TooManyRequests"), (500, "InternalError"), (501, "NotImplemented"),
     (503, "SlowDown")])
+@pytest.mark.peers
 def test_status_faults(s, c, raw, status, name):
     s.fault(status, times=2, retry_after=7)
     assert code(c.put_object, Bucket="bucket", Key="k", Body=b"") == (name, status)
@@ -12293,6 +12391,7 @@ def banner_titles():
     return [line.strip("# =\n") for _, line in BANNERS]
 
 
+@pytest.mark.brief
 def test_the_docstring_lists_the_banners_in_their_order():
     listed = re.findall(r"(\d+) (\w[\w, -]*?)(?=\s{2,}|\n)", SOURCE.split("Contents")[1]
                         .split('"""')[0])
@@ -12300,6 +12399,7 @@ def test_the_docstring_lists_the_banners_in_their_order():
         listed, key=lambda pair: int(pair[0]))] == banner_titles()
 
 
+@pytest.mark.brief
 def test_sections_use_only_sections_above():
     tree = ast.parse(SOURCE, feature_version=(3, 9))
     home = {}
@@ -12329,10 +12429,12 @@ def test_sections_use_only_sections_above():
     assert not wrong
 
 
+@pytest.mark.brief
 def test_no_line_is_longer_than_88():
     assert [at for at, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 88] == []
 
 
+@pytest.mark.brief
 def test_every_public_name_has_a_docstring_and_a_return_type():
     bare_names = []
     for node in ast.walk(ast.parse(SOURCE)):
@@ -12347,6 +12449,7 @@ def test_every_public_name_has_a_docstring_and_a_return_type():
     assert [name for name in bare_names if name in tops] == []
 
 
+@pytest.mark.brief
 def test_importing_loads_nothing_heavy():
     code = ("import sys; before = set(sys.modules); import tracecraft;"
             "print(sorted(set(sys.modules) - before))")
@@ -12356,6 +12459,7 @@ def test_importing_loads_nothing_heavy():
     assert ast.literal_eval(out) == ["tracecraft"] or "ssl" not in out
 
 
+@pytest.mark.brief
 def test_a_directory_command_loads_neither_ssl_nor_http(tmp_path):
     code = (f"import sys; sys.path.insert(0, {HERE!r}); import tracecraft;"
             "tracecraft.main(['memory', 'list']);"
@@ -12368,6 +12472,7 @@ def test_a_directory_command_loads_neither_ssl_nor_http(tmp_path):
     assert out.stdout.splitlines()[-1] == "[]", out.stdout + out.stderr
 
 
+@pytest.mark.brief
 def test_only_the_standard_library_is_imported():
     allowed = {"requests", "urllib3", "botocore"}
     found = set()
@@ -12380,6 +12485,7 @@ def test_only_the_standard_library_is_imported():
         assert found - set(sys.stdlib_module_names) <= allowed | {"__future__"}
 
 
+@pytest.mark.brief
 def test_the_examples_in_docstrings_are_true():
     result = doctest.testmod(tracecraft)
     assert result.failed == 0 and result.attempted >= 6

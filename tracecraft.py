@@ -5546,7 +5546,8 @@ class Steps:
 
     def _views_of(self, leaves: dict, cache: dict) -> dict:
         """Views of {sid: {leaf: Entry}}, all documents read in one parallel sweep."""
-        marks = {sid: sorted((leaf, e.etag, e.modified, e.size) for leaf, e in there.items())
+        marks = {sid: sorted((leaf, e.etag, e.modified, e.size)
+                             for leaf, e in there.items())
                  for sid, there in leaves.items()}
         stale = [sid for sid in leaves if cache.get(sid, (None,))[0] != marks[sid]
                  or cache[sid][1]["state"] == "in_progress"]
