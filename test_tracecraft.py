@@ -7618,7 +7618,7 @@ def test_a_denied_update_leaves_no_snapshot(ada, bucket):
 # A cursor that trusts only the store's clock, moved after the output was flushed.
 
 
-def texts_of(batch):
+def mail_texts(batch):
     return [message["message"] for message in batch.messages]
 
 
@@ -7626,7 +7626,7 @@ def read_new(project, **how):
     """The texts of a read that was shown and committed."""
     batch = project.inbox(new=True, **how)
     batch.commit()
-    return texts_of(batch)
+    return mail_texts(batch)
 
 
 def place_message(bucket, to, text, *, behind=0, sender="eve", seq=0):
@@ -7651,10 +7651,10 @@ def test_a_message_arrives_with_its_fields(ada, bob):
 
 def test_a_message_is_new_until_it_was_committed(ada, bob):
     ada.send("bob", "one")
-    assert texts_of(bob.inbox(new=True)) == ["one"]
+    assert mail_texts(bob.inbox(new=True)) == ["one"]
     assert read_new(bob) == ["one"]
     assert read_new(bob) == []
-    assert texts_of(bob.inbox()) == ["one"]
+    assert mail_texts(bob.inbox()) == ["one"]
 
 
 def test_messages_come_in_the_order_they_were_sent(ada, bob):
@@ -7706,7 +7706,7 @@ def test_what_a_limit_withheld_is_shown_next(bob, bucket):
         pass_time(bucket, HOUR)
     batch = bob.inbox(new=True, limit=3)
     batch.commit()
-    assert texts_of(batch) == ["0", "1", "2"] and batch.truncated
+    assert mail_texts(batch) == ["0", "1", "2"] and batch.truncated
     assert read_new(bob, limit=3) == ["3", "4", "5"]
     assert read_new(bob) == ["6"]
 
@@ -7744,7 +7744,7 @@ def test_of_two_readers_both_see_all_and_none_loses_a_message(ada, bob, bucket):
     second = other.inbox(new=True)
     second.commit()
     first.commit()
-    assert (texts_of(first), texts_of(second)) == (["one"], ["one", "two"])
+    assert (mail_texts(first), mail_texts(second)) == (["one"], ["one", "two"])
     assert read_new(agent_on(bucket, "bob")) == []
 
 
@@ -7786,7 +7786,7 @@ def test_many_readers_at_once_lose_no_message(bucket):
 
 def test_waiting_for_mail_ends_with_the_first_message(ada, bob):
     threading.Timer(0.2, lambda: ada.send("bob", "now")).start()
-    assert texts_of(bob.inbox(new=True, wait=5)) == ["now"]
+    assert mail_texts(bob.inbox(new=True, wait=5)) == ["now"]
 
 
 def test_waiting_for_mail_times_out(bob):
@@ -7820,7 +7820,7 @@ def test_a_message_of_ten_megabytes_is_sent_by_digest(ada, bob, bucket):
 @pytest.mark.parametrize("text", ["", "\x1b[2J\x00", "\u202eevil", "\ud800", "a\r\nb"])
 def test_a_message_of_odd_characters_is_delivered_not_interpreted(ada, bob, text):
     ada.send("bob", text)
-    [got] = texts_of(bob.inbox())
+    [got] = mail_texts(bob.inbox())
     assert got == text or got == text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -7829,14 +7829,14 @@ def test_a_message_is_sent_once_through_any_trouble(ada, bob, bucket, kind):
     ada.send("bob", "warm up")
     ada.store.fault(kind)
     ada.send("bob", "one")
-    assert texts_of(bob.inbox()) == ["warm up", "one"]
+    assert mail_texts(bob.inbox()) == ["warm up", "one"]
 
 
 def test_a_message_sent_again_with_its_op_is_one_message(ada, bob, bucket):
     ada.send("bob", "one", op="m1")
     pass_time(bucket, 10)
     ada.send("bob", "one", op="m1")
-    assert texts_of(bob.inbox()) == ["one"]
+    assert mail_texts(bob.inbox()) == ["one"]
 
 
 def test_a_message_of_unknown_outcome_is_settled_by_its_op(ada, bob):
@@ -7845,7 +7845,7 @@ def test_a_message_of_unknown_outcome_is_settled_by_its_op(ada, bob):
     ada.store.fault("dead", "GET")
     error = refused(tracecraft.Unknown, ada.send, "bob", "one")
     ada.send("bob", "one", op=error.details["op"])
-    assert texts_of(bob.inbox()) == ["warm up", "one"]
+    assert mail_texts(bob.inbox()) == ["warm up", "one"]
 
 
 def test_a_damaged_message_is_shown_as_such_and_once(ada, bob, bucket):
@@ -7876,7 +7876,7 @@ def test_deleting_is_for_my_own_mailbox(ada, bob):
     sent = ada.send("bob", "x")
     refused(tracecraft.Usage, ada.mail.delete, sent["key"])
     bob.mail.delete(sent["key"])
-    assert texts_of(bob.inbox()) == []
+    assert mail_texts(bob.inbox()) == []
 
 
 # -- acknowledging -----------------------------------------------------
@@ -7954,7 +7954,7 @@ def test_a_damaged_cursor_is_reported_not_overwritten(ada, bob, bucket):
     bucket.place("messages/bob/_cursor.json", b"{")
     error = refused(tracecraft.Corrupt, bob.inbox, new=True)
     assert error.exit == 8 and "_cursor.json" in error.message
-    assert texts_of(bob.inbox()) == ["one"]
+    assert mail_texts(bob.inbox()) == ["one"]
     assert bucket.shared.objects["messages/bob/_cursor.json"][0] == b"{"
 
 
@@ -8322,7 +8322,7 @@ def memory_gone(bucket, ada, where):
 
 def mail_is(*texts):
     def check(bucket, ada, where):
-        assert texts_of(agent_on(bucket, "bob").inbox()) == list(texts), where
+        assert mail_texts(agent_on(bucket, "bob").inbox()) == list(texts), where
     return check
 
 
@@ -8608,7 +8608,7 @@ class Player:
 
     def read_mail(self, text):
         batch = self.agent.inbox(new=True, limit=self.dice.choice((None, 2)))
-        self.note("shown", texts_of(batch))
+        self.note("shown", mail_texts(batch))
         batch.commit()
 
 
@@ -8704,7 +8704,7 @@ class CheckThenPut(tracecraft.Ledger):
         return "landed", tracecraft.Record(key, new, etag=stamp.etag)
 
 
-class ReleaseByDelete_10(tracecraft.Ledger):
+class DeletingLedger(tracecraft.Ledger):
     """Gives a claim back by deleting it: its tokens start again."""
 
     def _write(self, key, new, old, op, **how):
@@ -8746,7 +8746,7 @@ class OldNews(tracecraft.Ledger):
 
 
 @pytest.mark.parametrize("broken", [Unsettling, Believing, Forgetful, BusyIsLost,
-                                    CheckThenPut, ReleaseByDelete_10, TokenReset,
+                                    CheckThenPut, DeletingLedger, TokenReset,
                                     OwnClock, OldNews])
 def test_a_broken_ledger_is_caught(broken):
     for seed in range(12):
@@ -10979,7 +10979,7 @@ def test_what_one_client_adds_and_deletes_the_other_reads_so(both):
 # -- mail --------------------------------------------------------------
 
 
-def texts_of_19(inbox):
+def texts_of(inbox):
     return [line.partition("] ")[2] for line in inbox.splitlines()]
 
 
@@ -10989,9 +10989,9 @@ def test_messages_and_broadcasts_go_both_ways_in_the_same_words(both):
     both.ours("ada", "send", "_broadcast", "to all", "-q")
     both.theirs("old", "send", "ada", "thanks", "--step", "design")
     both.theirs("old", "send", "_broadcast", "noted")
-    assert texts_of_19(both.theirs("old", "inbox")) == [
+    assert texts_of(both.theirs("old", "inbox")) == [
         "(direct) ada [step design]: the API is ready", "(broadcast) ada: to all"]
-    assert texts_of_19(both.ours("ada", "inbox", "--new")) == [
+    assert texts_of(both.ours("ada", "inbox", "--new")) == [
         "(direct) old [step design]: thanks", "(broadcast) old: noted"]
     assert both.ours("ada", "inbox", "--new") == "No new messages.\n"
 
@@ -11002,19 +11002,19 @@ def test_one_agent_may_read_with_either_client_and_sees_each_message_once(both):
         both.ours("ada", "send", "mix", text, "-q")
 
     send("one")
-    assert texts_of_19(both.theirs("mix", "inbox", "--new")) == ["(direct) ada: one"]
+    assert texts_of(both.theirs("mix", "inbox", "--new")) == ["(direct) ada: one"]
     assert both.ours("mix", "inbox", "--new") == "No new messages.\n"
     send("two")
-    assert texts_of_19(both.ours("mix", "inbox", "--new")) == ["(direct) ada: two"]
+    assert texts_of(both.ours("mix", "inbox", "--new")) == ["(direct) ada: two"]
     assert "rev" in both.stored("messages/mix/_cursor.json")
     send("three")
     both.ours("ada", "send", "_broadcast", "four", "-q")
-    assert texts_of_19(both.theirs("mix", "inbox", "--new")) == [
+    assert texts_of(both.theirs("mix", "inbox", "--new")) == [
         "(direct) ada: three", "(broadcast) ada: four"]
     assert "rev" not in both.stored("messages/mix/_cursor.json")
     assert both.ours("mix", "inbox", "--new") == "No new messages.\n"
     send("five")
-    assert texts_of_19(both.ours("mix", "inbox", "--new")) == ["(direct) ada: five"]
+    assert texts_of(both.ours("mix", "inbox", "--new")) == ["(direct) ada: five"]
     assert both.theirs("mix", "inbox", "--new") == "No new messages.\n"
 
 
@@ -11022,7 +11022,7 @@ def test_one_agent_may_read_with_either_client_and_sees_each_message_once(both):
 def test_a_message_sent_twice_under_one_id_reaches_0_2_once(both):
     for _ in range(2):
         both.ours("ada", "send", "old", "built", "--id", "build-7", "-q")
-    assert texts_of_19(both.theirs("old", "inbox", "--new")) == ["(direct) ada: built"]
+    assert texts_of(both.theirs("old", "inbox", "--new")) == ["(direct) ada: built"]
 
 
 @pytest.mark.peers
@@ -11033,7 +11033,7 @@ def test_an_acknowledgement_is_no_mail_to_0_2(both):
     assert len(both.keys("messages/ada/_acks/")) == 1
     box, = both.ours_json("old", "status")["mailboxes"]
     assert box["total"] == 1
-    assert texts_of_19(both.theirs("ada", "inbox")) == ["(direct) old: did you see it?"]
+    assert texts_of(both.theirs("ada", "inbox")) == ["(direct) old: did you see it?"]
 
 
 # -- steps -------------------------------------------------------------
@@ -11310,7 +11310,7 @@ def test_both_clients_work_together_on_a_real_server(peer_server, tmp_path):
         both.theirs("old", "complete", "build", "--note", "built")
         assert both.ours_json("ada", "handoff", "build")["note"] == "built"
         both.theirs("old", "send", "ada", "hello")
-        assert texts_of_19(both.ours("ada", "inbox", "--new")) == ["(direct) old: hello"]
+        assert texts_of(both.ours("ada", "inbox", "--new")) == ["(direct) old: hello"]
         both.theirs("old", "memory", "set", "k", "1")
         both.ours("ada", "memory", "incr", "k")
         assert both.theirs("old", "memory", "get", "k") == "2\n"

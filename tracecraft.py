@@ -7245,7 +7245,8 @@ class Project:
     def init(self, *, probe: bool = True, races: bool = True) -> dict:
         """Create the bucket if needed, probe it, write _project.json, register me.
 
-        The verdict. Keys: CAS _project.json, agents/<me>.json, _probe/…"""
+        The verdict; Unsafe when the store cannot arbitrate and that is not allowed.
+        Keys: CAS _project.json, agents/<me>.json, _probe/…"""
         self.store.ensure()
         verdict = self.store.verdict
         if verdict is None or (probe and self.store.kind != "file"):
@@ -7253,8 +7254,7 @@ class Project:
             self.store.verdict = verdict
             if self.ledger.verdicts:
                 self.ledger.verdicts.save(verdict)
-        if verdict.get("atomic") or self.ledger.allow_advisory:
-            self.ledger.change("_project.json", self._project_doc)
+        self.ledger.change("_project.json", self._project_doc)
         self.presence.beat(summary="Initialized")
         return verdict
 
