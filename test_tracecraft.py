@@ -9031,6 +9031,17 @@ def test_a_store_that_cannot_arbitrate_is_refused(fault):
             project_on(store, "ada").claim("s")
 
 
+def test_init_refuses_such_a_store_and_leaves_no_config(tmp_path):
+    with S3Server(ignores=True) as server:
+        done = subprocess.run(
+            [sys.executable, tracecraft.__file__, "init", "s3://bucket/p", "--endpoint",
+             server.url], cwd=tmp_path, env={**server.env(), "HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=60)
+        assert done.returncode == 10 and "cannot pick one winner" in done.stderr
+        assert not (tmp_path / ".tracecraft.json").exists()
+        assert not server.objects
+
+
 @pytest.mark.bucket
 @pytest.mark.slow
 def test_processes_race_on_a_real_bucket_and_nothing_is_lost(real_bucket, tmp_path):
