@@ -12549,7 +12549,7 @@ def main_of_tests(what):
     if what == "check":
         print(form_table())
         return pytest.main(["-q", __file__, "-k", "docstring or sections or line_is or"
-                            " standard_library or examples", "-p", "no:cacheprovider"])
+                            " standard_library or examples", "-p", "no:cacheprovider", "-W", "ignore"])
     with tempfile.TemporaryDirectory() as folder:
         times = startup_times(folder)
     late = 0

@@ -31,14 +31,16 @@ projections: written after it, rebuilt by `doctor --fix`. The layout is that of
 tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
-  1 Constants and errors    2 Text                  3 Records
-  4 Wire                    5 HTTP                  6 Stores
-  7 S3                      8 Settings              9 Credentials
-  10 Ledger                 11 Steps                12 Memory
-  13 Mail                   14 Artifacts            15 Project
-  16 Views                  17 Trials               18 Rows
-  19 Step commands          20 Commands of memory, mail and files
-  21 Commands of presence, views and set-up         22 Command line
+  1 Constants and errors     2 Text                     3 Records
+  4 Wire                     5 HTTP                     6 Stores
+  7 S3                       8 S3 store                 9 Probe
+  10 Settings                11 Local state             12 Command settings
+  13 Credentials             14 Ledger                  15 Steps
+  16 Memory                  17 Mail                    18 Artifacts
+  19 Project                 20 Views                   21 Doctor
+  22 Trials                  23 Drill and bench         24 Rows
+  25 Step commands           26 Commands of memory, mail and files
+  27 Commands of presence, views and set-up  28 Command line
 """
 
 from __future__ import annotations
@@ -3340,7 +3342,10 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# -- the store ---------------------------------------------------------
+# == 8. S3 store =======================================================
+#
+# The interface of section 6 over signed requests. Knows conditions and ETag dialects;
+# must not know what the objects mean.
 
 
 class S3Reader(S3Client):
@@ -3698,7 +3703,10 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# -- the probe ---------------------------------------------------------
+# == 9. Probe ==========================================================
+#
+# Whether a store picks one winner: tried for real, by reading back what happened
+# (protocol.md 2). Works through the interface of section 6 alone.
 
 
 class Probe:
@@ -3905,7 +3913,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 8. Settings =======================================================
+# == 10. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -4065,6 +4073,51 @@ def store_url(parts: dict) -> str:
              for name in URL_OPTIONS[parts["kind"]] if parts.get(name)]
     return f"{parts['kind']}://{lead}{url_path(path)}" \
         + ("?" + "&".join(query) if query else "")
+
+
+# -- private files -----------------------------------------------------
+
+
+def write_private(path: str, data: bytes, *, once: bool = False) -> bool:
+    """Write a 0600 file in one step. once: only if there is none; whether it wrote.
+
+    OSError when the disk refuses; then nothing changed.
+    """
+    temp = os.path.join(os.path.dirname(path), f"{TEMP}{os.getpid()}"
+                                               f"-{os.urandom(6).hex()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    fd = os.open(temp, flags, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        if once:
+            return _rename_new(temp, path)
+        patiently(os.replace, temp, path)
+        return True
+    finally:
+        if os.path.lexists(temp):
+            os.unlink(temp)
+
+
+def _rename_new(temp: str, path: str) -> bool:
+    """Give `temp` the name `path` unless that is taken."""
+    try:
+        if hasattr(os, "link"):
+            try:
+                os.link(temp, path)
+                return True
+            except FileExistsError:
+                return False
+            except OSError:
+                pass  # FAT and some mounts have no links
+        # Windows' rename refuses what exists. Elsewhere the last of two wins, which
+        # costs an identity that nobody has used yet.
+        if os.path.exists(path):
+            return False
+        os.rename(temp, path)
+        return True
+    except FileExistsError:
+        return False
 
 
 # -- git and config files ----------------------------------------------
@@ -4229,49 +4282,10 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# -- local state -------------------------------------------------------
-
-
-def write_private(path: str, data: bytes, *, once: bool = False) -> bool:
-    """Write a 0600 file in one step. once: only if there is none; whether it wrote.
-
-    OSError when the disk refuses; then nothing changed.
-    """
-    temp = os.path.join(os.path.dirname(path), f"{TEMP}{os.getpid()}"
-                                               f"-{os.urandom(6).hex()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    fd = os.open(temp, flags, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        if once:
-            return _rename_new(temp, path)
-        patiently(os.replace, temp, path)
-        return True
-    finally:
-        if os.path.lexists(temp):
-            os.unlink(temp)
-
-
-def _rename_new(temp: str, path: str) -> bool:
-    """Give `temp` the name `path` unless that is taken."""
-    try:
-        if hasattr(os, "link"):
-            try:
-                os.link(temp, path)
-                return True
-            except FileExistsError:
-                return False
-            except OSError:
-                pass  # FAT and some mounts have no links
-        # Windows' rename refuses what exists. Elsewhere the last of two wins, which
-        # costs an identity that nobody has used yet.
-        if os.path.exists(path):
-            return False
-        os.rename(temp, path)
-        return True
-    except FileExistsError:
-        return False
+# == 11. Local state ===================================================
+#
+# Tokens, the default agent id and small facts kept on this machine; a cache that may
+# be lost. Knows files; must not know stores.
 
 
 def digest_of(*words: str) -> str:
@@ -4463,7 +4477,9 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# -- the settings of one command ---------------------------------------
+# == 12. Command settings ==============================================
+#
+# Flag, environment, config file, default: the first hit wins (cli.md).
 
 
 class Settings:
@@ -4673,7 +4689,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 9. Credentials ====================================================
+# == 13. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -5051,7 +5067,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 10. Ledger ========================================================
+# == 14. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -5418,7 +5434,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 11. Steps =========================================================
+# == 15. Steps =========================================================
 #
 # Claims, leases, hand-offs and their projections: the decisions of section 3 carried
 # out on records. Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -5882,7 +5898,7 @@ def poll_pause(tries: int) -> float:
     return min(15.0, 0.2 * 1.3 ** min(tries, 20)) * (0.5 + random.random() / 2)
 
 
-# == 12. Memory ========================================================
+# == 16. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -6080,7 +6096,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 13. Mail ==========================================================
+# == 17. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -6331,7 +6347,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 14. Artifacts =====================================================
+# == 18. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -7033,7 +7049,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 15. Project =======================================================
+# == 19. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -7352,7 +7368,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 16. Views =========================================================
+# == 20. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -7715,7 +7731,10 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# -- doctor ------------------------------------------------------------
+# == 21. Doctor ========================================================
+#
+# Every object against its shape, and what a crash left behind. Changes nothing but
+# what --fix rebuilds or removes.
 
 # (key pattern, its required fields: text, or a number with '#'; None: not JSON).
 # '*' is one component, '**' one or more. The first match counts. protocol.md 3.
@@ -8037,7 +8056,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 17. Trials ========================================================
+# == 22. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -8131,22 +8150,6 @@ def json_line(doc: dict) -> str:
 def tell(event: str, **more: object) -> None:
     """Say something to the process that started this worker."""
     print(json_line({"event": event, **more}), flush=True)
-
-
-def worker(argv: list) -> int:
-    """The hidden command `_worker KIND`, its job on stdin; the exit code."""
-    import json
-    kinds = {"demo": demo_worker, "drill": drill_worker}
-    if len(argv) != 1 or argv[0] not in kinds:
-        raise Usage("_worker is for demo, drill and bench", hint="tracecraft demo")
-    job = json.loads(sys.stdin.readline() or "{}")
-    try:
-        with connect(job["store"], agent=job["agent"]) as project:
-            return kinds[argv[0]](project, job)
-    except Error as why:
-        tell("refused" if isinstance(why, Fenced) else "trouble", message=why.message,
-             code=why.code)
-        return why.exit
 
 
 def fresh_url(settings: Settings, kind: str) -> str:
@@ -8567,7 +8570,9 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# -- drill -------------------------------------------------------------
+# == 23. Drill and bench ===============================================
+#
+# Races and measurements on a store of the user's choice.
 
 
 def timed(project: Project, verb: str, act: object) -> tuple:
@@ -9052,7 +9057,23 @@ def peer_config(run: Bench) -> None:
         "access_key": keys.access_key, "secret_key": keys.secret_key})
 
 
-# == 18. Rows ==========================================================
+def worker(argv: list) -> int:
+    """The hidden command `_worker KIND`, its job on stdin; the exit code."""
+    import json
+    kinds = {"demo": demo_worker, "drill": drill_worker}
+    if len(argv) != 1 or argv[0] not in kinds:
+        raise Usage("_worker is for demo, drill and bench", hint="tracecraft demo")
+    job = json.loads(sys.stdin.readline() or "{}")
+    try:
+        with connect(job["store"], agent=job["agent"]) as project:
+            return kinds[argv[0]](project, job)
+    except Error as why:
+        tell("refused" if isinstance(why, Fenced) else "trouble", message=why.message,
+             code=why.code)
+        return why.exit
+
+
+# == 24. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -9258,7 +9279,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 19. Step commands =================================================
+# == 25. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -9700,9 +9721,9 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 20. Commands of memory, mail and files ============================
+# == 26. Commands of memory, mail and files ============================
 #
-# As section 19: rows and words, no rules.
+# As section 25: rows and words, no rules.
 
 
 @command(
@@ -9987,9 +10008,9 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 21. Commands of presence, views and set-up ========================
+# == 27. Commands of presence, views and set-up ========================
 #
-# As section 19. `init`, `join` and `install` also write files of this machine.
+# As section 25. `init`, `join` and `install` also write files of this machine.
 
 
 @command("agents", "who is here",
@@ -10455,7 +10476,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 22. Command line ==================================================
+# == 28. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
