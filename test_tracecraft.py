@@ -10675,7 +10675,7 @@ LONG = "x" * 201
     (["memory", "set", "k", "v", "--file", "f"], "give the value once"),
     (["memory", "set", "k", "--file", "nope"], "cannot read nope"),
     (["memory", "set", "k", "{", "--json"], "the value is not JSON"),
-    (["memory", "incr", "k", "many"], "invalid float value"),
+    (["memory", "incr", "k", "many"], "invalid finite value"),
     (["memory", "merge", "k", "{"], "JSON"),
     (["send", "", "x"], "recipient cannot be empty"),
     (["send", "_me", "x"], "is reserved"),
@@ -12383,6 +12383,98 @@ def test_throughput(s, record_property):
     print("requests/s:", json.dumps(round(rate)))
     record_property("rate", rate)
     assert rate >= 800
+
+
+# == What an attack found ==============================================
+
+
+def attacked(tmp_path, *words, **environ):
+    """One command in an empty environment; (exit code, stdout + stderr)."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **environ}
+    done = subprocess.run([sys.executable, tracecraft.__file__, *words], cwd=tmp_path,
+                          env=env, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["AWS_SESSION_TOKEN", "AWS_SECRET_ACCESS_KEY",
+                                  "AWS_ACCESS_KEY_ID"])
+def test_a_key_with_a_line_break_is_denied_and_not_shown(tmp_path, name):
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", name: "hush1\nhush2"}
+    code, text = attacked(tmp_path, "claim", "x", "--store",
+                          "s3://b/p?endpoint=http://127.0.0.1:9", **keys)
+    assert code == 11 and "hush" not in text and "line break" in text
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:99999", "http://127.0.0.1:abc",
+                                      "http://[::1"])
+def test_an_endpoint_that_cannot_be_is_a_usage_error(tmp_path, endpoint):
+    code, text = attacked(tmp_path, "status", "--store", "s3://b/p",
+                          AWS_ENDPOINT_URL=endpoint)
+    assert code == 2 and "Traceback" not in text
+
+
+@pytest.mark.parametrize("words", [
+    ("wait-for", "s", "--timeout", "nan"), ("wait-for", "s", "--timeout", "1e999"),
+    ("memory", "set", "k", "v", "--expires-in", "inf"), ("memory", "incr", "k", "nan")])
+def test_a_number_that_is_none_is_a_usage_error(tmp_path, words):
+    code, text = attacked(tmp_path, *words)
+    assert code == 2 and "invalid" in text
+
+
+def test_an_unknown_url_option_is_not_repeated(tmp_path):
+    code, text = attacked(tmp_path, "config", "--store", "s3://b/p?secret=hush")
+    assert code == 2 and "hush" not in text
+
+
+def test_a_wait_with_json_says_one_json_value_on_stderr(tmp_path):
+    code, text = attacked(tmp_path, "wait-for", "s", "--timeout", "1", "--json", "-q")
+    assert code == 6 and json.loads(text[text.index("{"):])["error"]["exit"] == 6
+    assert "Waiting" not in text
+
+
+def test_a_home_that_is_no_directory_holds_no_profile(tmp_path):
+    with S3Server() as server:
+        code, text = attacked(tmp_path, "memory", "list", "--store", "s3://bucket/p",
+                              **{**server.env(), "HOME": "/dev/null"})
+    assert code == 0, text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "2>/dev/full", ">&- 2>&- <&-"])
+def test_closed_streams_do_not_change_the_exit_code(tmp_path, closed):
+    store = f"file://{tmp_path}/s/p"
+    assert attacked(tmp_path, "claim", "s", "--store", store, "--agent", "ada")[0] == 0
+    line = (f"{sys.executable} {tracecraft.__file__} claim s --store {store}"
+            f" --agent bob {closed}")
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize("words", [
+    ("memory", "set", "k", "NaN", "--json"), ("memory", "merge", "k", '{"a": 1e999}'),
+    ("memory", "set", "k", "v", "--expires-in", "-5"), ("status", "--limit", "-1"),
+    ("step", "add", "s", "--max-attempts", "-1")])
+def test_what_is_no_json_or_no_count_is_a_usage_error(tmp_path, words):
+    code, text = attacked(tmp_path, *words)
+    assert code == 2 and "Traceback" not in text
+
+
+def test_needs_of_the_wrong_shape_are_corrupt_and_not_ignored(tmp_path):
+    spec = tmp_path / "s" / "p" / "steps" / "x"
+    spec.mkdir(parents=True)
+    (spec / "spec.json").write_text('{"needs": 5}')
+    code, text = attacked(tmp_path, "claim", "x", "--store", f"file://{tmp_path}/s/p")
+    assert code == 8 and "spec.json" in text
+    assert not (spec / "claim.json").exists()
+
+
+def test_a_proxy_without_a_usable_port_is_a_usage_error(tmp_path):
+    code, text = attacked(tmp_path, "status", "--store",
+                          "s3://b/p?endpoint=http://s3.example.com",
+                          HTTP_PROXY="http://u:hush@127.0.0.1:abc",
+                          AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b")
+    assert code == 2 and "hush" not in text
 
 
 # == The file's form ===================================================

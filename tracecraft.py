@@ -978,6 +978,12 @@ class Keys:
 
     def __init__(self, access_key: str, secret_key: str, *, token: str = "",
                  expires_at: float | None = None, source: str = "") -> None:
+        for name, value in (("access key", access_key), ("secret key", secret_key),
+                            ("session token", token)):
+            if not (value.isascii() and value.isprintable()):
+                raise Denied(f"the {name} from {source or 'the caller'} has characters"
+                             " that no key has, perhaps a line break",
+                             hint="set it again; its value is not shown")
         self.access_key, self.secret_key, self.token = access_key, secret_key, token
         self.expires_at, self.source = expires_at, source
 
@@ -1294,7 +1300,13 @@ def proxy_for(origin: str, environ: dict) -> str:
         _setting(environ, "ALL_PROXY")
     if not proxy or _bypassed(parts.hostname or "", parts.port, environ=environ):
         return ""
-    return proxy if "://" in proxy else f"http://{proxy}"
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        urlsplit(proxy).port  # raises for what is no port
+    except ValueError as why:
+        raise Usage("the proxy named in the environment has no usable host and port",
+                    hint="e.g. HTTPS_PROXY=http://proxy.example.com:8080") from why
+    return proxy
 
 
 def _bypassed(host: str, port: int | None, *, environ: dict) -> bool:
@@ -1918,7 +1930,7 @@ def os_error(why: OSError, doing: str, *, path: str) -> Error:
                       " place: tracecraft init file:///DIR/PROJECT")
     if why.errno == errno.ENAMETOOLONG:
         return Usage(text, hint="choose a shorter name")
-    if why.errno in (errno.ENOTDIR, errno.EISDIR):
+    if why.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return Conflict(text, path=path, hint="a file and a directory want one name")
     if why.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return Unavailable(text, path=path, hint="free some space, then try again")
@@ -3957,7 +3969,7 @@ def parse_store_url(url: str) -> dict:
 def _bad_url(url: str, why: str, *, hint: str = "") -> Error:
     # What looks like a password does not belong on a terminal either.
     head, at, tail = url.partition("@")
-    safe = "..." + at + tail if at else head
+    safe = ("..." + at + tail if at else head).partition("?")[0]
     return Usage(f"store {shown(safe[:120])!r} is no store URL: {why}",
                  hint=hint or f"e.g. {URL_FORMS}")
 
@@ -4048,6 +4060,11 @@ def check_endpoint(endpoint: str) -> str:
     if "@" in host:
         raise Usage("an endpoint carries no user and password",
                     hint="give keys through the environment or a profile")
+    port = host.rpartition(":")[2] if host[-1:] != "]" else ""
+    numbered = not port or port == host or (port.isdigit() and int(port) < 65536)
+    if not numbered or host.count("[") != host.count("]"):
+        raise Usage(f"endpoint {shown(endpoint[:120])!r} has no usable host and port",
+                    hint="e.g. https://s3.example.com or http://127.0.0.1:9000")
     return f"{scheme.lower()}://{rest.rstrip('/')}"
 
 
@@ -4713,7 +4730,7 @@ def _ini(path: str) -> dict:
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             parser.read_file(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as why:
         # The parser's own message quotes the line, which may hold a secret.
@@ -5511,6 +5528,11 @@ class Steps:
         for record in found.values():
             if record.fault:
                 raise record.fault
+        needs = (found["spec.json"].doc or {}).get("needs", []) \
+            if "spec.json" in found else []
+        if not isinstance(needs, list) or any(not isinstance(n, str) for n in needs):
+            raise Corrupt(f"{keys['spec.json']}: needs is no list of step ids",
+                          key=keys["spec.json"], hint="mend it, then claim again")
         return {n: found.get(n) or Record(keys[n]) for n in names}
 
     def view(self, step: str) -> dict:
@@ -5593,6 +5615,8 @@ class Steps:
             spec["max_attempts"] = max_attempts
         if sid in spec["needs"]:
             raise Usage(f"Step {step} cannot need itself")
+        if max_attempts < 0:
+            raise Usage(f"max_attempts is {max_attempts}", hint="1 or more")
 
         def decide(record: Record) -> dict:
             if record.doc is None:
@@ -5969,6 +5993,7 @@ class Memory:
         import json
         try:
             change = json.loads(patch)
+            json.dumps(change, allow_nan=False)  # NaN and 1e999 are no JSON
         except (ValueError, RecursionError) as why:
             raise Usage(f"merge takes JSON: {why}", hint='e.g. \'{"a": 1}\'') from why
 
@@ -9113,6 +9138,14 @@ def arg(*names: str, **how: object) -> tuple:
     return names, how
 
 
+def finite(text: str) -> float:
+    """The type of options in seconds and of amounts: a number, not nan or inf."""
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(text)
+    return value
+
+
 def command(name: str, purpose: str, *args: tuple, examples: tuple, exits: str = "0",
             opens: bool = True, op: bool = False, after: str = "") -> object:
     """The row of the function below: decorates cmd_*(project, options) -> int | None.
@@ -9133,14 +9166,23 @@ LIMIT_ARG = arg("--limit", type=int, metavar="N", help="show at most N (0: all)"
 FILE_ARG = arg("--file", metavar="PATH", help="take the text from a file")
 
 
-def quiet_stdout() -> None:
-    """Point a broken stdout at nothing, so that the last flush succeeds."""
+def quiet(stream: object) -> None:
+    """Point a broken output stream at nothing, so that its last flush succeeds."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
     except (OSError, ValueError, AttributeError):
-        pass  # stdout is not a file: there is nothing to flush
+        pass  # it is not a file: there is nothing to flush
+
+
+def say(text: str) -> None:
+    """Write to stderr; when nobody can read it, the exit code still says it."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        quiet(sys.stderr)
 
 
 def put_out(text: str) -> None:
@@ -9152,7 +9194,7 @@ def put_out(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as why:
-        quiet_stdout()
+        quiet(sys.stdout)
         raise Error(f"the answer could not be written: {why.strerror}",
                     hint="the command itself has done its work") from why
 
@@ -9172,7 +9214,7 @@ def answer(options: object, text: str, doc: object) -> None:
 def remark(options: object, text: str) -> None:
     """A line on stderr, unless -q."""
     if not options.quiet:
-        print(text, file=sys.stderr, flush=True)
+        say(text + "\n")
 
 
 def progress_to(options: object, what: str) -> object:
@@ -9293,7 +9335,7 @@ def record_of(doc: dict, **names: object) -> dict:
 @command(
     "claim", "take a step; one winner, whoever asks", STEP_ARG,
     arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
-    arg("--wait", type=float, default=0, metavar="SECONDS", help="while it is held"),
+    arg("--wait", type=finite, default=0, metavar="SECONDS", help="while it is held"),
     arg("--reopen", action="store_true", help="take it though it has ended"),
     arg("--resume", action="store_true", help="take over from another instance of me"),
     arg("--ignore-needs", action="store_true", help="though needs are not complete"),
@@ -9694,7 +9736,7 @@ def cmd_step_status(project: object, options: object) -> None:
     "wait-for", "wait until steps are complete",
     arg("steps", nargs="+", metavar="step"),
     arg("--any", action="store_true", help="one of them is enough"),
-    arg("--timeout", "--wait", type=float, default=300, metavar="SECONDS",
+    arg("--timeout", "--wait", type=finite, default=300, metavar="SECONDS",
         help="default 300"),
     examples=("wait-for design docs", "wait-for api web --any --timeout 60"),
     exits="0 5 6 7 130")
@@ -9712,7 +9754,7 @@ def waiting_line(options: object) -> object:
     said = [0.0]
 
     def tick(views: list, remaining: float) -> None:
-        if time.monotonic() - said[0] < 5:
+        if options.as_json or time.monotonic() - said[0] < 5:
             return
         said[0] = time.monotonic()
         review = [view["step"] for view in views if view["state"] == "needs_review"]
@@ -9733,11 +9775,14 @@ def waiting_line(options: object) -> object:
     arg("--if-rev", type=int, metavar="N", help="only if it is at revision N"),
     arg("--if-absent", action="store_true", help="only if it is not there"),
     arg("--if-value", metavar="TEXT", help="only if that is its value"),
-    arg("--expires-in", type=float, metavar="SECONDS", help="then it is gone"),
+    arg("--expires-in", type=finite, metavar="SECONDS", help="then it is gone"),
     examples=('memory set plan.status "in review"', "memory set plan --file plan.md"),
     exits="0 2 3 7 9", op=True)
 def cmd_memory_set(project: object, options: object) -> None:
     value = given_text(options, options.value, "value")
+    if options.expires_in is not None and not 0 < options.expires_in < 1e10:
+        raise Usage(f"--expires-in is {options.expires_in:g}, not seconds from now",
+                    hint="e.g. 3600")
     if options.json_value:
         check_json(value)
     doc = project.memory.set(
@@ -9752,7 +9797,7 @@ def check_json(text: str) -> None:
     """Refuse a value that --json promised to be JSON."""
     import json
     try:
-        json.loads(text)
+        json.dumps(json.loads(text), allow_nan=False)  # NaN and 1e999 are no JSON
     except (ValueError, RecursionError) as why:
         raise Usage(f"the value is not JSON: {str(why)[:80]}",
                     hint="without --json it is text; put --json before the command to"
@@ -9807,7 +9852,7 @@ def cmd_memory_delete(project: object, options: object) -> None:
 
 
 @command("memory incr", "add to a number, exactly once", arg("key"),
-         arg("by", nargs="?", type=float, default=1.0),
+         arg("by", nargs="?", type=finite, default=1.0),
          examples=("memory incr builds", "memory incr budget -2.5"), exits="0 3 7 9",
          op=True)
 def cmd_memory_incr(project: object, options: object) -> None:
@@ -9865,7 +9910,7 @@ def cmd_send(project: object, options: object) -> None:
 @command(
     "inbox", "messages to me and to all",
     arg("--new", action="store_true", help="only what arrived since the last --new"),
-    arg("--wait", type=float, default=0, metavar="SECONDS", help="wait for one"),
+    arg("--wait", type=finite, default=0, metavar="SECONDS", help="wait for one"),
     arg("--thread", metavar="ID", help="only this thread"),
     arg("--by", metavar="AGENT", help="only from this agent"), LIMIT_ARG,
     arg("--delete", action="store_true", help="deprecated: delete what was shown"),
@@ -10078,8 +10123,8 @@ def plain(value: object) -> str:
 @command(
     "status", "agents, steps, mail, sessions on one screen",
     arg("--watch", action="store_true", help="refresh until Ctrl-C"),
-    arg("--interval", type=float, default=5.0, metavar="SECONDS", help="default 5"),
-    arg("--limit", type=int, default=SHOWN, metavar="N", help="lines a list; 0: all"),
+    arg("--interval", type=finite, default=5.0, metavar="SECONDS", help="default 5"),
+    arg("--limit", type=int, metavar="N", help="lines a list; 0: all"),
     examples=("status", "status --watch --interval 2"), exits="0 7 130")
 def cmd_status(project: object, options: object) -> None:
     if options.as_json and options.watch:
@@ -10089,11 +10134,11 @@ def cmd_status(project: object, options: object) -> None:
         raise Usage("--interval must be > 0", hint="5 is the default")
     if not options.watch:
         snap = gather_status(project)
-        answer(options, render_status(snap, options.limit), snap)
+        answer(options, render_status(snap, listing_limit(options) or 0), snap)
         return
     clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
     while True:
-        text = render_status(gather_status(project), options.limit)
+        text = render_status(gather_status(project), listing_limit(options) or 0)
         put_out(f"{clear}{text}\n\n(refreshing every {options.interval:g}s"
                 " — Ctrl-C to stop)\n")
         time.sleep(options.interval)
@@ -10771,11 +10816,7 @@ def report(why: Error, as_json: bool) -> int:
         text = json_text({"error": {**doc, **extra}})
     else:
         text = f"Error: {why.message}\n" + (f"  {why.hint}\n" if why.hint else "")
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except OSError:
-        pass  # nobody listens; the exit code still says it
+    say(text)
     return why.exit
 
 
@@ -10784,6 +10825,8 @@ def main(argv: list | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     before = argv[:argv.index("--")] if "--" in argv else argv
     as_json = wants_json({"as_json": "--json" in before})
+    if sys.stdout is None:  # it was closed: the act counts, not the words
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows \u2192
             stream.reconfigure(errors="backslashreplace")
@@ -10792,10 +10835,11 @@ def main(argv: list | None = None) -> int:
     except Error as why:
         return report(why, as_json)
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted.\n")
-        return 130
+        why = Error("Interrupted.", hint="what was done stays; nothing is half-written")
+        why.exit, why.code = 130, "interrupted"
+        return report(why, as_json)
     except BrokenPipeError:
-        quiet_stdout()
+        quiet(sys.stdout)
         return 0
     except Exception:  # outside the tree it is our bug: say so, with what is needed
         import traceback
