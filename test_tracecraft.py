@@ -27,6 +27,7 @@ import functools
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -12617,7 +12618,9 @@ TOLERANCE = 1.5
 def startup_times(folder):
     """{what: median ms} of whole processes through a launcher, 15 runs each."""
     shutil.copy(PATH, folder)
-    py_compile.compile(os.path.join(folder, "tracecraft.py"), doraise=True)
+    copy = os.path.join(folder, "tracecraft.py")
+    py_compile.compile(copy, doraise=True, optimize=2,  # as `install` does
+                       cfile=importlib.util.cache_from_source(copy))
     launcher = os.path.join(folder, "go.py")
     with open(launcher, "w") as file:
         file.write(f"import sys\nsys.path.insert(0, {folder!r})\n"

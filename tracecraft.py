@@ -8981,10 +8981,12 @@ def cached_copy(folder: str) -> list:
 
     A script's own bytecode is never cached; an import's is (style.md 8.1).
     """
+    import importlib.util
     import py_compile
     import shutil
     copy = shutil.copy(os.path.abspath(__file__), folder)
-    py_compile.compile(copy, doraise=True)
+    py_compile.compile(copy, doraise=True, optimize=2,  # as `install` does
+                       cfile=importlib.util.cache_from_source(copy))
     name = os.path.basename(copy).partition(".")[0]
     return [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r});"
             f" import {name} as t; sys.exit(t.main(sys.argv[1:]))"]
@@ -10379,6 +10381,7 @@ def install(launcher: str, copy: str) -> None:
 
     A script's bytecode is never cached, an imported module's is: 3 ms instead of 30.
     """
+    import importlib.util
     import py_compile
     import shutil
     os.makedirs(os.path.dirname(copy), exist_ok=True)
@@ -10387,7 +10390,9 @@ def install(launcher: str, copy: str) -> None:
     if source != copy:
         shutil.copyfile(source, copy + ".tmp")
         os.replace(copy + ".tmp", copy)
-    py_compile.compile(copy, doraise=True)
+    # Docstrings are a fifth of what every start would load; nothing reads them here.
+    py_compile.compile(copy, doraise=True, optimize=2,
+                       cfile=importlib.util.cache_from_source(copy))
     with open(launcher + ".tmp", "w", encoding="utf-8") as file:
         file.write(launcher_text(copy))
     os.chmod(launcher + ".tmp", 0o755)
