@@ -33,6 +33,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import py_compile
 import random
 import re
@@ -3040,7 +3041,11 @@ def authority(tmp_path_factory):
     """(path of a certificate for 127.0.0.1, server-side SSLContext)."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl here")
-    folder = tmp_path_factory.mktemp("ca")
+    return make_authority(tmp_path_factory.mktemp("ca"))
+
+
+def make_authority(folder):
+    """A certificate for 127.0.0.1 that signs itself, and a context to serve it."""
     pem, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
                     "2", "-keyout", key, "-out", pem, "-subj", "/CN=127.0.0.1",
@@ -12611,12 +12616,44 @@ def form_table():
     return "\n".join(rows)
 
 
-CEILINGS = {"--version": 20, "directory store": 35}  # ms, style.md 8.6
+CEILINGS = {"--version": 20, "directory store": 35, "signed HTTPS request": 60}  # ms
 TOLERANCE = 1.5
+
+
+@contextlib.contextmanager
+def https_store(folder):
+    """(store URL, environ) of the suite's S3 server behind TLS."""
+    pem, context = make_authority(pathlib.Path(folder))
+    with S3Server() as server:
+        server.listener.socket = context.wrap_socket(server.listener.socket,
+                                                     server_side=True)
+        url = f"s3://bucket/p?endpoint=https://127.0.0.1:{server.port}"
+        environ = {**server.env(), "SSL_CERT_FILE": str(pem)}
+        environ.pop("AWS_ENDPOINT_URL")
+        yield url, environ
 
 
 def startup_times(folder):
     """{what: median ms} of whole processes through a launcher, 15 runs each."""
+    with https_store(folder) as (url, keys):
+        return timed_starts(folder, url, keys)
+
+
+def test_a_command_over_https_reads_what_is_there(tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    with https_store(tmp_path) as (url, keys):
+        said = attacked(tmp_path, "memory", "set", "k", "v", "--store", url, **keys)
+        assert said[0] == 0, said[1]
+        assert attacked(tmp_path, "memory", "get", "k", "--store", url,
+                        **keys) == (0, "v\n")
+        code, text = attacked(tmp_path, "memory", "get", "k", "--store", url,
+                              **{**keys, "SSL_CERT_FILE": "", "SSL_CERT_DIR": ""})
+        assert code == 7 and "certificate" in text
+
+
+def timed_starts(folder, url, keys):
+    """What startup_times returns, against an HTTPS store at `url`."""
     shutil.copy(PATH, folder)
     copy = os.path.join(folder, "tracecraft.py")
     py_compile.compile(copy, doraise=True, optimize=2,  # as `install` does
@@ -12625,10 +12662,11 @@ def startup_times(folder):
     with open(launcher, "w") as file:
         file.write(f"import sys\nsys.path.insert(0, {folder!r})\n"
                    "import tracecraft\nsys.exit(tracecraft.main())\n")
-    env = {"PATH": os.environ.get("PATH", ""), "HOME": folder}
+    env = {"PATH": os.environ.get("PATH", ""), "HOME": folder, **keys}
     out = {}
     for what, words in (("-c pass", None), ("--version", ["--version"]),
-                        ("directory store", ["memory", "get", "k"])):
+                        ("directory store", ["memory", "get", "k"]),
+                        ("signed HTTPS request", ["memory", "get", "k", "--store", url])):
         command = [sys.executable, "-S", "-E"] + (
             ["-c", "pass"] if words is None else [launcher] + words)
         times = []
