@@ -741,6 +741,20 @@ def adopt(claim: dict | None, status: dict | None, seen: object) -> dict | None:
                        agent=agent, instance=None, status_seen=seen)
 
 
+# -- presence ----------------------------------------------------------
+
+
+def seen_alive(doc: dict, now: float) -> tuple:
+    """(age of the heartbeat in whole seconds or None, status) of an agent's document;
+    stale once it is STALE_AFTER old, unless it left."""
+    beat = parse_iso(doc.get("heartbeat"))
+    age = None if beat is None else max(0, int(now - beat))
+    status = doc.get("status", "unknown")
+    if age is not None and age > STALE_AFTER and status != "left":
+        status = "stale"
+    return age, status
+
+
 # -- memory ------------------------------------------------------------
 
 
@@ -6131,6 +6145,19 @@ BROADCAST = "_broadcast"
 IMPORTANCE = ("low", "normal", "high")
 
 
+def cursor_key(agent: str) -> str:
+    """The key of an agent's read cursor."""
+    return f"messages/{agent}/_cursor.json"
+
+
+def read_stream(cursor: Record, name: str) -> dict:
+    """A stream of a stored cursor; 0.2's has no floor, so its own time makes one."""
+    stream = stream_of(cursor.doc, name)
+    if cursor.doc is not None and "rev" not in cursor.doc:
+        stream["floor"] = (cursor.modified or 0) - MAIL_GRACE
+    return stream
+
+
 class Batch:
     """What a read of the inbox found. commit() moves the cursor over what was shown."""
 
@@ -6235,8 +6262,8 @@ class Mail:
     def _read(self, new: bool, *, limit: int | None, by: str | None,
               thread: str | None) -> Batch:
         listed, now, mark = self._list()
-        cursor = self._cursor(mark) if new else Record(self._cursor_key())
-        streams = {name: self._stream(cursor, name) for name in listed}
+        cursor = self._cursor(mark) if new else Record(cursor_key(self.who.agent))
+        streams = {name: read_stream(cursor, name) for name in listed}
         wanted = []
         for name, entries in listed.items():
             fresh = unseen(entries, streams[name]) if new else entries
@@ -6262,7 +6289,7 @@ class Mail:
             listed[name] = [(e.key, e.modified or now) for e in listing.entries
                             if is_leaf(e.key[len(prefix):])]
             for entry in listing.entries:
-                if entry.key == self._cursor_key():
+                if entry.key == cursor_key(self.who.agent):
                     mark = entry
         return listed, now, mark
 
@@ -6270,12 +6297,9 @@ class Mail:
         sender = event_parts(key.rsplit("/", 1)[1])[1]
         return name == "broadcast" and sender == self.who.agent
 
-    def _cursor_key(self) -> str:
-        return f"messages/{self.who.agent}/_cursor.json"
-
     def _cursor(self, entry: object) -> Record:
         """My cursor; from local state when the listing shows the same version of it."""
-        key = self._cursor_key()
+        key = cursor_key(self.who.agent)
         if entry is None:
             return Record(key)
         kept = self.who.recall("cursor")
@@ -6286,13 +6310,6 @@ class Mail:
             return Record(key, kept["doc"], etag=kept["put_etag"],
                           modified=entry.modified)
         return self.ledger.read(key)
-
-    def _stream(self, cursor: Record, name: str) -> dict:
-        stream = stream_of(cursor.doc, name)
-        if cursor.doc is not None and "rev" not in cursor.doc:
-            # 0.2 wrote it and knows no floor: its own time of writing is one.
-            stream["floor"] = (cursor.modified or 0) - MAIL_GRACE
-        return stream
 
     def _fetch(self, wanted: list, *, limit: int | None, by: str | None,
                thread: str | None) -> tuple:
@@ -6328,7 +6345,7 @@ class Mail:
         def decide(record: Record) -> dict:
             new = dict(record.doc or {})
             for name, entries in listed.items():
-                new[name] = advance(self._stream(record, name), entries,
+                new[name] = advance(read_stream(record, name), entries,
                                     {k for k in displayed
                                      if k.startswith(prefixes[name])},
                                     now=now, prefix=prefixes[name])
@@ -7124,11 +7141,7 @@ class Presence:
             doc = record.doc
             if doc is None:
                 continue
-            beat = parse_iso(doc.get("heartbeat"))
-            age = None if beat is None else max(0, int(now - beat))
-            status = doc.get("status", "unknown")
-            if age is not None and age > STALE_AFTER and status != "left":
-                status = "stale"
+            age, status = seen_alive(doc, now)
             rows.append({**doc, "id": str(doc.get("id", "?")), "status": str(status),
                          "step": doc.get("step"), "heartbeat": doc.get("heartbeat"),
                          "heartbeat_age_s": age})
@@ -7415,11 +7428,6 @@ def read_sound(ledger: Ledger, keys: list) -> tuple:
     return {record.key: record for record in records if record.doc is not None}, damaged
 
 
-def cursor_key(agent: str) -> str:
-    """The key of an agent's read cursor."""
-    return f"messages/{agent}/_cursor.json"
-
-
 # -- status ------------------------------------------------------------
 
 
@@ -7520,11 +7528,7 @@ def gather_status(project: Project) -> dict:
 
 def agent_row(key: str, doc: dict, now: float) -> dict:
     """One agent as 0.2 lists it; stale once its heartbeat is STALE_AFTER old."""
-    beat = parse_iso(doc["heartbeat"]) if doc.get("heartbeat") else None
-    age = None if beat is None else max(0, int(now - beat))
-    status = doc.get("status", "unknown")
-    if age is not None and age > STALE_AFTER and status != "left":
-        status = "stale"
+    age, status = seen_alive(doc, now)
     return {"id": doc.get("id") or key[len("agents/"):-len(".json")], "status": status,
             "step": doc.get("step"), "heartbeat": doc.get("heartbeat"),
             "heartbeat_age_s": age, "summary": doc.get("summary")}
@@ -7589,14 +7593,6 @@ def sender_of(snap: Snapshot, key: str) -> object:
     """Who sent the message `key`: its name says so, else (0.2 allows it) its body."""
     agent = event_parts(key.rpartition("/")[2])[1]
     return agent if agent is not None else (snap.doc(key) or {}).get("from")
-
-
-def read_stream(record: object, name: str) -> dict:
-    """A stream of a stored cursor; 0.2's has no floor, so its own time makes one."""
-    stream = stream_of(record.doc, name)
-    if stream["floor"] is None and "rev" not in record.doc and record.modified:
-        stream["floor"] = record.modified - MAIL_GRACE
-    return stream
 
 
 def session_totals(snap: Snapshot) -> dict:
