@@ -35,12 +35,13 @@ Contents (grep -n '^# == ' prints them with line numbers):
   4 Wire                     5 HTTP                     6 Stores
   7 S3                       8 S3 store                 9 Probe
   10 Settings                11 Local state             12 Command settings
-  13 Credentials             14 Ledger                  15 Steps
-  16 Memory                  17 Mail                    18 Artifacts
-  19 Project                 20 Views                   21 Doctor
-  22 Trials                  23 Drill and bench         24 Rows
-  25 Step commands           26 Commands of memory, mail and files
-  27 Commands of presence, views and set-up  28 Command line
+  13 Credentials             14 Ledger                  15 Leases
+  16 Steps                   17 Memory                  18 Mail
+  19 Artifacts               20 Project                 21 Views
+  22 Doctor                  23 Trials                  24 Drill and bench
+  25 Rows                    26 Commands under a lease  27 Step commands
+  28 Commands of memory, mail and files  29 Commands of presence, views and set-up
+  30 Command line
 """
 
 from __future__ import annotations
@@ -528,7 +529,8 @@ def take(claim: dict | None, me: Me, age: float | None, *, at: str, ends: str = 
 
     age: seconds since the record's last write, by the store. ends: `at` + ttl as text.
     missing: needs that are not complete. The table of protocol.md 4, row by row; a step
-    whose attempts are used up comes back `failed`, with the next token.
+    whose attempts are used up comes back `failed`, with the next token. max_attempts 0:
+    no limit, as for locks.
     """
     state = state_of(claim)
     if state == "in_progress":
@@ -565,7 +567,7 @@ def _take_held(claim: dict, me: Me, age: float | None, *, at: str, ends: str, tt
         raise held(claim, me, age)
     attempt = number(claim, "attempt", 1) + 1
     holder = claim.get("agent")
-    if attempt > max_attempts:
+    if max_attempts and attempt > max_attempts:
         return _transition(
             claim, state="failed", by=me.agent, token=token_of(claim) + 1, at=at,
             why=f"lease of {holder} expired and all {max_attempts} attempts are used",
@@ -5465,7 +5467,226 @@ class Who:
             self.state.set(name, value)
 
 
-# == 15. Steps =========================================================
+# == 15. Leases ========================================================
+#
+# What every lease has in common, whoever holds what: taking it, waiting for it, being
+# told that it went to another. The decisions are those of section 3.
+
+
+def poll_pause(tries: int) -> float:
+    """Seconds until the next look: from 0.2 to 15, growing, with jitter."""
+    import random
+    return min(15.0, 0.2 * 1.3 ** min(tries, 20)) * (0.5 + random.random() / 2)
+
+
+def waiting(ledger: Ledger, wait: float, act: object) -> object:
+    """act(), again and again while another holds it or needs are missing.
+
+    wait: seconds; 0 tries once and raises what act raised, else TimedOut at the end. The
+    pause follows the lease that is in the way, never a fixed period.
+    """
+    until, tries = time.monotonic() + wait, 0
+    while True:
+        ledger.restart()
+        try:
+            return act()
+        except (Held, Blocked) as why:
+            left = until - time.monotonic()
+            if wait <= 0:
+                raise
+            if left <= 0:
+                raise TimedOut(f"{why.message}; waited {wait:g}s", hint=why.hint,
+                               **why.details) from why
+            expires = why.details.get("expires_in_s")
+            due = 15 if expires is None else expires + 1
+            time.sleep(max(0.05, min(left, poll_pause(tries), due)))
+            tries += 1
+
+
+def checked_ttl(ttl: int | None, default: int = TTL) -> int:
+    """`ttl` in seconds, or `default` when none is given. Usage unless whole and >= 0."""
+    if ttl is None:
+        return default
+    if type(ttl) is not int or not 0 <= ttl <= 10**9:
+        raise Usage(f"ttl {ttl!r} is not a whole number of seconds",
+                    hint="0 never expires")
+    return ttl
+
+
+class Lease:
+    """A lease I hold. As a context manager it is given back on leaving.
+
+    name: what it is called. resource: how local state calls it. token; doc (the record
+    as written); fresh (False: it was mine already).
+    """
+
+    def __init__(self, leases: object, key: str, *, resource: str, subject: str,
+                 doc: dict, fresh: bool) -> None:
+        self.leases, self.key, self.resource = leases, key, resource
+        self.subject, self.doc, self.fresh = subject, doc, fresh
+        self.name = resource.partition("/")[2]
+        self.token, self.done = token_of(doc), False
+
+    def renew(self) -> dict:
+        """Begin the lease anew. Raises Fenced when it was lost."""
+        return self.leases.renew(self.key, self.resource, subject=self.subject,
+                                 token=self.token)
+
+    def release(self, why: str = "released") -> dict:
+        """Give it back."""
+        doc = self.leases.release(self.key, self.resource, subject=self.subject,
+                                  token=self.token, why=why)
+        self.done = True
+        return doc
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if not self.done and not isinstance(error, Fenced):
+            self.release()
+
+
+class Leases:
+    """Takes, renews and releases lease records of any key, as one agent.
+
+    who: see Who. notify: callable(agent, text, step) told of takeovers. resource: the
+    name under which local state keeps the token, e.g. lock/models.py.
+    """
+
+    def __init__(self, ledger: Ledger, who: object, notify: object) -> None:
+        self.ledger, self.who, self.notify = ledger, who, notify
+
+    def me(self, resource: str, token: int | None = None) -> Me:
+        """Who I am towards a resource: with the token given, passed on, or kept."""
+        if token is None:
+            token = self.who.token_for(resource)
+        return Me(self.who.agent, self.who.instance, token=token,
+                  explicit=self.who.explicit)
+
+    def ends(self, ttl: int) -> str:
+        """When a lease of `ttl` seconds that begins now ends; "" for never."""
+        return self.ledger.at(ttl) if ttl else ""
+
+    def take(self, key: str, resource: str, *, subject: str, ttl: int | None = None,
+             wait: float = 0, resume: bool = False, op: str = "",
+             fields: dict | None = None) -> Lease:
+        """Take the lease at `key`: one winner per token. Raises Held, TimedOut, Unknown.
+
+        fields: what else the record says. wait: seconds to wait for its holder.
+        Keys: CAS `key`"""
+        how = {"ttl": checked_ttl(ttl), "resume": resume}
+        return waiting(self.ledger, wait, lambda: self._take(
+            key, resource, subject=subject, how=how, op=op, fields=fields or {}))
+
+    def _take(self, key: str, resource: str, *, subject: str, how: dict, op: str,
+              fields: dict) -> Lease:
+        begun, me = time.monotonic(), self.me(resource)
+
+        def decide(record: Record) -> dict:
+            new = take(record.doc, me, record.age, at=self.ledger.at(), max_attempts=0,
+                       ends=self.ends(how["ttl"]), **how)
+            return new if new is record.doc else {**new, **fields}
+        change = self.ledger.change(key, naming(subject, decide), op=op)
+        raised = self.won(change, resource, subject=subject)
+        if raised:
+            self.tell_former(change, subject, about="")
+        lease = Lease(self, key, resource=resource, subject=subject, doc=change.doc,
+                      fresh=raised)
+        self.hurry(lease, begun)
+        return lease
+
+    def won(self, change: Change, resource: str, *, subject: str) -> bool:
+        """Whether the token rose with `change`, which is noted in local state.
+
+        Raises Fenced or Conflict when it landed, but the lease is another's by now.
+        """
+        doc, before, me = change.doc, change.before.doc, self.me(resource)
+        mine = doc.get("agent") == me.agent and doc.get("instance") == me.instance
+        if not change.wrote and not holds(doc, me) and not (
+                mine and state_of(doc) == "in_progress"):
+            raise self._moved_on(subject, doc)  # a repeated --op: it landed, long ago
+        if token_of(change.after.doc) != token_of(doc):
+            raise Fenced(f"{subject}: your claim landed, but the lease was taken over"
+                         " before its answer was settled", token=token_of(doc))
+        if state_of(doc) == "in_progress":
+            self.who.hold(resource, token_of(doc), ttl=number(doc, "ttl"))
+        return token_of(doc) > token_of(before)
+
+    def _moved_on(self, subject: str, doc: dict) -> Error:
+        kind = Fenced if state_of(doc) == "in_progress" else Conflict
+        return kind(f"{subject}: that claim landed, but it has moved on:"
+                    f" {shown(doc.get('agent'))} has token {token_of(doc)}"
+                    f" ({state_of(doc)})", holder=doc.get("agent"),
+                    token=token_of(doc), state=state_of(doc))
+
+    def tell_former(self, change: Change, subject: str, *, about: str) -> None:
+        """Send a notice to whom the lease was taken from. about: a step, or ""."""
+        before, doc = change.before.doc, change.doc
+        if state_of(before) != "in_progress" or not before:
+            return
+        why = doc["history"][-1]["why"]
+        self.notify(before.get("agent"), f"{subject}: {why} ({self.who.agent}, token"
+                    f" {token_of(doc)})", about)
+
+    def hurry(self, lease: object, begun: float) -> None:
+        """Renew a lease whose taking was slow or doubtful: make sure (facts 2.2)."""
+        ttl = number(lease.doc, "ttl")
+        if ttl and time.monotonic() - begun > ttl / 3:
+            lease.renew()
+
+    def renew(self, key: str, resource: str, *, subject: str,
+              token: int | None = None, op: str = "") -> dict:
+        """Push the end of my lease to now + its ttl. Raises Fenced, Conflict, Unknown.
+
+        Keys: CAS `key`"""
+        me = self.me(resource, token)
+
+        def decide(record: Record) -> dict:
+            return renew(record.doc, me, at=self.ledger.at(),
+                         ends=self.ends(number(record.doc, "ttl")))
+        return self.kept(self._change(key, resource, decide, subject=subject, op=op),
+                         resource, me=me, subject=subject)
+
+    def kept(self, change: Change, resource: str, *, me: Me, subject: str) -> dict:
+        """The renewed record; raises when it was taken over before that was known."""
+        doc = change.after.doc
+        if not holds(doc, me):
+            self.who.drop(resource)
+            why = refusal(doc, me)
+            raise type(why)(f"{subject}: {why.message}", hint=why.hint, **why.details)
+        self.who.hold(resource, token_of(doc), ttl=number(doc, "ttl"))
+        return doc
+
+    def release(self, key: str, resource: str, *, subject: str,
+                token: int | None = None, why: str = "released",
+                op: str = "") -> dict:
+        """Give a lease back, so that anyone may take it. Twice is once.
+
+        Keys: CAS `key`"""
+        me = self.me(resource, token)
+
+        def decide(record: Record) -> dict:
+            return release(record.doc, me, at=self.ledger.at(), why=why)
+        doc = self._change(key, resource, decide, subject=subject, op=op).doc
+        self.forget(resource, doc)
+        return doc
+
+    def forget(self, resource: str, doc: dict) -> None:
+        """Renew no more what was given back or has ended under my token."""
+        if self.who.token_for(resource) == token_of(doc):
+            self.who.hold(resource, token_of(doc), ttl=0)
+
+    def _change(self, key: str, resource: str, decide: object, *, subject: str,
+                op: str) -> Change:
+        try:
+            return self.ledger.change(key, naming(subject, decide), op=op)
+        except Fenced:
+            self.who.drop(resource)
+            raise
+
+
+# == 16. Steps =========================================================
 #
 # Claims, leases, hand-offs and their projections: the decisions of section 3 carried
 # out on records. Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -5516,14 +5737,12 @@ class Steps:
     token_for(resource); notify: callable(agent, text, step) for takeovers."""
 
     def __init__(self, ledger: Ledger, who: object, notify: object) -> None:
-        self.ledger, self.who, self.notify = ledger, who, notify
+        self.ledger, self.who = ledger, who
+        self.leases = Leases(ledger, who, notify)
 
     def me(self, sid: str, token: int | None = None) -> Me:
         """Who I am towards step `sid`: with the token given, passed on, or kept."""
-        if token is None:
-            token = self.who.token_for(f"step/{sid}")
-        return Me(self.who.agent, self.who.instance, token=token,
-                  explicit=self.who.explicit)
+        return self.leases.me(f"step/{sid}", token)
 
     # -- looking
 
@@ -5650,27 +5869,9 @@ class Steps:
         ttl: seconds of the lease, 0 never expires. wait: seconds to wait for a holder
         or for needs. Raises Held, Conflict, Blocked, TimedOut, Unknown.
         Keys: CAS steps/<sid>/claim.json, then status.json where one is there."""
-        if ttl is not None and (type(ttl) is not int or not 0 <= ttl <= 10**9):
-            raise Usage(f"ttl {ttl!r} is not a whole number of seconds",
-                        hint="0 never expires")
-        until, tries = time.monotonic() + wait, 0
-        how = {"ttl": TTL if ttl is None else ttl, "reopen": reopen, "resume": resume}
-        while True:
-            self.ledger.restart()
-            try:
-                return self._claim(step, how, ignore_needs=ignore_needs, op=op)
-            except (Held, Blocked) as why:
-                left = until - time.monotonic()
-                if wait <= 0:
-                    raise
-                if left <= 0:
-                    raise TimedOut(f"{why.message}; waited {wait:g}s", hint=why.hint,
-                                   **why.details) from why
-                expires = why.details.get("expires_in_s")
-                due = 15 if expires is None else expires + 1
-                nap = min(left, poll_pause(tries), due)
-                time.sleep(max(0.05, nap))
-                tries += 1
+        how = {"ttl": checked_ttl(ttl), "reopen": reopen, "resume": resume}
+        return waiting(self.ledger, wait, lambda: self._claim(
+            step, how, ignore_needs=ignore_needs, op=op))
 
     def _claim(self, step: str, how: dict, *, ignore_needs: bool, op: str) -> Claim:
         sid, begun = step_id(step), time.monotonic()
@@ -5691,7 +5892,7 @@ class Steps:
             again = needs and how["reopen"] and state_of(claim) in ENDED
             missing = tuple(self._missing(needs)) if free or again else ()
             new = take(claim, me, record.age, at=self.ledger.at(), missing=missing,
-                       ends=self.ledger.at(how["ttl"]) if how["ttl"] else "", **how)
+                       ends=self.leases.ends(how["ttl"]), **how)
             if token_of(new) > token_of(claim):
                 new["status_seen"] = status.stamp
                 if step != sid:
@@ -5704,31 +5905,19 @@ class Steps:
 
     def _claimed(self, step: str, sid: str, change: Change, *, status: Record,
                  begun: float) -> Claim:
-        doc, before, me = change.doc, change.before.doc, self.me(sid)
-        mine = doc.get("agent") == me.agent and doc.get("instance") == me.instance
-        if not change.wrote and not holds(doc, me) and not (
-                mine and state_of(doc) == "in_progress"):
-            raise self._moved_on(step, doc)  # a repeated --op: it landed, long ago
-        if token_of(change.after.doc) != token_of(doc):
-            raise Fenced(f"Step {step}: your claim landed, but the lease was taken over"
-                         " before its answer was settled", token=token_of(doc))
-        raised = token_of(doc) > token_of(before)
-        if state_of(doc) == "in_progress":
-            self.who.hold(f"step/{sid}", token_of(doc), ttl=number(doc, "ttl"))
+        doc, subject = change.doc, f"Step {step}"
+        raised = self.leases.won(change, f"step/{sid}", subject=subject)
         late = token_of(doc) > 1 and number(status.doc, "token") < token_of(doc)
         if late or (change.wrote and raised and status.doc is not None):
             self._project_one(f"steps/{sid}/status.json", project_status(doc), sid,
                               seen=status)
-        if raised and state_of(before) == "in_progress":
-            why = doc["history"][-1]["why"]
-            self.notify(before.get("agent"), f"Step {step}: {why} ({self.who.agent},"
-                        f" token {token_of(doc)})", sid)
+        if raised:
+            self.leases.tell_former(change, subject, about=sid)
         if state_of(doc) == "failed":
-            raise Conflict(f"Step {step} is failed: all attempts are used up",
+            raise Conflict(f"{subject} is failed: all attempts are used up",
                            state="failed", hint="--reopen starts it again")
         claim = Claim(self, sid, doc, fresh=raised)
-        if number(doc, "ttl") and time.monotonic() - begun > number(doc, "ttl") / 3:
-            claim.renew()  # a slow, doubtful claim: make sure of it (facts 2.2)
+        self.leases.hurry(claim, begun)
         return claim
 
     def renew(self, step: str, *, token: int | None = None, op: str = "") -> dict:
@@ -5740,16 +5929,10 @@ class Steps:
         me = self.me(sid, token)
 
         def decide(claim: dict | None) -> dict:
-            ttl = number(claim, "ttl")
-            ends = self.ledger.at(ttl) if ttl else ""
-            return renew(claim, me, at=self.ledger.at(), ends=ends)
-        doc = self._change(step, sid, decide, op).after.doc
-        if not holds(doc, me):  # it landed, but was taken over before that was known
-            self.who.drop(f"step/{sid}")
-            why = refusal(doc, me)
-            raise type(why)(f"Step {step}: {why.message}", hint=why.hint, **why.details)
-        self.who.hold(f"step/{sid}", token_of(doc), ttl=number(doc, "ttl"))
-        return doc
+            return renew(claim, me, at=self.ledger.at(),
+                         ends=self.leases.ends(number(claim, "ttl")))
+        return self.leases.kept(self._change(step, sid, decide, op), f"step/{sid}",
+                                me=me, subject=f"Step {step}")
 
     def _change(self, step: str, sid: str, decide: object, op: str, *,
                 project: bool = False) -> Change:
@@ -5767,13 +5950,6 @@ class Steps:
         if project:
             self._projected(sid, change, status)
         return change
-
-    def _moved_on(self, step: str, doc: dict) -> Error:
-        kind = Fenced if state_of(doc) == "in_progress" else Conflict
-        return kind(f"Step {step}: that claim landed, but the step has moved on:"
-                    f" {shown(doc.get('agent'))} has token {token_of(doc)}"
-                    f" ({state_of(doc)})", holder=doc.get("agent"),
-                    token=token_of(doc), state=state_of(doc))
 
     def _claim_and_status(self, sid: str) -> list:
         self.ledger.restart()
@@ -5793,8 +5969,7 @@ class Steps:
         def decide(claim: dict | None) -> dict:
             return release(claim, me, at=self.ledger.at(), why=why)
         change = self._change(step, sid, decide, op, project=True)
-        if self.who.token_for(f"step/{sid}") == token_of(change.doc):
-            self.who.hold(f"step/{sid}", token_of(change.doc), ttl=0)
+        self.leases.forget(f"step/{sid}", change.doc)
         return change.doc
 
     def end(self, step: str, state: str = "complete", *, note: str = "",
@@ -5930,13 +6105,7 @@ class Steps:
             tries += 1
 
 
-def poll_pause(tries: int) -> float:
-    """Seconds until the next look: from 0.2 to 15, growing, with jitter."""
-    import random
-    return min(15.0, 0.2 * 1.3 ** min(tries, 20)) * (0.5 + random.random() / 2)
-
-
-# == 16. Memory ========================================================
+# == 17. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -6135,7 +6304,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 17. Mail ==========================================================
+# == 18. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -6389,7 +6558,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 18. Artifacts =====================================================
+# == 19. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -7091,7 +7260,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 19. Project =======================================================
+# == 20. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -7171,6 +7340,7 @@ class Project:
         self.memory = Memory(ledger, who, self.artifacts)
         self.mail = Mail(ledger, who, self.artifacts)
         self.steps = Steps(ledger, who, self._tell)
+        self.renewers = {"step": self.steps.renew}  # how each kind of lease is renewed
 
     def _tell(self, agent: str, text: str, step: str) -> None:
         """A notice beside an act that already succeeded: its failure is a warning."""
@@ -7272,28 +7442,32 @@ class Project:
     def checkin(self, **how: object) -> dict:
         """Presence, renewal of my claims and the count of unread mail, in one call."""
         presence = self.heartbeat(**how)
-        renewed, lost = self.renew_all(older=0)
+        renewed, lost = (
+            [name.replace("step/", "", 1).replace("/", " ", 1) for name in names]
+            for names in self.renew_all(older=0))  # a step by its id, else `lock NAME`
         unread = self.mail.inbox(new=True).messages
         return {"agent": self.agent, "heartbeat": presence["heartbeat"],
                 "renewed": renewed, "lost": lost, "unread": len(unread)}
 
     def renew_all(self, *, older: float | None = None) -> tuple:
-        """Renew the claims in local state older than ttl/3 (older: seconds instead).
+        """Renew what local state says I hold and is older than ttl/3 (older: seconds).
 
-        ([steps renewed], [steps lost]); an unreachable store leaves them for later."""
+        ([resources renewed], [lost]), such as step/design; an unreachable store leaves
+        them for later."""
         renewed, lost = [], []
         for name, kept in self.who.holds().items():
+            kind, _, what = name.partition("/")
             ttl, since = number(kept, "ttl"), time.time() - (kept.get("at") or 0)
-            if not name.startswith("step/") or not ttl:
+            if kind not in self.renewers or not ttl:
                 continue
             if since < (ttl / 3 if older is None else older):
                 continue
             try:
-                self.renew(name[len("step/"):])
-                renewed.append(name[len("step/"):])
+                self.renewers[kind](what)
+                renewed.append(name)
             except (Fenced, Conflict):
                 self.who.drop(name)
-                lost.append(name[len("step/"):])
+                lost.append(name)
         return renewed, lost
 
     def init(self, *, probe: bool = True, races: bool = True) -> dict:
@@ -7335,8 +7509,9 @@ class Project:
             return
         try:
             if mutating:
-                for step in self.renew_all()[1]:
-                    self.ledger.warn(f"the lease of step {step} was lost")
+                for name in self.renew_all()[1]:
+                    self.ledger.warn(f"the lease of {name.replace('/', ' ', 1)}"
+                                     " was lost")
             self.presence.refresh(self.who.state.age("presence"))
         except Error:
             return
@@ -7406,7 +7581,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 20. Views =========================================================
+# == 21. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -7752,7 +7927,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 21. Doctor ========================================================
+# == 22. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -8077,7 +8252,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 22. Trials ========================================================
+# == 23. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -8591,7 +8766,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 23. Drill and bench ===============================================
+# == 24. Drill and bench ===============================================
 #
 # Races and measurements on a store of the user's choice.
 
@@ -9096,7 +9271,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 24. Rows ==========================================================
+# == 25. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -9319,42 +9494,10 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 25. Step commands =================================================
+# == 26. Commands under a lease ========================================
 #
-# Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
-# where it has the command. They print and they call; every rule lives above.
-
-
-def record_of(doc: dict, **names: object) -> dict:
-    """A stored record as --json prints it: as it is, plus step, id or key."""
-    return {**doc, **{name: text for name, text in names.items() if text is not None}}
-
-
-@command(
-    "claim", "take a step; one winner, whoever asks", STEP_ARG,
-    arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
-    arg("--wait", type=finite, default=0, metavar="SECONDS", help="while it is held"),
-    arg("--reopen", action="store_true", help="take it though it has ended"),
-    arg("--resume", action="store_true", help="take over from another instance of me"),
-    arg("--ignore-needs", action="store_true", help="though needs are not complete"),
-    examples=("claim design", "claim docs --ttl 600 -- make docs"),
-    exits="0 3 4 5 6 7 9 10", op=True, after="CMD…")
-def cmd_claim(project: object, options: object) -> int:
-    if options.rest is not None:
-        check_command(options.rest)
-    if options.ttl is not None and options.ttl < 0:
-        raise Usage("--ttl cannot be negative", hint="0 is a lease that never ends")
-    asked = time.monotonic()
-    ttl = project.settings.ttl if options.ttl is None else options.ttl
-    claim = project.steps.claim(
-        options.step, ttl=ttl, wait=options.wait, reopen=options.reopen,
-        resume=options.resume, ignore_needs=options.ignore_needs, op=options.op)
-    line = f"Claimed step {options.step} as {project.agent}"
-    if options.rest is not None:
-        remark(options, line)
-        return run_under(project, claim, options, asked)
-    answer(options, line, record_of(claim.doc, step=claim.step))
-    return 0
+# `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
+# Knows processes and signals; must not know what the lease is for.
 
 
 def check_command(words: list) -> None:
@@ -9365,21 +9508,6 @@ def check_command(words: list) -> None:
     if shutil.which(words[0]) is None:
         raise Usage(f"command {shown(words[0])!r} not found",
                     hint="nothing was claimed")
-
-
-def child_environ(project: object, claim: object) -> dict:
-    """The environment of a command run under a claim (cli.md, Exit codes)."""
-    spec = project.steps.view(claim.step).get("spec") or {}
-    return {
-        **os.environ,
-        "TRACECRAFT_STEP": claim.step, "TRACECRAFT_TOKEN": str(claim.token),
-        "TRACECRAFT_TITLE": str(spec.get("title") or ""),
-        "TRACECRAFT_NEEDS": ",".join(texts(spec, "needs")),
-        "TRACECRAFT_ATTEMPT": str(claim.attempt),
-        "TRACECRAFT_STORE": project.store.url,
-        "TRACECRAFT_PROJECT": project.settings.project,
-        "TRACECRAFT_AGENT": project.agent, "TRACECRAFT_INSTANCE": project.instance,
-    }
 
 
 class Renewer:
@@ -9450,30 +9578,36 @@ class Renewer:
             self._thread.join(2)
 
 
-def run_under(project: object, claim: object, options: object, asked: float) -> int:
-    """Run the command after `--` while its claim is kept alive; its exit code, or 4."""
+def run_under(lease: object, words: list, environ: dict, *, subject: str,
+              asked: float) -> int:
+    """Run CMD while its lease is kept alive; its exit code (128 + signal).
+
+    lease: has doc, renew() and release(). asked: time.monotonic() before it was taken.
+    Raises Fenced when the lease was lost and CMD ended for it; KeyboardInterrupt after
+    CMD was ended; Usage, the lease given back, when CMD cannot be started.
+    """
     import subprocess
-    renewer = Renewer(claim, asked)
+    renewer = Renewer(lease, asked)
     own_group = os.name == "posix" and not sys.stdin.isatty()
     try:
         renewer.start()
-        process = subprocess.Popen(options.rest, env=child_environ(project, claim),
-                                   start_new_session=own_group)
+        process = subprocess.Popen(words, env=environ, start_new_session=own_group)
     except OSError as why:
-        claim.release()
-        raise Usage(f"cannot run {shown(options.rest[0])}: {why.strerror}",
-                    hint="the step was released") from why
+        lease.release()
+        raise Usage(f"cannot run {shown(words[0])}: {why.strerror}",
+                    hint=f"{subject} was given back") from why
     try:
         code = watch_child(process, renewer, own_group)
     except KeyboardInterrupt:
         end_child(process, own_group)
         renewer.stop()
-        finish_under(project, claim, options, 130)
         raise
     renewer.stop()
     if renewer.gone is not None or code is None:
-        raise lease_lost(claim, renewer)
-    return finish_under(project, claim, options, code)
+        why = renewer.lost or Fenced("was lost")
+        raise Fenced(f"{subject}: the lease was lost and the command ended:"
+                     f" {why.message}", hint=why.hint, **why.details)
+    return code
 
 
 def watch_child(process: object, renewer: Renewer, own_group: bool) -> int | None:
@@ -9521,12 +9655,69 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-def lease_lost(claim: object, renewer: Renewer) -> Error:
-    """What to raise for a command whose claim went to another."""
-    why = renewer.lost or Fenced("was lost")
-    lost = Fenced(f"Step {claim.step}: the lease was lost and the command ended:"
-                  f" {why.message}", hint=why.hint, **why.details)
-    return lost
+# == 27. Step commands =================================================
+#
+# Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
+# where it has the command. They print and they call; every rule lives above.
+
+
+def record_of(doc: dict, **names: object) -> dict:
+    """A stored record as --json prints it: as it is, plus step, id or key."""
+    return {**doc, **{name: text for name, text in names.items() if text is not None}}
+
+
+@command(
+    "claim", "take a step; one winner, whoever asks", STEP_ARG,
+    arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
+    arg("--wait", type=finite, default=0, metavar="SECONDS", help="while it is held"),
+    arg("--reopen", action="store_true", help="take it though it has ended"),
+    arg("--resume", action="store_true", help="take over from another instance of me"),
+    arg("--ignore-needs", action="store_true", help="though needs are not complete"),
+    examples=("claim design", "claim docs --ttl 600 -- make docs"),
+    exits="0 3 4 5 6 7 9 10", op=True, after="CMD…")
+def cmd_claim(project: object, options: object) -> int:
+    if options.rest is not None:
+        check_command(options.rest)
+    if options.ttl is not None and options.ttl < 0:
+        raise Usage("--ttl cannot be negative", hint="0 is a lease that never ends")
+    asked = time.monotonic()
+    ttl = project.settings.ttl if options.ttl is None else options.ttl
+    claim = project.steps.claim(
+        options.step, ttl=ttl, wait=options.wait, reopen=options.reopen,
+        resume=options.resume, ignore_needs=options.ignore_needs, op=options.op)
+    line = f"Claimed step {options.step} as {project.agent}"
+    if options.rest is not None:
+        remark(options, line)
+        return run_claimed(project, claim, options.rest, options=options, asked=asked)
+    answer(options, line, record_of(claim.doc, step=claim.step))
+    return 0
+
+
+def child_environ(project: object, claim: object) -> dict:
+    """The environment of a command run under a claim (cli.md, Exit codes)."""
+    spec = project.steps.view(claim.step).get("spec") or {}
+    return {
+        **os.environ,
+        "TRACECRAFT_STEP": claim.step, "TRACECRAFT_TOKEN": str(claim.token),
+        "TRACECRAFT_TITLE": str(spec.get("title") or ""),
+        "TRACECRAFT_NEEDS": ",".join(texts(spec, "needs")),
+        "TRACECRAFT_ATTEMPT": str(claim.attempt),
+        "TRACECRAFT_STORE": project.store.url,
+        "TRACECRAFT_PROJECT": project.settings.project,
+        "TRACECRAFT_AGENT": project.agent, "TRACECRAFT_INSTANCE": project.instance,
+    }
+
+
+def run_claimed(project: object, claim: object, words: list, *, options: object,
+                asked: float) -> int:
+    """Run CMD under a claim, then complete or release the step; CMD's exit code."""
+    try:
+        code = run_under(claim, words, child_environ(project, claim),
+                         subject=f"Step {claim.step}", asked=asked)
+    except KeyboardInterrupt:
+        finish_under(project, claim, options, 130)
+        raise
+    return finish_under(project, claim, options, code)
 
 
 def finish_under(project: object, claim: object, options: object, code: int) -> int:
@@ -9761,7 +9952,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 26. Commands of memory, mail and files ============================
+# == 28. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -10051,7 +10242,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 27. Commands of presence, views and set-up ========================
+# == 29. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -10522,7 +10713,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 28. Command line ==================================================
+# == 30. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
