@@ -36,12 +36,12 @@ Contents (grep -n '^# == ' prints them with line numbers):
   7 S3                       8 S3 store                 9 Probe
   10 Settings                11 Local state             12 Command settings
   13 Credentials             14 Ledger                  15 Leases
-  16 Steps                   17 Memory                  18 Mail
-  19 Artifacts               20 Project                 21 Views
-  22 Doctor                  23 Trials                  24 Drill and bench
-  25 Rows                    26 Commands under a lease  27 Step commands
-  28 Commands of memory, mail and files  29 Commands of presence, views and set-up
-  30 Command line
+  16 Hints                   17 Steps                   18 Memory
+  19 Mail                    20 Artifacts               21 Project
+  22 Views                   23 Doctor                  24 Trials
+  25 Drill and bench         26 Rows                    27 Commands under a lease
+  28 Step commands           29 Commands of memory, mail and files
+  30 Commands of presence, views and set-up  31 Command line
 """
 
 from __future__ import annotations
@@ -5686,7 +5686,123 @@ class Leases:
             raise
 
 
-# == 16. Steps =========================================================
+# == 16. Hints =========================================================
+#
+# Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
+# taken next under that token, active/<name>.<token> was taken. They save a search and
+# decide nothing: one that is missing, late, forged or left over costs requests, never
+# a step. Knows names and the ledger; must not know what the markers stand for.
+
+PRIORITIES = 10  # 0 first; 5 where none is given
+PRIORITY = 5
+PAGE = 1000  # markers of one look: what one LIST request returns
+STRICT = 64  # up to so many equally urgent ones the oldest is taken first
+HINT_LIVES = 3600  # seconds after which no writer still follows its marker
+
+
+class Hint:
+    """A marker as it was listed. priority None: an active one. at_ns: 0 if untimed."""
+
+    __slots__ = ("key", "priority", "name", "token", "at_ns", "modified", "age")
+
+    def __init__(self, key: str, *, priority: int | None, name: str, token: int,
+                 at_ns: int, modified: float | None, age: float) -> None:
+        self.key, self.priority, self.name = key, priority, name
+        self.token, self.at_ns = token, at_ns
+        self.modified, self.age = modified, age
+
+    @property
+    def rank(self) -> tuple:
+        """What is taken first sorts first: priority, then time, then name."""
+        return self.priority or 0, self.at_ns, self.modified or 0.0, self.name
+
+
+def pick(hints: list, *, crowded: bool, roll: float) -> Hint | None:
+    """The marker to try first; None when there is none. roll: random, 0 <= roll < 1.
+
+    The best priority, there the oldest. Where many want one of very many, each takes
+    any of the older half: or all would race for the same one, and all but one lose.
+    """
+    if not hints:
+        return None
+    best = min(hint.priority for hint in hints)
+    some = sorted((h for h in hints if h.priority == best), key=lambda hint: hint.rank)
+    many = len(some) > STRICT
+    window = len(some) // 2 if many else len(some) if crowded else 1
+    return some[int(roll * window)]
+
+
+class Hints:
+    """The markers below one prefix ("" for steps, queues/<q>/ for a queue).
+
+    timed: names begin with 19 digits, the time in ns from which they may be taken.
+    """
+
+    def __init__(self, ledger: Ledger, prefix: str = "", *, timed: bool = False) -> None:
+        self.ledger, self.prefix, self.timed = ledger, prefix, timed
+
+    def ready_key(self, priority: int, name: str, token: int, *, at_ns: int = 0) -> str:
+        """The key of a ready marker."""
+        lead = f"{at_ns:019d}_" if self.timed else ""
+        return f"{self.prefix}ready/{priority:02d}/{lead}{name}.{token}"
+
+    def active_key(self, name: str, token: int) -> str:
+        """The key of an active marker."""
+        return f"{self.prefix}active/{name}.{token}"
+
+    def put(self, key: str) -> None:
+        """Put a marker. Before the change it announces, so that none is missed."""
+        self.ledger.put(key, {"by": self.ledger.writer, "at": self.ledger.at()})
+
+    def put_after(self, key: str) -> None:
+        """Put a marker after a change that has landed: trouble is only a warning."""
+        self._try(self.put, key)
+
+    def drop(self, key: str) -> None:
+        """Remove a marker whose change has landed."""
+        self._try(self.ledger.store.delete, key)
+
+    def _try(self, act: object, key: str) -> None:
+        try:
+            act(key)
+        except Error as why:
+            self.ledger.warn(f"{key}: {why.message}; the next sweep mends it")
+
+    def ready(self, *, limit: int = PAGE) -> list:
+        """Ready markers, the best priorities first: one request."""
+        return self._list("ready/", limit)
+
+    def active(self, *, limit: int = PAGE) -> list:
+        """Active markers: one request; as many as there are holders."""
+        return self._list("active/", limit)
+
+    def _list(self, family: str, limit: int) -> list:
+        prefix = self.prefix + family
+        listing = self.ledger.list(prefix, limit=limit)
+        hints = [self._parse(e, prefix, family=family, now=listing.now)
+                 for e in listing.entries]
+        return [hint for hint in hints if hint is not None]
+
+    def _parse(self, entry: object, prefix: str, *, family: str,
+               now: float) -> Hint | None:
+        """A listed marker, or None for a name that none of ours can have."""
+        level, slash, leaf = entry.key[len(prefix):].rpartition("/")
+        name, _, token = leaf.rpartition(".")
+        at_ns, timed = 0, self.timed and family == "ready/"
+        if timed and name[:19].isdigit() and name[19:20] == "_":
+            at_ns, name = int(name[:19]), name[20:]
+        sound = name and token.isascii() and token.isdigit() and len(token) < 16 \
+            and (at_ns or not timed)
+        good = level.isascii() and level.isdigit() and int(level) < PRIORITIES \
+            if family == "ready/" else not slash
+        if not (sound and good):
+            return None
+        age = 0.0 if entry.modified is None else max(0.0, now - entry.modified)
+        return Hint(entry.key, priority=int(level) if slash else None, name=name,
+                    token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
+
+
+# == 17. Steps =========================================================
 #
 # Claims, leases, hand-offs and their projections: the decisions of section 3 carried
 # out on records. Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -6105,7 +6221,7 @@ class Steps:
             tries += 1
 
 
-# == 17. Memory ========================================================
+# == 18. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -6304,7 +6420,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 18. Mail ==========================================================
+# == 19. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -6558,7 +6674,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 19. Artifacts =====================================================
+# == 20. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -7260,7 +7376,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 20. Project =======================================================
+# == 21. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -7581,7 +7697,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 21. Views =========================================================
+# == 22. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -7927,7 +8043,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 22. Doctor ========================================================
+# == 23. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -8252,7 +8368,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 23. Trials ========================================================
+# == 24. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -8766,7 +8882,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 24. Drill and bench ===============================================
+# == 25. Drill and bench ===============================================
 #
 # Races and measurements on a store of the user's choice.
 
@@ -9271,7 +9387,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 25. Rows ==========================================================
+# == 26. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -9494,7 +9610,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 26. Commands under a lease ========================================
+# == 27. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -9655,7 +9771,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 27. Step commands =================================================
+# == 28. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -9952,7 +10068,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 28. Commands of memory, mail and files ============================
+# == 29. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -10242,7 +10358,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 29. Commands of presence, views and set-up ========================
+# == 30. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -10713,7 +10829,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 30. Command line ==================================================
+# == 31. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
