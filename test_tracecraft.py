@@ -8008,21 +8008,22 @@ def test_a_claim_with_a_need_costs_its_spec_and_the_need(ada, bob):
     ada.add_step("s", needs=["a"])
     ada.complete("a")
     assert spent(bob, bob.claim, "s") == {
-        "LIST steps/s/": 1, "GET steps/s/spec.json": 1, "LIST steps/a/": 1,
-        "GET steps/a/claim.json": 1, "GET steps/a/status.json": 1, f"PUT {CLAIM}": 1}
+        "LIST steps/s/": 1, "GET steps/s/spec.json": 1, "GET steps/a/claim.json": 1,
+        f"PUT {CLAIM}": 1}
 
 
-def test_completing_costs_two_requests_and_the_projections(ada):
+def test_completing_costs_two_requests_the_projections_and_who_waits_for_it(ada):
     ada.claim("s")
     assert spent(ada, ada.complete, "s") == {
         f"GET {CLAIM}": 1, f"PUT {CLAIM}": 1, f"GET {STATUS}": 1,
-        f"PUT {HANDOFF}": 1, f"PUT {STATUS}": 1}
+        f"PUT {HANDOFF}": 1, f"PUT {STATUS}": 1, "LIST dependents/s/": 1}
 
 
-def test_releasing_costs_two_requests_and_the_projection(ada):
+def test_releasing_costs_two_requests_the_projection_and_a_ready_marker(ada):
     ada.claim("s")
     assert spent(ada, ada.release, "s") == {
-        f"GET {CLAIM}": 1, f"PUT {CLAIM}": 1, f"GET {STATUS}": 1, f"PUT {STATUS}": 1}
+        f"GET {CLAIM}": 1, f"PUT {CLAIM}": 1, f"GET {STATUS}": 1, f"PUT {STATUS}": 1,
+        "GET steps/s/spec.json": 1, "PUT ready/05/s.2": 1}
 
 
 def test_renewing_costs_two_requests_and_a_look_for_acts_of_02(ada):

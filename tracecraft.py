@@ -32,16 +32,18 @@ tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
-  4 Wire                     5 HTTP                     6 Stores
-  7 S3                       8 S3 store                 9 Probe
-  10 Settings                11 Local state             12 Command settings
-  13 Credentials             14 Ledger                  15 Leases
-  16 Hints                   17 Steps                   18 Memory
-  19 Mail                    20 Artifacts               21 Project
-  22 Views                   23 Doctor                  24 Trials
-  25 Drill and bench         26 Rows                    27 Commands under a lease
-  28 Step commands           29 Commands of memory, mail and files
-  30 Commands of presence, views and set-up  31 Command line
+  4 Plans                    5 Wire                     6 HTTP
+  7 Stores                   8 S3                       9 S3 store
+  10 Probe                   11 Settings                12 Local state
+  13 Command settings        14 Credentials             15 Ledger
+  16 Leases                  17 Hints                   18 Step records
+  19 Frontier                20 Steps                   21 Tasks
+  22 Memory                  23 Mail                    24 Artifacts
+  25 Project                 26 Context                 27 Views
+  28 Doctor                  29 Trials                  30 Drill and bench
+  31 Rows                    32 Commands under a lease  33 Step commands
+  34 Task commands           35 Commands of memory, mail and files
+  36 Commands of presence, views and set-up  37 Command line
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ LAYOUT = 1  # of _project.json; a client refuses a newer one
 TTL = 1800  # seconds a claim lives unrenewed: an agent's turn can block for minutes
 GRACE = 5  # seconds beyond ttl before a takeover: 2 s of stamp truncation + skew
 MAX_ATTEMPTS = 3
+PRIORITIES = 10  # 0 first ...
+PRIORITY = 5  # ... and this where none is given
 RECENT = 16  # rev:nonce pairs kept in a record (protocol 1.3) ...
 RECENT_OPS = 256  # ... and where operations are applied (incr, append, merge)
 HISTORY = 32  # transitions kept in a claim
@@ -973,7 +977,287 @@ def waited(views: list, names: list, *, any_: bool) -> bool:
     return False
 
 
-# == 4. Wire ===========================================================
+# == 4. Plans ==========================================================
+#
+# Pure: a plan as text -> specs of steps, everything that is wrong with it, what is
+# ready, and drawings of it. Knows no store. Rules: protocol.md 4, next.
+
+KIND_NAMES = {str: "text", int: "number", list: "list"}
+MARK_OF = {"complete": "x", "in_progress": "~"}  # in the boxes of `step graph`
+
+
+def spec_of(doc: dict | None) -> dict:
+    """The fields of a step's spec that describe work, defaults filled in."""
+    doc = doc or {}
+    return {"title": str(doc.get("title") or ""), "needs": texts(doc, "needs"),
+            "description": str(doc.get("description") or ""),
+            "priority": min(number(doc, "priority", PRIORITY), PRIORITIES - 1),
+            "labels": texts(doc, "labels"),
+            "max_attempts": number(doc, "max_attempts")}
+
+
+def check_spec(name: str, spec: dict) -> dict:
+    """{id, title, needs, …} as spec_of() has it, from what a person or a file gave.
+
+    Raises Usage for an unknown field, a value of the wrong kind, a bad id.
+    """
+    kinds = {"title": str, "description": str, "needs": list, "labels": list,
+             "priority": int, "max_attempts": int}
+    sid = step_id(name)
+    for field, value in spec.items():
+        if field not in kinds:
+            raise Usage(f"{name}: unknown field {shown(field)!r}"
+                        f"{nearest(str(field), list(kinds))}")
+        if not isinstance(value, kinds[field]) or isinstance(value, bool):
+            raise Usage(f"{name}: {field} is {shown(str(value)[:60])!r}, not a"
+                        f" {KIND_NAMES[kinds[field]]}")
+    for field in ("needs", "labels"):
+        for text in spec.get(field, ()):
+            if not isinstance(text, str):
+                raise Usage(f"{name}: {field} holds {shown(str(text)[:60])!r}, which is"
+                            " no name")
+            check_name("label" if field == "labels" else "need", text)
+    needs = list(dict.fromkeys(step_id(need) for need in spec.get("needs", ())))
+    if sid in needs:
+        raise Usage(f"Step {name} cannot need itself")
+    _in_range(name, "priority", spec.get("priority", PRIORITY), PRIORITIES - 1)
+    _in_range(name, "max_attempts", spec.get("max_attempts", 0), 1000)
+    labels = list(dict.fromkeys(spec.get("labels", ())))
+    return {**spec_of({**spec, "needs": needs, "labels": labels}), "id": sid}
+
+
+def _in_range(name: str, field: str, value: int, most: int) -> None:
+    if not 0 <= value <= most:
+        raise Usage(f"{name}: {field} is {value}", hint=f"0 to {most}")
+
+
+def parse_plan(text: str) -> tuple:
+    """([(name, spec)], {ids ticked off}, [faults]) of a plan, JSON or Markdown.
+
+    JSON: {"steps": [{"id", "title", "description", "needs", "priority", "labels",
+    "max_attempts"}]}. Markdown: lines `- [ ] id: title (needs: a, b; priority: 2;
+    labels: x)`; ticked ones (`[x]`) are done and skipped, all other lines are prose.
+    """
+    if text.lstrip()[:1] in ("{", "["):
+        return _parse_json_plan(text)
+    import re
+    box = re.compile(r"\s*[-*+] \[([ xX])\]\s+(.*?)\s*$")
+    found, ticked, faults = [], set(), []
+    for at, line in enumerate(text.splitlines(), 1):
+        match = box.match(line)
+        if match is None:
+            continue
+        name, colon, rest = match.group(2).partition(":")
+        try:
+            if match.group(1) != " ":
+                ticked.add(step_id(name.strip()))
+                continue
+            if not colon:
+                raise Usage("has no title: write `- [ ] id: title`")
+            found.append((name.strip(), _parse_options(rest.strip())))
+        except Usage as why:
+            if match.group(1) == " ":
+                faults.append(f"line {at}: {why.message}")
+    return found, ticked, faults
+
+
+def _parse_options(text: str) -> dict:
+    """{title, needs …} of `title (needs: a, b; priority: 2)`."""
+    lists, numbers = ("needs", "labels"), ("priority", "max_attempts")
+    head, opened, tail = text.rpartition("(")
+    first = tail.partition(":")[0].strip()
+    if not (opened and text.endswith(")") and first in lists + numbers):
+        return {"title": text}
+    spec = {"title": head.strip()}
+    for part in tail[:-1].split(";"):
+        name, _, value = (word.strip() for word in part.partition(":"))
+        if name in lists:
+            spec[name] = [word.strip() for word in value.split(",") if word.strip()]
+        elif name in numbers and value.isascii() and value.isdigit():
+            spec[name] = int(value)
+        elif name in numbers:
+            raise Usage(f"{name} is {shown(value)!r}, not a number")
+        else:
+            raise Usage(f"unknown option {shown(name)!r}"
+                        f"{nearest(name, list(lists + numbers))}")
+    return spec
+
+
+def _parse_json_plan(text: str) -> tuple:
+    import json
+    try:
+        doc = json.loads(text)
+    except (ValueError, RecursionError) as why:
+        return [], set(), [f"it is not JSON: {str(why)[:100]}"]
+    steps = doc.get("steps") if isinstance(doc, dict) else doc
+    if not isinstance(steps, list):
+        return [], set(), ['it has no list "steps"']
+    found, faults = [], []
+    for at, step in enumerate(steps, 1):
+        if not isinstance(step, dict) or not isinstance(step.get("id"), str):
+            faults.append(f"step {at}: it is no object with an \"id\"")
+            continue
+        found.append((step["id"], {k: v for k, v in step.items() if k != "id"}))
+    return found, set(), faults
+
+
+def plan_of(text: str) -> tuple:
+    """({sid: spec with its spelling}, {ids ticked off}, [faults]) of a plan."""
+    found, ticked, faults = parse_plan(text)
+    plan = {}
+    for name, fields in found:
+        try:
+            spec = check_spec(name, fields)
+        except Usage as why:
+            faults.append(why.message)
+            continue
+        sid = spec.pop("id")
+        if sid in plan:
+            faults.append(f"{shown(name)!r} and {shown(plan[sid]['spelling'])!r} are"
+                          f" one step: {sid}")
+            continue
+        plan[sid] = {**spec, "spelling": name}
+    if not found and not faults:
+        faults.append("it has no steps: JSON {\"steps\": […]}, or lines `- [ ] id:"
+                      " title`")
+    return plan, ticked, faults
+
+
+def plan_faults(plan: dict, there: dict) -> list:
+    """What keeps a plan from being added beside the steps that are there.
+
+    there: {sid: its needs}. Needs that nobody has, and cycles, as their path.
+    """
+    faults = []
+    for sid, spec in plan.items():
+        for need in spec["needs"]:
+            if need not in plan and need not in there:
+                faults.append(f"{sid} needs {need}, which is not there"
+                              f"{nearest(need, [*plan, *there])}")
+    edges = {**there, **{sid: spec["needs"] for sid, spec in plan.items()}}
+    cycle = find_cycle(edges)
+    if cycle:
+        faults.append(f"cycle: {' → '.join(cycle)}")
+    return faults
+
+
+def find_cycle(needs: dict) -> list:
+    """A cycle of {sid: [needs]} as a path that ends where it begins; [] without one.
+
+    >>> find_cycle({"a": ["b"], "b": ["c"], "c": ["b"]})
+    ['b', 'c', 'b']
+    """
+    done: set = set()
+    for start in needs:
+        path, on_path = [start], {start: 0}
+        todo = [] if start in done else [(start, iter(needs[start]))]
+        while todo:
+            step, rest = todo[-1]
+            need = next(rest, None)
+            if need is None:
+                todo.pop()
+                path.pop()
+                on_path.pop(step)
+                done.add(step)
+            elif need in on_path:
+                return path[on_path[need]:] + [need]
+            elif need not in done and need in needs:
+                on_path[need] = len(path)
+                path.append(need)
+                todo.append((need, iter(needs[need])))
+    return []
+
+
+def in_order(needs: dict) -> list:
+    """The steps of {sid: [needs]}, needs before dependents; cycles come last."""
+    waits = {sid: {need for need in of if need in needs and need != sid}
+             for sid, of in needs.items()}
+    after: dict = {}
+    for sid, of in waits.items():
+        for need in of:
+            after.setdefault(need, []).append(sid)
+    free, order = [sid for sid in needs if not waits[sid]], []
+    for sid in free:  # grows while it is walked
+        order.append(sid)
+        for dependent in after.get(sid, ()):
+            waits[dependent].discard(sid)
+            if not waits[dependent]:
+                free.append(dependent)
+    placed = set(order)
+    return order + [sid for sid in needs if sid not in placed]
+
+
+def still_alive(steps: dict) -> set:
+    """Which of {sid: (state, needs)} may still come to an end by themselves, or after a
+    review: all but the ended and those that wait for a failed or blocked one.
+
+    A need that is no step may be completed by somebody: it stops nobody.
+    """
+    dead = {sid for sid, (state, _) in steps.items() if state in ("failed", "blocked")}
+    for sid in in_order({sid: needs for sid, (_, needs) in steps.items()}):
+        state, needs = steps[sid]
+        if state in ("pending", "waiting", "released") and dead.intersection(needs):
+            dead.add(sid)
+    return {sid for sid, (state, _) in steps.items()
+            if state != "complete" and sid not in dead}
+
+
+def stand_of(token: int, claim: dict | None, *, described: bool) -> str:
+    """What a ready marker for `token` means, now that the step was read.
+
+    take: it is ready. held: that token holds it. past: the marker is left over. early:
+    its writer may be about to make it true. described: the step has a spec.
+    """
+    state, have = state_of(claim), token_of(claim)
+    if claim is None:
+        return "past" if token != 1 else "take" if described else "early"
+    if token > have + 1 or token < have:
+        return "past"
+    if token == have:
+        return "held" if state == "in_progress" else "past"
+    if state == "released":
+        return "take"
+    return "early" if state in ("in_progress", "needs_review") else "past"
+
+
+def draw_graph(rows: list, kind: str) -> str:
+    """Steps and their needs as `text`, `mermaid` or `dot`.
+
+    rows: views {step, state, needs, title}, needs before dependents.
+    """
+    if kind == "mermaid":
+        names = {row["step"]: f"s{at}" for at, row in enumerate(rows)}
+        return "\n".join(["graph TD"] + [
+            f'  {names[row["step"]]}["{_quiet(row)}"]' for row in rows] + [
+            f'  {names[need]} --> {names[row["step"]]}' for row in rows
+            for need in row["needs"] if need in names])
+    if kind == "dot":
+        return "\n".join(["digraph steps {", "  rankdir=LR; node [shape=box];"] + [
+            f'  "{row["step"]}" [label="{_quiet(row)}"];' for row in rows] + [
+            f'  "{need}" -> "{row["step"]}";' for row in rows
+            for need in row["needs"]] + ["}"])
+    return "\n".join(_graph_line(row) for row in rows) or "No steps found."
+
+
+def _quiet(row: dict) -> str:
+    """A label that cannot end the quotes it stands in, in either language."""
+    title = shown(row.get("title") or "")[:60]
+    for char, word in (("\\", "/"), ('"', "'"), ("<", "‹"), (">", "›"), ("[", "("),
+                       ("]", ")"), ("&", "+"), ("#", "♯")):
+        title = title.replace(char, word)
+    return f"{row['step']}: {title} ({row['state']})" if title else \
+        f"{row['step']} ({row['state']})"
+
+
+def _graph_line(row: dict) -> str:
+    box = MARK_OF.get(row["state"], "!" if row["state"] in ENDED else " ")
+    needs = f"  ← {shown(', '.join(row['needs']))}" if row["needs"] else ""
+    title = f"  {shown(row['title'])}" if row.get("title") else ""
+    state = "" if box in "x " and row["state"] != "waiting" else f"  [{row['state']}]"
+    return f"[{box}] {row['step']}{title}{needs}{state}"
+
+
+# == 5. Wire ===========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -1199,7 +1483,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 5. HTTP ===========================================================
+# == 6. HTTP ===========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -1854,7 +2138,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 6. Stores =========================================================
+# == 7. Stores =========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -2701,7 +2985,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 7. S3 =============================================================
+# == 8. S3 =============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -3370,7 +3654,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 8. S3 store =======================================================
+# == 9. S3 store =======================================================
 #
 # The interface of section 6 over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -3731,7 +4015,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 9. Probe ==========================================================
+# == 10. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of section 6 alone.
@@ -3941,7 +4225,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 10. Settings ======================================================
+# == 11. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -4315,7 +4599,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 11. Local state ===================================================
+# == 12. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -4510,7 +4794,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 12. Command settings ==============================================
+# == 13. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -4722,7 +5006,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 13. Credentials ===================================================
+# == 14. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -5100,7 +5384,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 14. Ledger ========================================================
+# == 15. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -5467,7 +5751,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 15. Leases ========================================================
+# == 16. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of section 3.
@@ -5482,8 +5766,8 @@ def poll_pause(tries: int) -> float:
 def waiting(ledger: Ledger, wait: float, act: object) -> object:
     """act(), again and again while another holds it or needs are missing.
 
-    wait: seconds; 0 tries once and raises what act raised, else TimedOut at the end. The
-    pause follows the lease that is in the way, never a fixed period.
+    wait: seconds; 0 tries once and raises what act raised, else TimedOut at the end.
+    The pause follows the lease that is in the way, never a fixed period.
     """
     until, tries = time.monotonic() + wait, 0
     while True:
@@ -5504,7 +5788,7 @@ def waiting(ledger: Ledger, wait: float, act: object) -> object:
 
 
 def checked_ttl(ttl: int | None, default: int = TTL) -> int:
-    """`ttl` in seconds, or `default` when none is given. Usage unless whole and >= 0."""
+    """`ttl` in seconds, `default` when none is given. Usage unless whole and >= 0."""
     if ttl is None:
         return default
     if type(ttl) is not int or not 0 <= ttl <= 10**9:
@@ -5571,9 +5855,10 @@ class Leases:
     def take(self, key: str, resource: str, *, subject: str, ttl: int | None = None,
              wait: float = 0, resume: bool = False, op: str = "",
              fields: dict | None = None) -> Lease:
-        """Take the lease at `key`: one winner per token. Raises Held, TimedOut, Unknown.
+        """Take the lease at `key`: one winner per token.
 
-        fields: what else the record says. wait: seconds to wait for its holder.
+        fields: what else the record says. wait: seconds to wait for its holder. Raises
+        Held, TimedOut, Unknown.
         Keys: CAS `key`"""
         how = {"ttl": checked_ttl(ttl), "resume": resume}
         return waiting(self.ledger, wait, lambda: self._take(
@@ -5686,15 +5971,13 @@ class Leases:
             raise
 
 
-# == 16. Hints =========================================================
+# == 17. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
 # decide nothing: one that is missing, late, forged or left over costs requests, never
 # a step. Knows names and the ledger; must not know what the markers stand for.
 
-PRIORITIES = 10  # 0 first; 5 where none is given
-PRIORITY = 5
 PAGE = 1000  # markers of one look: what one LIST request returns
 STRICT = 64  # up to so many equally urgent ones the oldest is taken first
 HINT_LIVES = 3600  # seconds after which no writer still follows its marker
@@ -5738,7 +6021,8 @@ class Hints:
     timed: names begin with 19 digits, the time in ns from which they may be taken.
     """
 
-    def __init__(self, ledger: Ledger, prefix: str = "", *, timed: bool = False) -> None:
+    def __init__(self, ledger: Ledger, prefix: str = "", *,
+                 timed: bool = False) -> None:
         self.ledger, self.prefix, self.timed = ledger, prefix, timed
 
     def ready_key(self, priority: int, name: str, token: int, *, at_ns: int = 0) -> str:
@@ -5802,100 +6086,68 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 17. Steps =========================================================
+# == 18. Step records ==================================================
 #
-# Claims, leases, hand-offs and their projections: the decisions of section 3 carried
-# out on records. Keys: steps/<sid>/{spec,claim,status,handoff}.json
+# Reading steps in few requests, and the projections of their claims for 0.2 clients.
+# Keys: steps/<sid>/{spec,claim,status,handoff}.json
 
 
-class Claim:
-    """A step I hold. As a context manager: completes on leaving, releases on error.
-
-    step, token, attempt, doc (claim.json as written), fresh (False: mine already).
-    """
-
-    def __init__(self, steps: object, sid: str, doc: dict, *,
-                 fresh: bool = True) -> None:
-        self.steps, self.step, self.doc, self.fresh = steps, sid, doc, fresh
-        self.token, self.attempt = token_of(doc), number(doc, "attempt", 1)
-        self.done = False
-
-    def renew(self) -> dict:
-        """Begin the lease anew. Raises Fenced when it was lost."""
-        return self.steps.renew(self.step, token=self.token)
-
-    def complete(self, **how: object) -> dict:
-        """End the step; arguments as of Steps.end."""
-        doc = self.steps.end(self.step, token=self.token, **how)
-        self.done = True
-        return doc
-
-    def release(self, why: str = "released") -> dict:
-        """Give the step back."""
-        doc = self.steps.release(self.step, token=self.token, why=why)
-        self.done = True
-        return doc
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.done or isinstance(error, Fenced):
-            return
-        if kind is None:
-            self.complete()
-        else:
-            self.release(f"released after {kind.__name__}")
+def sound(records: list) -> list:
+    """`records`, or the Corrupt of the first damaged one."""
+    for record in records:
+        if record.fault:
+            raise record.fault
+    return records
 
 
-class Steps:
-    """The steps of a project. who: object with agent, instance, explicit, state and
-    token_for(resource); notify: callable(agent, text, step) for takeovers."""
+def checked_needs(record: Record) -> Record:
+    """A spec's record; Corrupt if its needs are no list of ids."""
+    needs = (record.doc or {}).get("needs", [])
+    if not isinstance(needs, list) or any(not isinstance(n, str) for n in needs):
+        raise Corrupt(f"{record.key}: needs is no list of step ids", key=record.key,
+                      hint="mend it, then claim again")
+    return record
 
-    def __init__(self, ledger: Ledger, who: object, notify: object) -> None:
-        self.ledger, self.who = ledger, who
-        self.leases = Leases(ledger, who, notify)
 
-    def me(self, sid: str, token: int | None = None) -> Me:
-        """Who I am towards step `sid`: with the token given, passed on, or kept."""
-        return self.leases.me(f"step/{sid}", token)
+class StepReader:
+    """Reads steps: one request a record, many of them in parallel."""
 
-    # -- looking
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
 
-    def _look(self, sid: str) -> tuple:
-        """({leaf: Entry}, server time) of a step: one request."""
+    def look(self, sid: str) -> dict:
+        """{leaf: Entry} of a step: one request."""
         prefix = f"steps/{sid}/"
-        listing = self.ledger.list(prefix)
-        return {e.key[len(prefix):]: e for e in listing.entries}, listing.now
+        return {e.key[len(prefix):]: e for e in self.ledger.list(prefix).entries}
 
-    def _load(self, sid: str, leaves: dict) -> dict:
+    def load(self, sid: str, leaves: dict | None = None) -> dict:
         """{leaf: Record} for claim, spec and status, reading only what is there."""
+        leaves = self.look(sid) if leaves is None else leaves
         names = ("claim.json", "spec.json", "status.json")
         keys = {name: f"steps/{sid}/{name}" for name in names}
         there = [name for name in names if name in leaves]
-        found = dict(zip(there, self.ledger.read_many([keys[n] for n in there])))
-        for record in found.values():
-            if record.fault:
-                raise record.fault
-        needs = (found["spec.json"].doc or {}).get("needs", []) \
-            if "spec.json" in found else []
-        if not isinstance(needs, list) or any(not isinstance(n, str) for n in needs):
-            raise Corrupt(f"{keys['spec.json']}: needs is no list of step ids",
-                          key=keys["spec.json"], hint="mend it, then claim again")
-        return {n: found.get(n) or Record(keys[n]) for n in names}
+        found = dict(zip(there, sound(self.ledger.read_many(
+            [keys[name] for name in there]))))
+        records = {name: found.get(name) or Record(keys[name]) for name in names}
+        checked_needs(records["spec.json"])
+        return records
+
+    def claim_and_status(self, sid: str) -> list:
+        """The records that decide, without a look first: two requests."""
+        self.ledger.restart()
+        return sound(self.ledger.read_many([f"steps/{sid}/claim.json",
+                                            f"steps/{sid}/status.json"]))
 
     def view(self, step: str) -> dict:
-        """{step, state, agent, token, age_s, expires_in_s, needs, missing, claim,
-        spec}. state 'waiting': not claimed and a need is not complete."""
+        """{step, state, agent, token, age_s, expires_in_s, needs, missing, stuck,
+        claim, spec}. state 'waiting': not claimed and a need is not complete."""
         sid = step_id(step)
-        leaves, _ = self._look(sid)
-        view = self._view(sid, self._load(sid, leaves))
-        view["missing"] = self._missing(view["needs"]) if view["needs"] else []
-        if view["missing"] and view["state"] in ("pending", "released"):
-            view["state"] = "waiting"
-        return view
+        view = self.view_of(sid, self.load(sid))
+        states = self.missing(view["needs"]) if view["needs"] else {}
+        return waits_for(view, states)
 
-    def _view(self, sid: str, found: dict) -> dict:
+    def view_of(self, sid: str, found: dict) -> dict:
+        """The view of records that load() read; what it misses is left empty."""
         record, status = found["claim.json"], found["status.json"]
         claim = adopt(record.doc, status.doc, status.stamp)
         ttl, state = number(claim, "ttl"), state_of(claim)
@@ -5906,12 +6158,35 @@ class Steps:
         return {"step": sid, "state": state, "agent": (claim or {}).get("agent"),
                 "token": token_of(claim), "expires_in_s": left,
                 "age_s": None if record.age is None else int(record.age),
-                "needs": texts(spec, "needs"), "missing": [], "claim": claim,
-                "spec": found["spec.json"].doc}
+                "needs": texts(spec, "needs"), "missing": [], "stuck": {},
+                "claim": claim, "spec": found["spec.json"].doc}
 
-    def _missing(self, needs: list) -> list:
-        states = self.states(needs)
-        return [need for need in needs if states[step_id(need)]["state"] != "complete"]
+    def missing(self, needs: list) -> dict:
+        """{need: state} of those that are not complete, in their order. One request for
+        each that its claim calls ended, two for the others: 0.2 may have ended them."""
+        sids = list(dict.fromkeys(step_id(need) for need in needs))
+        claims = dict(zip(sids, sound(self.ledger.read_many(
+            [f"steps/{sid}/claim.json" for sid in sids]))))
+        unsure = [sid for sid in sids if state_of(claims[sid].doc) not in ENDED]
+        statuses = sound(self.ledger.read_many(
+            [f"steps/{sid}/status.json" for sid in unsure]))
+        states = {sid: state_of(record.doc) for sid, record in claims.items()}
+        for sid, status in zip(unsure, statuses):
+            states[sid] = state_of(adopt(claims[sid].doc, status.doc, status.stamp))
+        return {need: states[step_id(need)] for need in needs
+                if states[step_id(need)] != "complete"}
+
+    def lacks(self, needs: list) -> dict:
+        """missing(), given up at the first few that are not complete: a step with a
+        thousand needs is looked at each time one of them is done."""
+        import random
+        rest = random.sample(needs, len(needs))
+        while rest:
+            some, rest = rest[:8], rest[8:]
+            missing = self.missing(some)
+            if missing:
+                return missing
+        return {}
 
     def states(self, steps: list, cache: dict | None = None) -> dict:
         """{sid: view} of `steps` for one listing each (a few) or one in all.
@@ -5925,11 +6200,29 @@ class Steps:
             prefixes = [common_start(prefixes)]
         leaves: dict = {sid: {} for sid in sids}
         for prefix in prefixes:
-            for entry in self.ledger.list(prefix).entries:
-                sid, _, leaf = entry.key[len("steps/"):].partition("/")
+            for sid, leaf, entry in self._entries(prefix):
                 if sid in leaves:
                     leaves[sid][leaf] = entry
         return self._views_of(leaves, cache)
+
+    def survey(self, cache: dict) -> dict:
+        """{sid: view} of every step, waiting ones told from ready ones. cache: as in
+        states(). One listing, and a record for each step that has changed."""
+        leaves: dict = {}
+        for sid, leaf, entry in self._entries("steps/"):
+            leaves.setdefault(sid, {})[leaf] = entry
+        views = {sid: dict(view) for sid, view in self._views_of(leaves, cache).items()}
+        for view in views.values():
+            waits_for(view, {
+                need: views[step_id(need)]["state"] if step_id(need) in views
+                else "pending" for need in view["needs"] if step_id(need) not in views
+                or views[step_id(need)]["state"] != "complete"})
+        return views
+
+    def _entries(self, prefix: str) -> object:
+        for entry in self.ledger.list(prefix).entries:
+            sid, _, leaf = entry.key[len("steps/"):].partition("/")
+            yield sid, leaf, entry
 
     def _views_of(self, leaves: dict, cache: dict) -> dict:
         """Views of {sid: {leaf: Entry}}, all documents read in one parallel sweep."""
@@ -5940,230 +6233,54 @@ class Steps:
                  or cache[sid][1]["state"] == "in_progress"]
         names = ("claim.json", "spec.json", "status.json")
         keys = [f"steps/{sid}/{n}" for sid in stale for n in names if n in leaves[sid]]
-        found = {record.key: record for record in self.ledger.read_many(keys)}
+        found = {r.key: r for r in sound(self.ledger.read_many(keys))}
         for sid in stale:
             of = {n: found.get(f"steps/{sid}/{n}") or Record(f"steps/{sid}/{n}")
                   for n in names}
-            for record in of.values():
-                if record.fault:
-                    raise record.fault
-            cache[sid] = (marks[sid], self._view(sid, of))
+            cache[sid] = (marks[sid], self.view_of(sid, of))
         return {sid: cache[sid][1] for sid in leaves}
 
-    # -- claiming
 
-    def add(self, step: str, *, title: str = "", needs: tuple = (),
-            description: str = "", max_attempts: int = 0, op: str = "") -> dict:
-        """Say what a step is: its title and needs. The same again changes nothing.
+def waits_for(view: dict, missing: dict) -> dict:
+    """`view` with the needs that are missing; `stuck` are those that cannot become
+    complete without somebody's help. missing: {need: state}."""
+    view["missing"] = list(missing)
+    view["stuck"] = {need: state for need, state in missing.items()
+                     if state in ("failed", "blocked")}
+    if missing and view["state"] in ("pending", "released"):
+        view["state"] = "waiting"
+    return view
 
-        Raises Conflict when another spec is there. Keys: CAS steps/<sid>/spec.json"""
-        sid = step_id(step)
-        spec = {"title": title, "description": description,
-                "needs": [step_id(n) for n in needs]}
-        if max_attempts:
-            spec["max_attempts"] = max_attempts
-        if sid in spec["needs"]:
-            raise Usage(f"Step {step} cannot need itself")
-        if max_attempts < 0:
-            raise Usage(f"max_attempts is {max_attempts}", hint="1 or more")
 
-        def decide(record: Record) -> dict:
-            if record.doc is None:
-                return {"title": "", **spec, "spelling": step,
-                        "created_by": self.who.agent, "created_at": self.ledger.at()}
-            if all(record.doc.get(name) == value for name, value in spec.items()):
-                return record.doc
-            raise Conflict("has another spec already", hint=f"step show {sid}")
-        key = f"steps/{sid}/spec.json"
-        return self.ledger.change(key, naming(f"Step {step}", decide), op=op).doc
+class Projector:
+    """Writes status.json and handoff.json after claim.json, never backwards.
 
-    def claim(self, step: str, *, ttl: int | None = None, wait: float = 0,
-              reopen: bool = False, resume: bool = False, ignore_needs: bool = False,
-              op: str = "") -> Claim:
-        """Take a step: one winner per token (the table of protocol.md 4).
+    Best effort beside the truth: an unreachable store is a warning, mended by
+    `doctor --fix`. Folds in what an 0.2 client wrote there meanwhile.
+    """
 
-        ttl: seconds of the lease, 0 never expires. wait: seconds to wait for a holder
-        or for needs. Raises Held, Conflict, Blocked, TimedOut, Unknown.
-        Keys: CAS steps/<sid>/claim.json, then status.json where one is there."""
-        how = {"ttl": checked_ttl(ttl), "reopen": reopen, "resume": resume}
-        return waiting(self.ledger, wait, lambda: self._claim(
-            step, how, ignore_needs=ignore_needs, op=op))
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
 
-    def _claim(self, step: str, how: dict, *, ignore_needs: bool, op: str) -> Claim:
-        sid, begun = step_id(step), time.monotonic()
-        found = self._load(sid, self._look(sid)[0])
-        status, spec = found["status.json"], found["spec.json"].doc or {}
-        me = self.me(sid)
-        needs = [] if ignore_needs else texts(spec, "needs")
-        for doc in (found["claim.json"].doc, found["spec.json"].doc):
-            other = (doc or {}).get("spelling", sid)
-            if sid != step != other:
-                self.ledger.warn(f"{shown(step)!r} and {shown(other)!r} are one step:"
-                                 f" {sid}")
-        how = {**how, "max_attempts": number(spec, "max_attempts") or MAX_ATTEMPTS}
-
-        def decide(record: Record) -> dict:
-            claim = adopt(record.doc, status.doc, status.stamp)
-            free = needs and state_of(claim) in ("pending", "released")
-            again = needs and how["reopen"] and state_of(claim) in ENDED
-            missing = tuple(self._missing(needs)) if free or again else ()
-            new = take(claim, me, record.age, at=self.ledger.at(), missing=missing,
-                       ends=self.leases.ends(how["ttl"]), **how)
-            if token_of(new) > token_of(claim):
-                new["status_seen"] = status.stamp
-                if step != sid:
-                    new.setdefault("spelling", step)
-            return new
-        change = self.ledger.change(f"steps/{sid}/claim.json", op=op,
-                                    decide=naming(f"Step {step}", decide),
-                                    first=found["claim.json"])
-        return self._claimed(step, sid, change, status=status, begun=begun)
-
-    def _claimed(self, step: str, sid: str, change: Change, *, status: Record,
-                 begun: float) -> Claim:
-        doc, subject = change.doc, f"Step {step}"
-        raised = self.leases.won(change, f"step/{sid}", subject=subject)
-        late = token_of(doc) > 1 and number(status.doc, "token") < token_of(doc)
-        if late or (change.wrote and raised and status.doc is not None):
-            self._project_one(f"steps/{sid}/status.json", project_status(doc), sid,
-                              seen=status)
-        if raised:
-            self.leases.tell_former(change, subject, about=sid)
-        if state_of(doc) == "failed":
-            raise Conflict(f"{subject} is failed: all attempts are used up",
-                           state="failed", hint="--reopen starts it again")
-        claim = Claim(self, sid, doc, fresh=raised)
-        self.leases.hurry(claim, begun)
-        return claim
-
-    def renew(self, step: str, *, token: int | None = None, op: str = "") -> dict:
-        """Push the end of my claim to now + its ttl; the token stays.
-
-        Raises Fenced, Conflict, Unknown (call again: it is idempotent).
-        Keys: CAS steps/<sid>/claim.json"""
-        sid = step_id(step)
-        me = self.me(sid, token)
-
-        def decide(claim: dict | None) -> dict:
-            return renew(claim, me, at=self.ledger.at(),
-                         ends=self.leases.ends(number(claim, "ttl")))
-        return self.leases.kept(self._change(step, sid, decide, op), f"step/{sid}",
-                                me=me, subject=f"Step {step}")
-
-    def _change(self, step: str, sid: str, decide: object, op: str, *,
-                project: bool = False) -> Change:
-        """CAS of a claim by decide(claim), acts of 0.2 in status.json honoured."""
-        record, status = self._claim_and_status(sid)
-
-        def adopting(now: Record) -> dict:
-            return decide(adopt(now.doc, status.doc, status.stamp))
-        try:
-            change = self.ledger.change(record.key, naming(f"Step {step}", adopting),
-                                        op=op, first=record)
-        except Fenced:
-            self.who.drop(f"step/{sid}")
-            raise
-        if project:
-            self._projected(sid, change, status)
-        return change
-
-    def _claim_and_status(self, sid: str) -> list:
-        self.ledger.restart()
-        found = self.ledger.read_many([f"steps/{sid}/claim.json",
-                                       f"steps/{sid}/status.json"])
-        for record in found:
-            if record.fault:
-                raise record.fault
-        return found
-
-    def release(self, step: str, *, token: int | None = None, why: str = "released",
-                op: str = "") -> dict:
-        """Give a step back, claimable by anyone. Keys: CAS claim.json, status.json"""
-        sid = step_id(step)
-        me = self.me(sid, token)
-
-        def decide(claim: dict | None) -> dict:
-            return release(claim, me, at=self.ledger.at(), why=why)
-        change = self._change(step, sid, decide, op, project=True)
-        self.leases.forget(f"step/{sid}", change.doc)
-        return change.doc
-
-    def end(self, step: str, state: str = "complete", *, note: str = "",
-            to: str | None = None, next_action: str | None = None,
-            changed_files: list | None = None, findings: tuple = (),
-            warnings: tuple = (), artifacts: tuple = (), force: str = "",
-            token: int | None = None, op: str = "") -> dict:
-        """End a step as complete, failed, blocked or needs_review, hand-off inside.
-
-        force: a person's reason to end another's. Raises Fenced, Conflict, Unknown.
-        Keys: CAS steps/<sid>/claim.json, then the projections status, handoff."""
-        if state not in ENDED:
-            raise Usage(f"a step ends as {', '.join(ENDED)}, not as {shown(state)!r}")
-        sid = step_id(step)
-        note_doc = {"from_agent": self.who.agent, "from_step": step, "next_agent": to,
-                    "state": TO_02.get(state, state), "next_action": next_action,
-                    "note": note, "created_at": self.ledger.at()}
-        for name, value in (("changed_files", changed_files), ("findings", findings),
-                            ("warnings", warnings), ("artifacts", artifacts)):
-            if value or (name == "changed_files" and value is not None):
-                note_doc[name] = list(value)
-        record, status = self._claim_and_status(sid)
-        me = self.me(sid, token)
-
-        def decide(now: Record) -> dict:
-            claim = adopt(now.doc, status.doc, status.stamp)
-            new = end(claim, me, state, at=self.ledger.at(), handoff=note_doc,
-                      force=force)
-            if token_of(new) > token_of(now.doc):
-                new["status_seen"] = status.stamp
-            return new
-        try:
-            change = self.ledger.change(record.key, naming(f"Step {step}", decide),
-                                        op=op, first=record)
-        except Fenced:
-            self.who.drop(f"step/{sid}")
-            raise
-        mine = me.token in (None, token_of(change.doc))
-        if change.wrote or (mine and change.doc.get("agent") == me.agent):
-            self.who.hold(f"step/{sid}", token_of(change.doc), ttl=0)
-        self._projected(sid, change, status)
-        return change.doc
-
-    def judge(self, step: str, approve: bool, *, note: str = "", op: str = "") -> dict:
-        """Approve (complete) or reject (released) a step that needs review."""
-        sid = step_id(step)
-
-        def decide(claim: dict | None) -> dict:
-            return judge(claim, self.me(sid), approve=approve, note=note,
-                         at=self.ledger.at())
-        return self._change(step, sid, decide, op, project=True).doc
-
-    # -- projections
-
-    def _projected(self, sid: str, change: Change, status: Record) -> None:
+    def changed(self, sid: str, change: Change, status: Record) -> None:
         """Project a change, also one that an earlier, killed command made."""
         if change.wrote or number(status.doc, "rev") < number(change.after.doc, "rev"):
             self.project(sid, change.after.doc, status=status)
 
     def project(self, sid: str, claim: dict | None = None, *,
                 status: Record | None = None) -> None:
-        """Write status.json and handoff.json after claim.json, never backwards.
-
-        Best effort beside the truth: an unreachable store is a warning, mended by
-        `doctor --fix`. Folds in what an 0.2 client wrote there meanwhile."""
+        """Both projections. status: the record of status.json when last looked."""
         if claim is None:
             claim = self.ledger.read(f"steps/{sid}/claim.json").doc
         if claim is None:
             return
         handoff = project_handoff(claim)
         if handoff is not None:
-            self._project_one(f"steps/{sid}/handoff.json", handoff, sid,
-                              seen=Record(f"steps/{sid}/handoff.json"))
-        self._project_one(f"steps/{sid}/status.json", project_status(claim), sid,
-                          seen=status)
+            self.one(f"steps/{sid}/handoff.json", handoff, sid,
+                     seen=Record(f"steps/{sid}/handoff.json"))
+        self.one(f"steps/{sid}/status.json", project_status(claim), sid, seen=status)
 
-    def _project_one(self, key: str, doc: dict, sid: str, *,
-                     seen: Record | None) -> None:
+    def one(self, key: str, doc: dict, sid: str, *, seen: Record | None) -> None:
         """One projection by CAS; `seen` is what was there when last looked."""
         try:
             self._converge(key, doc, sid, seen or self.ledger.read(key))
@@ -6195,6 +6312,406 @@ class Steps:
             return record.doc if record.doc is None else fold(record.doc, seen.doc)
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
+
+# == 19. Frontier ======================================================
+#
+# Which steps may be taken now: the markers of ready and active steps, and what a step
+# that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
+# steps; must not change any.
+
+
+class Frontier:
+    """Keeps the markers of steps. Everything here is a hint (see Hints)."""
+
+    def __init__(self, ledger: Ledger, reader: StepReader) -> None:
+        self.ledger, self.reader, self.hints = ledger, reader, Hints(ledger)
+
+    def depend(self, sid: str, needs: list) -> None:
+        """Note which steps `sid` waits for, before its spec says so."""
+        for need in needs:
+            self.hints.put(f"dependents/{need}/{sid}")
+
+    def dependents(self, sid: str, *, limit: int | None = None) -> list:
+        """The steps that said they need `sid`: one request."""
+        prefix = f"dependents/{sid}/"
+        names = [e.key[len(prefix):] for e in self.ledger.list(prefix, limit=limit)
+                 .entries]
+        return [name for name in names if is_leaf(name)]
+
+    def ready_key(self, sid: str, claim: dict | None, spec: dict | None) -> str:
+        """The marker under which a step is found that is, or is about to be, free."""
+        return self.hints.ready_key(spec_of(spec)["priority"], sid, token_of(claim) + 1)
+
+    def before_free(self, sid: str, claim: dict) -> None:
+        """Put the marker of a step that is about to be given back."""
+        spec = self.ledger.peek(f"steps/{sid}/spec.json").doc
+        self.hints.put(self.ready_key(sid, claim, spec))
+
+    def after_end(self, sid: str, claim: dict | None) -> None:
+        """Make ready what waited for `sid`, then let go of its active marker, last:
+        whoever finds that of an ended step does this again."""
+        try:
+            if state_of(claim) == "complete":
+                self.announce(self.dependents(sid), done=sid)
+        except Error as why:
+            self.ledger.warn(f"what waits for {sid} was not announced ({why.message});"
+                             " the next sweep does it")
+            return
+        if claim is not None and claim.get("marked"):
+            self.hints.drop(self.hints.active_key(sid, token_of(claim)))
+
+    def moved(self, sid: str, old: dict, new: dict) -> None:
+        """Put the marker that a changed spec asks for; that of the old priority goes.
+        """
+        self.announce([sid])
+        if old["priority"] != new["priority"]:
+            claim = self.ledger.peek(f"steps/{sid}/claim.json").doc
+            self.hints.drop(self.ready_key(sid, claim, old))
+
+    def announce(self, sids: list, *, done: str = "") -> None:
+        """Put ready markers for those of `sids` that may be taken now."""
+        records = self.ledger.read_many(
+            [f"steps/{sid}/{leaf}" for sid in sids for leaf in ("spec.json",
+                                                                "claim.json")])
+        for sid, spec, claim in zip(sids, records[::2], records[1::2]):
+            free = spec.doc is not None and state_of(claim.doc) in ("pending",
+                                                                    "released")
+            needs = [n for n in texts(spec.doc, "needs") if n != done]
+            if free and not self.reader.lacks(needs):
+                self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
+
+
+# == 20. Steps =========================================================
+#
+# Describing, claiming, ending: the decisions of section 3 carried out on records.
+
+
+class Claim:
+    """A step I hold. As a context manager: completes on leaving, releases on error.
+
+    step, token, attempt, doc (claim.json as written), spec (spec.json or None), fresh
+    (False: mine already).
+    """
+
+    def __init__(self, steps: object, sid: str, doc: dict, *, fresh: bool = True,
+                 spec: dict | None = None) -> None:
+        self.steps, self.step, self.doc, self.fresh = steps, sid, doc, fresh
+        self.token, self.attempt = token_of(doc), number(doc, "attempt", 1)
+        self.spec, self.done = spec, False
+
+    def renew(self) -> dict:
+        """Begin the lease anew. Raises Fenced when it was lost."""
+        return self.steps.renew(self.step, token=self.token)
+
+    def complete(self, **how: object) -> dict:
+        """End the step; arguments as of Steps.end."""
+        doc = self.steps.end(self.step, token=self.token, **how)
+        self.done = True
+        return doc
+
+    def release(self, why: str = "released") -> dict:
+        """Give the step back."""
+        doc = self.steps.release(self.step, token=self.token, why=why)
+        self.done = True
+        return doc
+
+    def give_up(self, why: str) -> str:
+        """Release it for another attempt, or fail it when they are used up; the state.
+        """
+        most = number(self.spec, "max_attempts") or MAX_ATTEMPTS
+        if self.attempt < most:
+            return state_of(self.release(why))
+        note = f"{why}; attempt {self.attempt} of {most}"
+        return state_of(self.complete(state="failed", note=note))
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.done or isinstance(error, Fenced):
+            return
+        if kind is None:
+            self.complete()
+        else:
+            self.release(f"released after {kind.__name__}")
+
+
+class Steps:
+    """The steps of a project. who: object with agent, instance, explicit, state and
+    token_for(resource); notify: callable(agent, text, step) for takeovers."""
+
+    def __init__(self, ledger: Ledger, who: object, notify: object) -> None:
+        self.ledger, self.who = ledger, who
+        self.leases, self.reader = Leases(ledger, who, notify), StepReader(ledger)
+        self.projector = Projector(ledger)
+        self.frontier = Frontier(ledger, self.reader)
+
+    def me(self, sid: str, token: int | None = None) -> Me:
+        """Who I am towards step `sid`: with the token given, passed on, or kept."""
+        return self.leases.me(f"step/{sid}", token)
+
+    def view(self, step: str) -> dict:
+        """StepReader.view: state, holder, age, needs, claim, spec of a step."""
+        return self.reader.view(step)
+
+    def states(self, steps: list, cache: dict | None = None) -> dict:
+        """StepReader.states: {sid: view}."""
+        return self.reader.states(steps, cache)
+
+    def project(self, sid: str) -> None:
+        """Rebuild status.json and handoff.json from the claim."""
+        self.projector.project(sid)
+
+    # -- describing
+
+    def add(self, step: str, *, op: str = "", **spec: object) -> dict:
+        """Say what a step is: title, description, needs, priority (0 first, default 5),
+        labels, max_attempts. The same again changes nothing.
+
+        Raises Conflict when another spec is there, Usage for a cycle.
+        Keys: CAS steps/<sid>/spec.json; dependents/<need>/<sid>, ready/…"""
+        asked = check_spec(step, {k: list(v) if isinstance(v, tuple) else v
+                                  for k, v in spec.items()})
+        key = f"steps/{asked['id']}/spec.json"
+        return self.describe(step, asked, checked_needs(self.ledger.read(key)), op=op)
+
+    def describe(self, step: str, asked: dict, record: Record, *, op: str = "",
+                 check: bool = True) -> dict:
+        """add() of what check_spec() made, over the record that was read. check: look
+        for cycles and whether the needs are met, which a plan knows already."""
+        sid = asked["id"]
+        key, asked = record.key, {k: v for k, v in asked.items() if k != "id"}
+
+        def decide(now: Record) -> dict:
+            if now.doc is None:
+                return {**asked, "spelling": step, "created_by": self.who.agent,
+                        "created_at": self.ledger.at()}
+            if spec_of(now.doc) == asked:
+                return now.doc
+            raise Conflict("has another spec already", hint=f"step show {sid}; step"
+                           " edit changes it")
+        if record.doc is None:
+            self._before_spec(sid, asked, {}, check=check)
+        return self.ledger.change(key, naming(f"Step {step}", decide), op=op,
+                                  first=record).doc
+
+    def edit(self, step: str, *, op: str = "", **spec: object) -> dict:
+        """Change fields of a step's spec; those not given stay. Raises NotFound.
+
+        Keys: CAS steps/<sid>/spec.json; dependents/<need>/<sid>, ready/…"""
+        sid = step_id(step)
+        record = checked_needs(self.ledger.read(f"steps/{sid}/spec.json"))
+
+        def decide(now: Record) -> dict:
+            if now.doc is None:
+                raise NotFound("has no spec", hint=f"step add {sid}")
+            old = spec_of(now.doc)
+            new = check_spec(step, {**old, **spec})
+            new.pop("id")
+            return now.doc if new == old else {**now.doc, **new}
+        deciding = naming(f"Step {step}", decide)
+        new = deciding(record)
+        if new is not record.doc:
+            self._before_spec(sid, spec_of(new), spec_of(record.doc))
+        change = self.ledger.change(record.key, deciding, op=op, first=record)
+        if change.wrote:
+            self.frontier.moved(sid, spec_of(record.doc), spec_of(change.doc))
+        return change.doc
+
+    def _before_spec(self, sid: str, new: dict, old: dict, *,
+                     check: bool = True) -> None:
+        """Refuse a cycle; put the markers of a spec that is about to be written."""
+        added = [need for need in new["needs"] if need not in old.get("needs", ())]
+        if check and added and self.frontier.dependents(sid, limit=1):
+            self._refuse_cycle(sid, new["needs"])
+        self.frontier.depend(sid, added)
+        if not (old or (added and not check) or self.reader.lacks(new["needs"])):
+            self.frontier.hints.put(self.frontier.ready_key(sid, None, new))
+
+    def _refuse_cycle(self, sid: str, needs: list) -> None:
+        """Usage when a need of `sid` waits for it, directly or through others."""
+        edges, todo = {sid: needs}, [need for need in needs if need != sid]
+        while todo:
+            records = self.ledger.read_many([f"steps/{n}/spec.json" for n in todo])
+            edges.update(zip(todo, (texts(r.doc, "needs") for r in records)))
+            todo = list({need for step in todo for need in edges[step]
+                         if need not in edges})
+        cycle = find_cycle(edges)
+        if cycle:
+            raise Usage(f"Step {sid}: cycle: {' → '.join(cycle)}",
+                        hint="one of these needs must go")
+
+    # -- claiming
+
+    def claim(self, step: str, *, ttl: int | None = None, wait: float = 0,
+              reopen: bool = False, resume: bool = False, ignore_needs: bool = False,
+              op: str = "") -> Claim:
+        """Take a step: one winner per token (the table of protocol.md 4).
+
+        ttl: seconds of the lease, 0 never expires. wait: seconds to wait for a holder
+        or for needs. Raises Held, Conflict, Blocked, TimedOut, Unknown.
+        Keys: CAS steps/<sid>/claim.json, then status.json where one is there."""
+        how = {"ttl": checked_ttl(ttl), "reopen": reopen, "resume": resume}
+        return waiting(self.ledger, wait, lambda: self.take(
+            step, self.reader.load(step_id(step)), how=how, ignore_needs=ignore_needs,
+            op=op))
+
+    def take(self, step: str, found: dict, *, how: dict, ignore_needs: bool = False,
+             marked: bool = False, op: str = "") -> Claim:
+        """One try at a step whose records were read. marked: its active marker is up.
+        """
+        sid, begun = step_id(step), time.monotonic()
+        status, spec = found["status.json"], found["spec.json"].doc or {}
+        me, needs = self.me(sid), [] if ignore_needs else texts(spec, "needs")
+        self._warn_of_twins(step, sid, found)
+        how = {**how, "max_attempts": number(spec, "max_attempts") or MAX_ATTEMPTS}
+
+        def decide(record: Record) -> dict:
+            claim = adopt(record.doc, status.doc, status.stamp)
+            free = needs and state_of(claim) in ("pending", "released")
+            again = needs and how["reopen"] and state_of(claim) in ENDED
+            missing = tuple(self.reader.missing(needs)) if free or again else ()
+            new = take(claim, me, record.age, at=self.ledger.at(), missing=missing,
+                       ends=self.leases.ends(how["ttl"]), **how)
+            if token_of(new) > token_of(claim):
+                new["status_seen"] = status.stamp
+                if step != sid:
+                    new.setdefault("spelling", step)
+                new.pop("marked", None)
+                if marked:
+                    new["marked"] = True
+            return new
+        change = self.ledger.change(f"steps/{sid}/claim.json", op=op,
+                                    decide=naming(f"Step {step}", decide),
+                                    first=found["claim.json"])
+        return self._claimed(step, sid, change, found=found, begun=begun)
+
+    def _warn_of_twins(self, step: str, sid: str, found: dict) -> None:
+        for doc in (found["claim.json"].doc, found["spec.json"].doc):
+            other = (doc or {}).get("spelling", sid)
+            if sid != step != other:
+                self.ledger.warn(f"{shown(step)!r} and {shown(other)!r} are one step:"
+                                 f" {sid}")
+
+    def _claimed(self, step: str, sid: str, change: Change, *, found: dict,
+                 begun: float) -> Claim:
+        doc, subject, status = change.doc, f"Step {step}", found["status.json"]
+        raised = self.leases.won(change, f"step/{sid}", subject=subject)
+        late = token_of(doc) > 1 and number(status.doc, "token") < token_of(doc)
+        if late or (change.wrote and raised and status.doc is not None):
+            self.projector.one(f"steps/{sid}/status.json", project_status(doc), sid,
+                               seen=status)
+        if raised:
+            self.leases.tell_former(change, subject, about=sid)
+        if state_of(doc) == "failed":
+            raise Conflict(f"{subject} is failed: all attempts are used up",
+                           state="failed", hint="--reopen starts it again")
+        claim = Claim(self, sid, doc, fresh=raised, spec=found["spec.json"].doc)
+        self.leases.hurry(claim, begun)
+        return claim
+
+    def renew(self, step: str, *, token: int | None = None, op: str = "") -> dict:
+        """Push the end of my claim to now + its ttl; the token stays.
+
+        Raises Fenced, Conflict, Unknown (call again: it is idempotent).
+        Keys: CAS steps/<sid>/claim.json"""
+        sid = step_id(step)
+        me, (record, status) = self.me(sid, token), self.reader.claim_and_status(sid)
+
+        def decide(claim: dict | None) -> dict:
+            return renew(claim, me, at=self.ledger.at(),
+                         ends=self.leases.ends(number(claim, "ttl")))
+        change = self._change(step, record, status, decide=decide, op=op)
+        return self.leases.kept(change, f"step/{sid}", me=me, subject=f"Step {step}")
+
+    def _change(self, step: str, record: Record, status: Record, *, decide: object,
+                op: str, seen: bool = False, free: bool = False) -> Change:
+        """CAS of a claim by decide(claim), acts of 0.2 in status.json honoured.
+
+        seen: a raised token notes which status.json it has seen. free: the step becomes
+        claimable: its marker comes first."""
+        sid = step_id(step)
+
+        def adopting(now: Record) -> dict:
+            new = decide(adopt(now.doc, status.doc, status.stamp))
+            if seen and token_of(new) > token_of(now.doc):
+                new["status_seen"] = status.stamp
+            return new
+        deciding = naming(f"Step {step}", adopting)
+        try:
+            new = deciding(record) if free else record.doc
+            if new is not record.doc:
+                self.frontier.before_free(sid, new)
+            return self.ledger.change(record.key, deciding, op=op, first=record)
+        except Fenced:
+            self.who.drop(f"step/{sid}")
+            raise
+
+    # -- ending
+
+    def release(self, step: str, *, token: int | None = None, why: str = "released",
+                op: str = "") -> dict:
+        """Give a step back, claimable by anyone. Keys: CAS claim.json, status.json"""
+        sid = step_id(step)
+        me, (record, status) = self.me(sid, token), self.reader.claim_and_status(sid)
+
+        def decide(claim: dict | None) -> dict:
+            return release(claim, me, at=self.ledger.at(), why=why)
+        change = self._change(step, record, status, decide=decide, op=op, free=True)
+        self._ended(sid, change, status)
+        self.leases.forget(f"step/{sid}", change.doc)
+        return change.doc
+
+    def end(self, step: str, state: str = "complete", *, note: str = "",
+            to: str | None = None, next_action: str | None = None,
+            changed_files: list | None = None, findings: tuple = (),
+            warnings: tuple = (), artifacts: tuple = (), force: str = "",
+            token: int | None = None, op: str = "") -> dict:
+        """End a step as complete, failed, blocked or needs_review, hand-off inside.
+
+        force: a person's reason to end another's. Raises Fenced, Conflict, Unknown.
+        Keys: CAS steps/<sid>/claim.json, then the projections status, handoff and the
+        markers of what it made ready."""
+        if state not in ENDED:
+            raise Usage(f"a step ends as {', '.join(ENDED)}, not as {shown(state)!r}")
+        sid = step_id(step)
+        note_doc = {"from_agent": self.who.agent, "from_step": step, "next_agent": to,
+                    "state": TO_02.get(state, state), "next_action": next_action,
+                    "note": note, "created_at": self.ledger.at()}
+        for name, value in (("changed_files", changed_files), ("findings", findings),
+                            ("warnings", warnings), ("artifacts", artifacts)):
+            if value or (name == "changed_files" and value is not None):
+                note_doc[name] = list(value)
+        me, (record, status) = self.me(sid, token), self.reader.claim_and_status(sid)
+
+        def decide(claim: dict | None) -> dict:
+            return end(claim, me, state, at=self.ledger.at(), handoff=note_doc,
+                       force=force)
+        change = self._change(step, record, status, decide=decide, op=op, seen=True)
+        mine = me.token in (None, token_of(change.doc))
+        if change.wrote or (mine and change.doc.get("agent") == me.agent):
+            self.who.hold(f"step/{sid}", token_of(change.doc), ttl=0)
+        self._ended(sid, change, status)
+        return change.doc
+
+    def judge(self, step: str, approve: bool, *, note: str = "", op: str = "") -> dict:
+        """Approve (complete) or reject (released) a step that needs review."""
+        sid = step_id(step)
+        record, status = self.reader.claim_and_status(sid)
+
+        def decide(claim: dict | None) -> dict:
+            return judge(claim, self.me(sid), approve=approve, note=note,
+                         at=self.ledger.at())
+        change = self._change(step, record, status, decide=decide, op=op,
+                              free=not approve)
+        self._ended(sid, change, status)
+        return change.doc
+
+    def _ended(self, sid: str, change: Change, status: Record) -> None:
+        """Projections and markers after a claim ended or was given back."""
+        self.projector.changed(sid, change, status)
+        self.frontier.after_end(sid, change.after.doc)
+
     # -- waiting
 
     def wait_for(self, steps: list, *, timeout: float = 300, any_: bool = False,
@@ -6221,7 +6738,320 @@ class Steps:
             tries += 1
 
 
-# == 18. Memory ========================================================
+# == 21. Tasks =========================================================
+#
+# A plan, and the next step of it: found by markers at a cost that does not grow with
+# the number of steps, by a search of all only when nothing is found (protocol.md 4).
+
+
+YOUNG = 10  # seconds in which who claimed a step drops its ready marker
+
+
+class Plans:
+    """Plans, and what a plan looks like: adding, drawing, gathering what went before.
+    """
+
+    def __init__(self, ledger: Ledger, steps: Steps) -> None:
+        self.ledger, self.steps = ledger, steps
+
+    def add(self, text: str, *, update: bool = False) -> dict:
+        """Add a plan (see parse_plan): {"added", "changed", "unchanged"}, lists of ids.
+
+        All or nothing: every fault is found before the first write, and the same plan
+        again changes nothing, so a call that was cut off is repeated. update: change
+        specs that differ, which is a Conflict else. Raises Usage with `faults`."""
+        plan, ticked, faults = plan_of(text)
+        specs = self._specs(plan)
+        for spec in plan.values():  # what is ticked off in a list is done
+            spec["needs"] = [need for need in spec["needs"]
+                             if need not in ticked or need in specs]
+        faults += plan_faults(plan, {sid: texts(spec.doc, "needs") for sid, spec in
+                                     specs.items()})
+        if faults:
+            raise Usage(f"the plan has {len(faults)} fault(s), nothing was added:\n  "
+                        + "\n  ".join(shown(text) for text in faults[:20]),
+                        hint="mend them, then add it again", faults=faults)
+        return self._write(plan, specs, update=update)
+
+    def _specs(self, plan: dict) -> dict:
+        """{sid: Record of its spec} of all steps that are there; those that the plan
+        names or leads to are read, of the others only the names are known."""
+        there = {e.key.split("/")[1] for e in self.ledger.list("steps/").entries}
+        found = {sid: Record(f"steps/{sid}/spec.json") for sid in there}
+        seen, todo = set(), {*plan, *(n for spec in plan.values()
+                                      for n in spec["needs"])} & there
+        while todo:
+            seen |= todo
+            for record in sound(self.ledger.read_many(
+                    [f"steps/{sid}/spec.json" for sid in sorted(todo)])):
+                found[record.key.split("/")[1]] = record
+            todo = {need for sid in todo for need in texts(found[sid].doc, "needs")
+                    if need in there and need not in seen}
+        return found
+
+    def _write(self, plan: dict, specs: dict, *, update: bool) -> dict:
+        told: dict = {"added": [], "changed": [], "unchanged": []}
+        for sid, spec in plan.items():
+            old = specs[sid].doc if sid in specs else None
+            same = old is not None and spec_of(old) == spec_of(spec)
+            told["unchanged" if same else "added" if old is None else "changed"] \
+                .append(sid)
+        if told["changed"] and not update:
+            raise Conflict(f"{len(told['changed'])} step(s) have another spec already:"
+                           f" {', '.join(told['changed'][:5])}; nothing was added",
+                           hint="--update changes them", changed=told["changed"])
+        for name in told["changed"]:
+            fields = {k: v for k, v in plan[name].items() if k != "spelling"}
+            self.steps.edit(plan[name]["spelling"], **fields)
+        added = told["added"]
+        # What waits for others of the plan goes first, what waits for nothing last: no
+        # step can be done before the markers of those that wait for it are there.
+        groups: tuple = ([], [], [])
+        for sid in added:
+            outside = [need for need in plan[sid]["needs"] if need in specs]
+            groups[1 if outside else 0 if plan[sid]["needs"] else 2].append(sid)
+        for at, group in enumerate(groups):
+            self._in_parallel([lambda sid=sid, check=at == 1: self._describe(
+                sid, plan[sid], check=check) for sid in group])
+        return told
+
+    def _describe(self, sid: str, spec: dict, *, check: bool) -> None:
+        asked = {k: v for k, v in spec.items() if k != "spelling"}
+        self.steps.describe(spec["spelling"], {**asked, "id": sid},
+                            Record(f"steps/{sid}/spec.json"), check=check)
+
+    def _in_parallel(self, acts: list) -> None:
+        if len(acts) < (50 if self.ledger.store.kind == "file" else 3):
+            for act in acts:
+                act()
+            return
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(16) as pool:
+            for done in [pool.submit(act) for act in acts]:
+                done.result()
+
+    def graph(self) -> list:
+        """Views of all steps with their title, needs before dependents."""
+        views = self.steps.reader.survey({})
+        order = in_order({sid: view["needs"] for sid, view in views.items()})
+        return [{**views[sid], "title": spec_of(views[sid]["spec"])["title"]}
+                for sid in order]
+
+
+class Next:
+    """The best step that may be taken now. chance: how often a look at abandoned steps
+    goes before those that are free; they are looked at always when none is."""
+
+    def __init__(self, ledger: Ledger, steps: Steps) -> None:
+        self.ledger, self.steps, self.reader = ledger, steps, steps.reader
+        self.hints, self.chance, self.crowded = steps.frontier.hints, 1 / 16, False
+        self.cache, self.quiet_until = {}, {}
+
+    def take(self, *, labels: tuple = (), ttl: int | None = None, wait: float = 0,
+             pause: object = time.sleep) -> Claim:
+        """Claim the best ready step: priority, then age; steps whose lease expired when
+        nothing else is ready.
+
+        labels: only steps with one of them. wait: seconds. Raises NotFound when nothing
+        is ready (with `wait`: when nothing can become so), TimedOut.
+        Keys: lists ready/, active/; CAS steps/<sid>/claim.json; markers"""
+        how = {"ttl": checked_ttl(ttl), "reopen": False, "resume": False}
+
+        def once() -> Claim | None:
+            import random
+            found = self._abandoned(how, labels, most=1) \
+                if random.random() < self.chance else None
+            return found or self._ready(labels, how) \
+                or self._abandoned(how, labels, most=PAGE)
+        return self._until(once, wait=wait, labels=labels, pause=pause)
+
+    def peek(self, *, labels: tuple = (), wait: float = 0) -> dict:
+        """The view of the step that take() would try first; nothing is claimed."""
+        return self._until(lambda: self._ready(labels, None), wait=wait, labels=labels,
+                           pause=time.sleep)
+
+    def _until(self, once: object, *, wait: float, labels: tuple,
+               pause: object) -> object:
+        began, tries = time.monotonic(), 0
+        sweep_at, gap = began + (2 if wait > 0 else 0), 4
+        while True:
+            self.ledger.restart()
+            found = once()
+            if found is not None:
+                return found
+            if time.monotonic() >= sweep_at:
+                if self._sweep(labels):
+                    continue
+                sweep_at, gap = time.monotonic() + gap, min(300, gap * 2)
+            left = began + wait - time.monotonic()
+            if wait <= 0:
+                raise NotFound("no step is ready now", hint="--wait SECONDS waits for"
+                               " one; step list says what holds them up")
+            if left <= 0:
+                raise TimedOut(f"no step became ready within {wait:g}s",
+                               hint="wait again, or look at step list")
+            pause(min(left, poll_pause(tries)))
+            tries += 1
+
+    # -- steps that are free
+
+    def _ready(self, labels: tuple, how: dict | None) -> object:
+        import random
+        hints = [hint for hint in self.hints.ready() if self._sane(hint)]
+        while hints:
+            hint = pick(hints, crowded=self.crowded, roll=random.random())
+            hints.remove(hint)
+            found = self._try(hint, labels, how)
+            if found is not None:
+                return found
+        return None
+
+    def _sane(self, hint: Hint) -> bool:
+        """Whether the marker's name can be that of a step; else it is left alone."""
+        name = hint.name
+        return NAME_CHARS.issuperset(name) and name[0] != "_" and len(name) <= 200 \
+            and name == name.lower().replace(".", "-")
+
+    def _try(self, hint: Hint, labels: tuple, how: dict | None) -> object:
+        """The claim (how None: the view) of the step of a ready marker, or None."""
+        leaves = self.reader.look(hint.name)
+        if self._just_taken(hint, leaves):
+            self.crowded = True
+            return None
+        found = self.reader.load(hint.name, leaves)
+        claim = self.reader.view_of(hint.name, found)["claim"]
+        described = found["spec.json"].doc is not None
+        stand = stand_of(hint.token, claim, described=described)
+        if stand == "held" and not claim.get("marked"):
+            self.hints.put_after(self.hints.active_key(hint.name, hint.token))
+        if stand in ("past", "held") or (stand == "early" and hint.age > HINT_LIVES):
+            self.hints.drop(hint.key)
+        spec = spec_of(found["spec.json"].doc)
+        if stand != "take" or (labels and not set(labels) & set(spec["labels"])):
+            return None
+        if not self._needs_are_met(hint, spec):
+            return None
+        if how is None:
+            return self.reader.view_of(hint.name, found)
+        return self._claim(hint, found, how, token=hint.token)
+
+    def _just_taken(self, hint: Hint, leaves: dict) -> bool:
+        """Whether somebody claimed it a moment ago, who is about to drop the marker."""
+        claim = leaves.get("claim.json")
+        return hint.token == 1 and claim is not None and \
+            self.ledger.now() - (claim.modified or 0) < YOUNG
+
+    def _needs_are_met(self, hint: Hint, spec: dict) -> bool:
+        """Whether all needs are complete. If not, the marker goes; looking again after
+        that leaves no moment at which the need's end could go unnoticed."""
+        if not self.reader.lacks(spec["needs"]):
+            return True
+        self.hints.drop(hint.key)
+        if not self.reader.lacks(spec["needs"]):
+            self.hints.put_after(hint.key)
+        return False
+
+    def _claim(self, hint: Hint, found: dict, how: dict, *, token: int) -> Claim | None:
+        """Claim a step that was read a moment ago; None when another was faster."""
+        self.hints.put(self.hints.active_key(hint.name, token))
+        try:
+            claim = self.steps.take(hint.name, found, how=how, ignore_needs=True,
+                                    marked=True)
+        except (Conflict, Blocked):
+            self.crowded = True
+            return None
+        self.crowded = False
+        self.hints.drop(hint.key)
+        return claim
+
+    # -- steps whose holder is gone
+
+    def _abandoned(self, how: dict, labels: tuple, *, most: int) -> Claim | None:
+        """Take over an expired step that an active marker leads to. most: how many
+        claims are read for it."""
+        import random
+        now = self.ledger.now()
+        due = [hint for hint in self.hints.active() if hint.age > GRACE
+               and self._sane(hint) and self.quiet_until.get(hint.key, 0) <= now]
+        random.shuffle(due)
+        for hint, record in zip(due, self.ledger.read_many(
+                [f"steps/{hint.name}/claim.json" for hint in due[:most]])):
+            claim = None if record.fault else self._look_at(hint, record, how,
+                                                            labels=labels, now=now)
+            if claim is not None:
+                return claim
+        return None
+
+    def _look_at(self, hint: Hint, record: Record, how: dict, *, labels: tuple,
+                 now: float) -> Claim | None:
+        claim, ttl = record.doc, number(record.doc, "ttl")
+        state = state_of(claim)
+        if state in ("pending", "released"):  # being claimed, or just given back
+            if hint.age > HINT_LIVES:
+                self.hints.drop(hint.key)
+        elif state in ENDED:  # its end was not followed up
+            self.steps.project(hint.name)
+            self.steps.frontier.after_end(hint.name, claim)
+            self.hints.drop(hint.key)
+        elif expired(claim, record.age):
+            return self._take_over(hint, how, labels=labels)
+        else:
+            left = ttl + GRACE - (record.age or 0) if ttl else HINT_LIVES
+            self.quiet_until[hint.key] = now + left
+            if token_of(claim) > hint.token:  # taken over by somebody without a marker
+                self.hints.put_after(self.hints.active_key(hint.name, token_of(claim)))
+                self.hints.drop(hint.key)
+        return None
+
+    def _take_over(self, hint: Hint, how: dict, *, labels: tuple) -> Claim | None:
+        found = self.reader.load(hint.name)
+        claim = self.reader.view_of(hint.name, found)["claim"]
+        spec = spec_of(found["spec.json"].doc)
+        if labels and not set(labels) & set(spec["labels"]):
+            return None
+        return self._claim(hint, found, how, token=token_of(claim) + 1)
+
+    # -- everything
+
+    def _sweep(self, labels: tuple) -> bool:
+        """Search all steps for what the markers do not show, and put those markers.
+
+        Whether there were any. NotFound when no step can come to an end any more."""
+        views = self.reader.survey(self.cache)
+        ready = {hint.key for hint in self.hints.ready(limit=None)}
+        active = {hint.key for hint in self.hints.active(limit=None)}
+        missed = False
+        for sid, view in views.items():
+            claim = view["claim"]
+            if view["state"] == "released" or (
+                    view["state"] == "pending" and view["spec"] is not None):
+                key = self.steps.frontier.ready_key(sid, claim, view["spec"])
+                missed = missed or key not in ready
+                if key not in ready:
+                    self.hints.put(key)
+            elif view["state"] == "in_progress":
+                key = self.hints.active_key(sid, token_of(claim))
+                if key not in active:
+                    self.hints.put(key)
+        self._refuse_if_over(views, labels)
+        return missed
+
+    def _refuse_if_over(self, views: dict, labels: tuple) -> None:
+        alive = still_alive({sid: (view["state"], view["needs"])
+                             for sid, view in views.items()})
+        if labels:
+            alive = {sid for sid in alive if not views[sid]["spec"]
+                     or set(labels) & set(spec_of(views[sid]["spec"])["labels"])}
+        if alive:
+            return
+        stuck = [sid for sid, view in views.items()
+                 if view["state"] in ("failed", "blocked")]
+        text = f"; failed or blocked: {', '.join(stuck[:5])}" if stuck else ""
+        raise NotFound(f"no step can become ready{text}", stuck=stuck,
+                       hint="step list shows them" if views else "step add adds one")
+
+
+# == 22. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -6420,7 +7250,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 19. Mail ==========================================================
+# == 23. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -6674,7 +7504,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 20. Artifacts =====================================================
+# == 24. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -7376,7 +8206,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 21. Project =======================================================
+# == 25. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -7456,6 +8286,7 @@ class Project:
         self.memory = Memory(ledger, who, self.artifacts)
         self.mail = Mail(ledger, who, self.artifacts)
         self.steps = Steps(ledger, who, self._tell)
+        self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
         self.renewers = {"step": self.steps.renew}  # how each kind of lease is renewed
 
     def _tell(self, agent: str, text: str, step: str) -> None:
@@ -7697,7 +8528,158 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 22. Views =========================================================
+# == 26. Context =======================================================
+#
+# What went before a step, gathered for the agent that takes it. Changes nothing.
+
+CONTEXT_BYTES = 2048
+UPSTREAM = 200  # steps before this one that are looked at
+NAMED = 20  # memory keys named in hand-offs that are read
+
+
+def gather_context(project: Project, step: str) -> dict:
+    """{step, title, description, state, needs, missing, stuck, earlier: own hand-offs,
+    upstream: [{step, state, agent, note, …, artifacts}] nearest first, memory,
+    truncated}.
+
+    Four rounds of parallel reads per level of needs at most. Raises NotFound.
+    """
+    view = project.steps.view(step)
+    if view["state"] == "pending" and not view["spec"]:
+        raise NotFound(f"Step {step} is not there", hint="step list shows all")
+    spec = spec_of(view["spec"])
+    notes, truncated = upstream_notes(project.steps.reader, view["needs"])
+    for note, found in zip(notes, step_artifacts(project.ledger,
+                                                 [note["step"] for note in notes])):
+        note["artifacts"] = found
+    earlier = [note for note in (view["claim"] or {}).get("handoffs") or []
+               if isinstance(note, dict)]
+    return {"step": view["step"], "title": spec["title"], "state": view["state"],
+            "description": spec["description"], "needs": view["needs"],
+            "missing": view["missing"], "stuck": view["stuck"], "earlier": earlier[-3:],
+            "upstream": notes, "memory": named_memory(project.ledger, earlier + notes),
+            "truncated": truncated}
+
+
+def upstream_notes(reader: StepReader, needs: list) -> tuple:
+    """([{step, depth, state, agent, title, note, …}] nearest first, truncated)."""
+    notes, seen, level, depth = [], set(), list(needs), 1
+    while level and len(seen) < UPSTREAM:
+        level = [sid for sid in dict.fromkeys(map(step_id, level)) if sid not in seen]
+        level, seen = level[:UPSTREAM - len(seen)], seen | set(level)
+        views = reader.states(level).values() if level else ()
+        level = []
+        for view in views:
+            handoff = project_handoff(view["claim"] or {}) or {}
+            notes.append({
+                "step": view["step"], "depth": depth, "state": view["state"],
+                "agent": view["agent"], "title": spec_of(view["spec"])["title"],
+                **{name: handoff.get(name) for name in (
+                    "note", "next_action", "findings", "warnings", "changed_files")}})
+            level += view["needs"]
+        depth += 1
+    return notes, bool(set(map(step_id, level)) - seen)
+
+
+def step_artifacts(ledger: Ledger, sids: list) -> list:
+    """For each step its artifacts as [{name, sha256, size}]."""
+    wanted = [f"manifests/{sid}/" for sid in sids]
+    if len(wanted) > 4:
+        entries = [e for e in ledger.list("manifests/").entries]
+    else:
+        entries = [e for prefix in wanted for e in ledger.list(prefix).entries]
+    keys = [e.key for e in entries if e.key.endswith("/_head.json")
+            and e.key.split("/")[1] in sids]
+    found: dict = {sid: [] for sid in sids}
+    for record in ledger.read_many(keys):
+        head, (sid, _, rest) = record.doc, record.key[len("manifests/"):].partition("/")
+        if head is not None and not head.get("deleted_at"):
+            found[sid].append({"name": rest[:-len("/_head.json")],
+                               "sha256": str(head.get("sha256")),
+                               "size": number(head, "size")})
+    return [found[sid] for sid in sids]
+
+
+def named_memory(ledger: Ledger, notes: list) -> list:
+    """[{key, value}] of the memory keys that hand-offs name: dotted words, and what
+    follows `memory` or `memory get`."""
+    import re
+    text = " ".join(str(note.get(name) or "") for note in notes for name in (
+        "note", "next_action", "findings", "warnings"))
+    words = re.findall(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+", text)
+    words += re.findall(r"\bmemory (?:get )?([A-Za-z0-9._-]*[A-Za-z0-9_-])", text)
+    keys = [word for word in dict.fromkeys(words) if word[0] != "_"][:NAMED]
+    records = ledger.read_many([f"memory/{key.replace('.', '/')}.json" for key in keys])
+    return [{"key": key, "value": record.doc.get("value")}
+            for key, record in zip(keys, records) if live(record.doc, ledger.now())]
+
+
+def waiting_text(row: dict) -> str:
+    """Which needs a step waits for, and which of them will not come by themselves."""
+    stuck = row.get("stuck") or {}
+    names = sorted(row["missing"], key=lambda need: need not in stuck)
+    more = f", +{len(names) - 3} more" if len(names) > 3 else ""
+    return "waiting for " + ", ".join(
+        shown(need) + (f" ({stuck[need]})" if need in stuck else "")
+        for need in names[:3]) + more
+
+
+def render_context(doc: dict) -> str:
+    """gather_context() as text, nearest first; cut with "+more" at CONTEXT_BYTES."""
+    head = doc["step"] + (f": {shown(doc['title'])}" if doc["title"] else "")
+    lines = [f"{head} ({doc['state']})"]
+    if doc["description"]:
+        lines.append(f"  {shown(doc['description'], indent='  ')}")
+    if doc["missing"]:
+        lines.append(f"  {waiting_text(doc)}")
+    for note in reversed(doc["earlier"]):
+        lines += ["earlier, by " + shown(note.get("from_agent")), *note_lines(note)]
+    for note in doc["upstream"]:
+        title = f": {shown(note['title'])}" if note["title"] else ""
+        by = f" by {shown(note['agent'])}" if note["agent"] else ""
+        lines += [f"{note['step']}{title} ({note['state']}{by})", *note_lines(note)]
+    lines += [f"memory {shown(item['key'])} = {shown(str(item['value'])[:200])}"
+              for item in doc["memory"]]
+    return cut_lines(lines, CONTEXT_BYTES)
+
+
+def note_lines(note: dict) -> list:
+    """The facts of a hand-off, one a line."""
+    lines = []
+    for title, name in (("note", "note"), ("next", "next_action")):
+        if note.get(name):
+            lines.append(f"  {title}: {shown(note[name], indent='    ')}")
+    for title, name in (("finding", "findings"), ("warning", "warnings"),
+                        ("changed", "changed_files"), ("artifact", "artifacts")):
+        items = note.get(name) if isinstance(note.get(name), list) else ()
+        lines += [f"  {title}: {item_text(item)}" for item in items]
+    return lines
+
+
+def item_text(item: object) -> str:
+    """A finding, a path, or an artifact with its digest and size."""
+    if not isinstance(item, dict):
+        return shown(item, indent="    ")
+    name = shown(item.get("name") or item.get("path") or "?")
+    if not item.get("sha256"):
+        return name
+    return f"{name} ({size_text(number(item, 'size'))}, sha256" \
+        f" {shown(str(item['sha256'])[:12])})"
+
+
+def cut_lines(lines: list, limit: int) -> str:
+    """The first lines that fit in `limit` bytes, then "+N more lines, --json"."""
+    size, kept = 0, 0
+    for line in lines:
+        size += len(line.encode("utf-8", "backslashreplace")) + 1
+        if size > limit - 32 and (kept or size > limit):
+            break
+        kept += 1
+    left = len(lines) - kept
+    return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
+
+
+# == 27. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -7837,10 +8819,10 @@ def step_rows(snap: Snapshot) -> list:
         rows.append(row)
         if row["state"] == "complete":
             complete.add(sid)
+    states = {row["id"]: row["state"] for row in rows}
     for row in rows:
-        row["missing"] = [need for need in row["needs"] if need not in complete]
-        if row["state"] in ("pending", "released") and row["missing"]:
-            row["state"] = "waiting"  # 0.2 has no such word: its status stays pending
+        waits_for(row, {need: states.get(need, "pending") for need in row["needs"]
+                        if need not in complete})
     return rows
 
 
@@ -7952,7 +8934,7 @@ def step_line(row: dict) -> str:
     if row["state"] in ("waiting", "failed", "released", "corrupt"):
         extra.append(row["state"])
     if row["state"] == "waiting":
-        extra[-1] += f" for {shown(', '.join(row['missing'][:3]))}"
+        extra[-1] = waiting_text(row)
     return text + (f"  [{', '.join(extra)}]" if extra else "")
 
 
@@ -8043,7 +9025,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 23. Doctor ========================================================
+# == 28. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -8058,7 +9040,8 @@ SHAPES = (
     ("messages/*/_ids/*.json", ""), ("messages/*/*.json", "from to message sent_at"),
     ("steps/*/spec.json", ""), ("steps/*/claim.json", "agent claimed_at"),
     ("steps/*/status.json", "status"), ("steps/*/handoff.json", ""),
-    ("ready/*/*", None), ("active/*", None), ("locks/*.json", "agent"),
+    ("ready/*/*", None), ("active/*", None), ("dependents/*/*", None),
+    ("locks/*.json", "agent"),
     ("semaphores/*/*.json", ""), ("barriers/*/*/config.json", ""),
     ("barriers/*/*/verdict.json", ""), ("barriers/*/*/arrive/*", None),
     ("reservations.json", ""), ("queues/*/items/*.json", "state"),
@@ -8368,7 +9351,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 24. Trials ========================================================
+# == 29. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -8882,7 +9865,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 25. Drill and bench ===============================================
+# == 30. Drill and bench ===============================================
 #
 # Races and measurements on a store of the user's choice.
 
@@ -9387,7 +10370,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 26. Rows ==========================================================
+# == 31. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -9610,7 +10593,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 27. Commands under a lease ========================================
+# == 32. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -9694,6 +10677,42 @@ class Renewer:
             self._thread.join(2)
 
 
+class Stoppable:
+    """`with Stoppable() as stop:` TERM and INT end a pause at once, but anything else
+    only once it is over, so that no claim that lands is lost from sight."""
+
+    __slots__ = ("asked", "_idle", "_before")
+
+    def __init__(self) -> None:
+        self.asked, self._idle, self._before = False, False, {}
+
+    def __enter__(self) -> Stoppable:
+        import signal
+        for name in (signal.SIGTERM, signal.SIGINT):
+            self._before[name] = signal.signal(name, self._ask)
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        import signal
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        if self._idle:
+            raise KeyboardInterrupt
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; KeyboardInterrupt when a signal came before or meanwhile."""
+        self._idle = True
+        try:
+            if self.asked:
+                raise KeyboardInterrupt
+            time.sleep(seconds)
+        finally:
+            self._idle = False
+
+
 def run_under(lease: object, words: list, environ: dict, *, subject: str,
               asked: float) -> int:
     """Run CMD while its lease is kept alive; its exit code (128 + signal).
@@ -9771,7 +10790,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 28. Step commands =================================================
+# == 33. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -9811,7 +10830,7 @@ def cmd_claim(project: object, options: object) -> int:
 
 def child_environ(project: object, claim: object) -> dict:
     """The environment of a command run under a claim (cli.md, Exit codes)."""
-    spec = project.steps.view(claim.step).get("spec") or {}
+    spec = claim.spec or {}
     return {
         **os.environ,
         "TRACECRAFT_STEP": claim.step, "TRACECRAFT_TOKEN": str(claim.token),
@@ -9886,6 +10905,7 @@ def cmd_release(project: object, options: object) -> None:
     arg("--artifact", action="append", default=[], metavar="PATH",
         help="upload it first; repeatable"),
     arg("--force", action="store_true", help="end another's step; --note says why"),
+    arg("--next", action="store_true", dest="take_next", help="then claim the next"),
     TOKEN_ARG,
     examples=('complete design --note "see api.md" --to builder',
               "complete docs --needs-review --changed-files-from-git"),
@@ -9907,7 +10927,22 @@ def cmd_complete(project: object, options: object) -> None:
         line += f" → handed off to {options.to}"
     if changed is not None:
         line += f" ({len(changed)} changed file(s))"
-    answer(options, line, record_of(doc, step=step_id(options.step)))
+    record = record_of(doc, step=step_id(options.step))
+    if options.take_next:
+        claim = next_or_none(project, options)
+        record["claimed"] = claim and record_of(claim.doc, step=claim.step)
+        line += f"\nClaimed step {claim.step} as {project.agent}" if claim else ""
+    answer(options, line, record)
+
+
+def next_or_none(project: object, options: object) -> Claim | None:
+    """The next step, claimed for who has just completed one; None when none is ready.
+    """
+    try:
+        return project.tasks.take(ttl=project.settings.ttl)
+    except NotFound as why:
+        remark(options, why.message)
+        return None
 
 
 def ended_state(options: object) -> str:
@@ -9965,25 +11000,6 @@ def handoff_text(step: str, doc: dict) -> str:
     return "\n".join(lines)
 
 
-@command(
-    "step add", "describe a step before anybody claims it", STEP_ARG,
-    arg("--title", default="", metavar="TEXT", help="one line"),
-    arg("--description", default="", metavar="TEXT", help="what is to be done"),
-    arg("--needs", action="append", default=[], metavar="STEP",
-        help="must be complete first; repeatable, or a,b"),
-    arg("--max-attempts", type=int, default=0, metavar="N",
-        help="takeovers before it fails, default 3"),
-    examples=('step add api --title "the API"', "step add docs --needs api,design"),
-    exits="0 2 3 7 9", op=True)
-def cmd_step_add(project: object, options: object) -> None:
-    needs = [name for text in options.needs for name in text.split(",") if name.strip()]
-    doc = project.steps.add(
-        options.step, title=options.title, needs=tuple(needs), op=options.op,
-        description=options.description, max_attempts=options.max_attempts)
-    answer(options, f"Added step {options.step}",
-           record_of(doc, step=step_id(options.step)))
-
-
 @command("step list", "every step and who has it", LIMIT_ARG,
          arg("--state", metavar="STATE", help="only these"),
          examples=("step list", "step list --state in_progress"), exits="0 7")
@@ -10002,7 +11018,7 @@ def list_line(name: str, view: dict) -> str:
     agent = f" (agent: {shown(view['agent'])})" if known else ""
     more = f" [{state}]" if status != state else ""
     if view.get("missing") and state == "waiting":
-        more = f" [waiting for {shown(', '.join(view['missing'][:3]))}]"
+        more = f" [{waiting_text(view)}]"
     return f"{name} {status}{agent}{more}"
 
 
@@ -10068,7 +11084,169 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 29. Commands of memory, mail and files ============================
+# == 34. Task commands =================================================
+#
+# Plans, the next step, what went before. As section "Step commands".
+
+
+def split_names(texts_given: list) -> list:
+    """["a,b", "c"] as a repeatable option gives them -> ["a", "b", "c"]."""
+    return [name.strip() for text in texts_given for name in text.split(",")
+            if name.strip()]
+
+
+SPEC_ARGS = (
+    arg("--title", metavar="TEXT", help="one line"),
+    arg("--description", metavar="TEXT", help="what is to be done"),
+    arg("--needs", action="append", metavar="STEP",
+        help="must be complete first; repeatable, or a,b"),
+    arg("--priority", type=int, metavar="N", help="0 (first) to 9, default 5"),
+    arg("--label", action="append", metavar="WORD", help="repeatable, or a,b"),
+    arg("--max-attempts", type=int, metavar="N", help="before it fails, default 3"),
+)
+
+
+def spec_given(options: object) -> dict:
+    """The fields of a spec that were given as flags."""
+    given = {"title": options.title, "description": options.description,
+             "needs": None if options.needs is None else split_names(options.needs),
+             "priority": options.priority, "max_attempts": options.max_attempts,
+             "labels": None if options.label is None else split_names(options.label)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+@command(
+    "step add", "describe a step, or a whole plan, before it is claimed",
+    arg("step", nargs="?", help="a step"), *SPEC_ARGS,
+    arg("--plan", metavar="FILE", help="JSON or a checklist; - is stdin"),
+    arg("--update", action="store_true", help="the plan may change steps"),
+    examples=('step add docs --title "the guide" --needs api,design',
+              "step add --plan plan.md"), exits="0 2 3 7 9", op=True)
+def cmd_step_add(project: object, options: object) -> None:
+    given = spec_given(options)
+    if (options.step is None) == (options.plan is None) or (options.plan and given):
+        raise Usage("give a step with its flags, or --plan FILE alone",
+                    hint="step add --help")
+    if options.plan is None:
+        doc = project.steps.add(options.step, op=options.op, **given)
+        answer(options, f"Added step {options.step}",
+               record_of(doc, step=step_id(options.step)))
+        return
+    told = project.plans.add(plan_text(options.plan), update=options.update)
+    text = ", ".join(f"{len(sids)} {what}" for what, sids in told.items() if sids)
+    answer(options, f"Plan: {text}", told)
+
+
+def plan_text(path: str) -> str:
+    """The text of a plan's file, or of stdin for '-'."""
+    data = sys.stdin.buffer.read() if path == "-" else read_file(path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as why:
+        raise Usage(f"the plan {shown(path)} is not UTF-8 (byte {why.start})",
+                    hint="convert it") from why
+
+
+@command("step edit", "change what a step says", STEP_ARG, *SPEC_ARGS,
+         examples=("step edit docs --priority 1", "step edit docs --needs api"),
+         exits="0 1 2 7 9", op=True)
+def cmd_step_edit(project: object, options: object) -> None:
+    given = spec_given(options)
+    if not given:
+        raise Usage("nothing to change", hint="step edit --help")
+    doc = project.steps.edit(options.step, op=options.op, **given)
+    answer(options, f"Changed step {options.step}",
+           record_of(doc, step=step_id(options.step)))
+
+
+@command("step graph", "all steps and what they wait for",
+         arg("--format", choices=("text", "mermaid", "dot"), default="text"), LIMIT_ARG,
+         examples=("step graph", "step graph --format mermaid"), exits="0 7")
+def cmd_step_graph(project: object, options: object) -> None:
+    rows = project.plans.graph()
+    if options.format != "text" and not options.as_json:
+        put_out(draw_graph(rows, options.format) + "\n")
+        return
+    answer_list(options, rows, draw_graph(rows, "text").splitlines(),
+                empty="No steps found.")
+
+
+@command(
+    "next", "the step to do next: best priority, then oldest",
+    arg("--claim", action="store_true", help="take it"),
+    arg("--label", action="append", default=[], metavar="WORD",
+        help="only steps with it; repeatable"),
+    arg("--wait", type=finite, default=0, metavar="SECONDS", help="until one is ready"),
+    arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
+    examples=("next --claim --json", "next --claim --wait 600 -- ./work.sh"),
+    exits="0 1 4 6 7 10", after="CMD…")
+def cmd_next(project: object, options: object) -> int:
+    labels = tuple(split_names(options.label))
+    if options.rest is None and not options.claim:
+        view = project.tasks.peek(labels=labels, wait=options.wait)
+        title = spec_of(view["spec"])["title"]
+        answer(options, view["step"] + (f": {shown(title)}" if title else ""), view)
+        return 0
+    if options.rest is not None:
+        check_command(options.rest)
+    ttl = project.settings.ttl if options.ttl is None else options.ttl
+    with Stoppable() as stop:
+        claim = project.tasks.take(labels=labels, wait=options.wait, ttl=ttl,
+                                   pause=stop.pause)
+        asked = time.monotonic()
+        if stop.asked:
+            claim.release("interrupted")
+            raise KeyboardInterrupt
+    line = f"Claimed step {claim.step} as {project.agent}"
+    if options.rest is None:
+        answer(options, line, record_of(claim.doc, step=claim.step))
+        return 0
+    remark(options, line)
+    return run_next(project, claim, options, asked)
+
+
+def run_next(project: object, claim: object, options: object, asked: float) -> int:
+    """Run CMD under a claim and settle the step; 0 once it is, whatever came of it."""
+    try:
+        code = run_under(claim, options.rest, child_environ(project, claim),
+                         subject=f"Step {claim.step}", asked=asked)
+    except KeyboardInterrupt:
+        remark(options, settled_text(claim, "interrupted"))
+        raise
+    remark(options, settled_text(claim, f"exit code {code}" if code else ""))
+    return 0
+
+
+def settled_text(claim: object, trouble: str) -> str:
+    """Complete the step, or give it up; what became of it, as a sentence.
+
+    A step that CMD has ended or given back itself stays as it is.
+    """
+    words = {"complete": "Completed", "failed": "Failed", "released": "Released"}
+    try:
+        if trouble == "interrupted":
+            state = state_of(claim.release(trouble))
+        elif trouble:
+            state = claim.give_up(trouble)
+        else:
+            state = state_of(claim.complete())
+    except Conflict as why:
+        state = why.details.get("state")
+        if state is None:
+            raise
+        return f"Step {claim.step} is {state}, as its command left it"
+    return f"{words[state]} step {claim.step}" + (
+        f" ({trouble})" if trouble else "")
+
+
+@command("context", "what the steps before this one left, in one reading", STEP_ARG,
+         examples=("context docs", "context docs --json"), exits="0 1 7 8")
+def cmd_context(project: object, options: object) -> None:
+    doc = gather_context(project, options.step)
+    answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
+
+
+# == 35. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -10358,7 +11536,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 30. Commands of presence, views and set-up ========================
+# == 36. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -10829,7 +12007,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 31. Command line ==================================================
+# == 37. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -10840,7 +12018,8 @@ GROUPS = (
     ("presence", (cmd_prime, cmd_status, cmd_agents, cmd_whoami, cmd_heartbeat,
                   cmd_checkin, cmd_leave)),
     ("steps", (cmd_claim, cmd_renew, cmd_release, cmd_complete, cmd_approve, cmd_reject,
-               cmd_handoff, cmd_step_add, cmd_step_list, cmd_step_show, cmd_step_status,
+               cmd_handoff, cmd_context, cmd_next, cmd_step_add, cmd_step_edit,
+               cmd_step_graph, cmd_step_list, cmd_step_show, cmd_step_status,
                cmd_wait_for)),
     ("memory", (cmd_memory_set, cmd_memory_get, cmd_memory_list, cmd_memory_history,
                 cmd_memory_delete, cmd_memory_incr, cmd_memory_append,
@@ -10858,7 +12037,8 @@ TOP_HELP = (
     ("checkin", "presence, renewals, unread mail     (heartbeat, leave)"),
     ("claim", "take a step; one winner             (renew, release, -- CMD)"),
     ("complete", "end it with a hand-off note        (approve, reject, handoff)"),
-    ("step", "add / list / show                   (step-status, wait-for)"),
+    ("next", "the best ready step; --claim takes it (context: what went before)"),
+    ("step", "add / edit / list / show / graph    (step-status, wait-for)"),
     ("memory", "set / get / list / history / delete / incr / append / merge"),
     ("send", "message an agent, or _broadcast"),
     ("inbox", "read messages; --new once each      (ack)"),
