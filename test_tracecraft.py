@@ -7980,6 +7980,705 @@ def test_the_cursor_keeps_no_keys_that_its_floor_covers(ada, bob, bucket):
     assert len(bucket.doc("messages/bob/_cursor.json")["direct"]["seen"]) <= 2
 
 
+# == Plans =============================================================
+#
+# Plans as text, graphs, and what a marker means: all pure.
+
+
+PLAN = """# the plan
+- [ ] design: the design (priority: 2)
+  some prose: not a step
+* [ ] S1.A: title (with brackets) (needs: design; labels: code, http; max_attempts: 1)
+- [x] old: was done
+- [ ] docs: the guide (needs: s1-a, old)
+"""
+
+
+def test_a_checklist_becomes_steps_and_what_is_ticked_is_left_out():
+    plan, ticked, faults = t.plan_of(PLAN)
+    assert (list(plan), ticked, faults) == (["design", "s1-a", "docs"], {"old"}, [])
+    assert plan["s1-a"] == {"title": "title (with brackets)", "needs": ["design"],
+                            "description": "", "priority": 5, "max_attempts": 1,
+                            "labels": ["code", "http"], "spelling": "S1.A"}
+    assert plan["design"]["priority"] == 2
+
+
+def test_a_json_plan_says_the_same_as_its_checklist():
+    steps = [{"id": "design", "title": "the design", "priority": 2},
+             {"id": "S1.A", "title": "title (with brackets)", "needs": ["design"],
+              "labels": ["code", "http"], "max_attempts": 1},
+             {"id": "docs", "title": "the guide", "needs": ["s1-a", "old"]}]
+    assert t.plan_of(json.dumps({"steps": steps}))[0] == t.plan_of(PLAN)[0]
+    assert t.plan_of(json.dumps(steps))[0] == t.plan_of(PLAN)[0]
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("", "has no steps"), ("# prose", "has no steps"), ("{", "not JSON"),
+    ('{"step": []}', 'no list "steps"'), ('{"steps": [3]}', 'step 1'),
+    ('[{"id": "a", "nedds": []}]', "did you mean needs?"),
+    ('[{"id": "a", "priority": "2"}]', "priority is '2', not a number"),
+    ('[{"id": "a", "priority": 10}]', "priority is 10"),
+    ('[{"id": "a", "priority": true}]', "not a number"),
+    ('[{"id": "a", "needs": [3]}]', "no name"), ('[{"id": "a b"}]', "does not fit"),
+    ('[{"id": "a", "needs": "b"}]', "not a list"), ('[{"id": "_a"}]', "reserved"),
+    ('[{"id": "a", "needs": ["a"]}]', "cannot need itself"),
+    ('[{"id": "S.a"}, {"id": "s-A"}]', "are one step: s-a"),
+    ("- [ ] a", "line 1: has no title"), ("- [ ] a: b (needs: x; foo: 1)", "'foo'"),
+    ("- [ ] a: b (priority: high)", "'high', not a number"),
+    ("- [ ] a: b (priority: 1; labels: u v)", "does not fit")])
+def test_what_is_wrong_with_a_plan_is_said(text, fault):
+    faults = t.plan_of(text)[2]
+    assert len(faults) == 1 and fault in faults[0]
+
+
+def test_all_faults_of_a_plan_are_listed_at_once():
+    plan, _, _ = t.plan_of('[{"id": "a", "needs": ["b", "desing"]}, {"id": "b",'
+                           '"needs": ["c"]}, {"id": "c", "needs": ["a"]}]')
+    faults = t.plan_faults(plan, {"design": []})
+    assert faults == ["a needs desing, which is not there; did you mean design?",
+                      "cycle: a → b → c → a"]
+
+
+def test_a_cycle_through_a_step_that_is_there_is_found():
+    plan, _, _ = t.plan_of('[{"id": "new", "needs": ["old"]}]')
+    assert t.plan_faults(plan, {"old": ["new"]}) == ["cycle: new → old → new"]
+
+
+def random_graph(dice, size):
+    names = [f"n{at}" for at in range(size)]
+    return {name: dice.sample(names, dice.randrange(min(4, size))) for name in names}
+
+
+def test_a_cycle_is_found_exactly_when_the_steps_have_no_order():
+    dice = random.Random(5)
+    for _ in range(400):
+        needs = random_graph(dice, dice.randrange(1, 9))
+        cycle, order = t.find_cycle(needs), t.in_order(needs)
+        assert sorted(order) == sorted(needs)
+        place = {sid: at for at, sid in enumerate(order)}
+        sorted_well = all(place[need] < place[sid] for sid in needs
+                          for need in needs[sid])
+        assert sorted_well == (not cycle)
+        assert not cycle or cycle[0] == cycle[-1] and all(
+            b in needs[a] for a, b in zip(cycle, cycle[1:]))
+
+
+def test_a_long_chain_is_no_problem_for_the_order_or_the_search_for_cycles():
+    needs = {f"s{n}": [f"s{n - 1}"] if n else [] for n in range(20_000)}
+    assert t.find_cycle(needs) == [] and t.in_order(needs)[-1] == "s19999"
+    needs["s0"] = ["s19999"]
+    assert len(t.find_cycle(needs)) == 20_001
+
+
+@pytest.mark.parametrize("steps, alive", [
+    ({"a": ("complete", [])}, ""), ({"a": ("failed", [])}, ""),
+    ({"a": ("in_progress", []), "b": ("waiting", ["a"])}, "ab"),
+    ({"a": ("failed", []), "b": ("waiting", ["a"]), "c": ("waiting", ["b"])}, ""),
+    ({"a": ("needs_review", []), "b": ("waiting", ["a"])}, "ab"),
+    ({"b": ("waiting", ["nobody"])}, "b"),
+    ({"a": ("blocked", []), "b": ("released", ["a"]), "c": ("pending", [])}, "c")])
+def test_what_waits_for_a_failed_step_is_not_alive(steps, alive):
+    assert "".join(sorted(t.still_alive(steps))) == alive
+
+
+def held_as(state, token):
+    return {"agent": "a", "state": state, "token": token}
+
+
+@pytest.mark.parametrize("token, claim, stand", [
+    (1, None, "take"), (2, None, "past"), (0, None, "past"),
+    (2, held_as("released", 1), "take"), (1, held_as("released", 1), "past"),
+    (9, held_as("released", 1), "past"), (1, held_as("in_progress", 1), "held"),
+    (2, held_as("in_progress", 1), "early"), (1, held_as("in_progress", 2), "past"),
+    (3, held_as("in_progress", 1), "past"), (2, held_as("needs_review", 1), "early"),
+    (2, held_as("complete", 1), "past"), (1, held_as("complete", 1), "past"),
+    (2, held_as("failed", 1), "past"), (2, held_as("blocked", 1), "past")])
+def test_a_marker_is_judged_by_the_claim_it_leads_to(token, claim, stand):
+    assert t.stand_of(token, claim, described=True) == stand
+
+
+def test_a_marker_without_claim_and_spec_may_be_of_a_step_that_is_being_added():
+    assert t.stand_of(1, None, described=False) == "early"
+
+
+def test_no_title_ends_the_quotes_of_a_drawing():
+    row = {"step": "a", "state": "pending", "needs": [], "title": '"]; x\\" <b> ['}
+    for kind in ("mermaid", "dot"):
+        text = t.draw_graph([row], kind)
+        assert text.count('"') == (2 if kind == "mermaid" else 4)
+        assert "<b>" not in text and "\\" not in text
+
+
+def hint(name, priority=5, modified=0, token=1):
+    return t.Hint(f"ready/{priority:02d}/{name}.{token}", priority=priority, name=name,
+                  token=token, at_ns=0, modified=modified, age=0)
+
+
+def test_the_most_urgent_then_the_oldest_is_picked_first():
+    hints = [hint("a", 5, 1), hint("b", 2, 9), hint("c", 2, 3), hint("d", 9, 0)]
+    assert t.pick(hints, crowded=False, roll=0.99).name == "c"
+    assert t.pick(hints, crowded=True, roll=0.99).name == "b"
+    assert t.pick([], crowded=False, roll=0) is None
+
+
+def test_a_crowd_spreads_over_the_older_half_of_many():
+    hints = [hint(f"s{n:03}", 5, n) for n in range(200)]
+    picked = {t.pick(hints, crowded=False, roll=(n + 0.5) / 100).name
+              for n in range(100)}
+    assert picked == {f"s{n:03}" for n in range(100)}
+
+
+# == Tasks =============================================================
+#
+# The frontier and the next step, on the memory store: markers deleted, forged, late.
+
+
+READY = "ready/05/s.1"
+
+
+@pytest.fixture
+def eager(ada):
+    """An agent that never looks at abandoned steps first."""
+    ada.tasks.chance = 0
+    return ada
+
+
+def test_a_step_without_needs_has_a_marker_before_its_spec(ada, bucket):
+    ada.add_step("s", priority=3)
+    written = [key for key, *_ in bucket.log if not key.startswith("agents/")]
+    assert written == ["ready/03/s.1", "steps/s/spec.json"]
+
+
+def test_what_completes_makes_ready_what_waited_for_it(eager, bucket):
+    eager.add_step("a")
+    eager.add_step("b", needs=["a"], priority=1)
+    eager.add_step("c", needs=["a", "b"])
+    assert bucket.under("ready/") == ["ready/05/a.1"]
+    eager.tasks.take().complete()
+    assert bucket.under("ready/") == ["ready/01/b.1"]
+    eager.tasks.take().complete()
+    assert bucket.under("ready/") == ["ready/05/c.1"] and not bucket.under("active/")
+
+
+def test_approving_makes_ready_what_waited_and_rejecting_gives_back(eager, bucket):
+    eager.add_step("a")
+    eager.add_step("b", needs=["a"])
+    eager.tasks.take().complete(state="needs_review")
+    refused(t.NotFound, eager.tasks.take)
+    eager.reject("a")
+    assert eager.tasks.take().token == 2
+    eager.complete("a", state="needs_review")
+    eager.approve("a")
+    assert eager.tasks.take().step == "b"
+
+
+def test_next_claims_by_priority_then_age_and_one_step_once(eager, bob, bucket):
+    bob.tasks.chance = 0
+    for name, priority in (("z", 5), ("y", 5), ("x", 0), ("w", 9)):
+        eager.add_step(name, priority=priority)
+        pass_time(bucket, 2)
+    got = [agent.tasks.take().step for agent in (eager, bob, eager, bob)]
+    assert got == ["x", "z", "y", "w"]
+    refused(t.NotFound, bob.tasks.take)
+
+
+def test_peeking_claims_nothing(eager):
+    eager.add_step("s", title="the step")
+    assert eager.tasks.peek()["step"] == "s" and eager.tasks.peek()["state"] == "pending"
+    assert eager.tasks.take().step == "s"
+
+
+def test_only_steps_with_a_wanted_label_are_taken(eager):
+    eager.add_step("a", priority=0)
+    eager.add_step("b", labels=["gpu", "big"])
+    assert eager.tasks.take(labels=("gpu",)).step == "b"
+    refused(t.NotFound, eager.tasks.take, labels=("gpu",))
+    assert eager.tasks.take().step == "a"
+
+
+def test_a_released_step_is_offered_again_under_the_next_token(eager, bob):
+    eager.add_step("s")
+    eager.tasks.take().release()
+    claim = bob.tasks.take()
+    assert (claim.step, claim.token, claim.attempt) == ("s", 2, 2)
+
+
+def test_an_expired_step_is_taken_over_when_nothing_else_is_ready(eager, bob, bucket):
+    eager.add_step("s")
+    eager.tasks.take(ttl=60)
+    refused(t.NotFound, bob.tasks.take)
+    pass_time(bucket, 66)
+    claim = bob.tasks.take()
+    assert (claim.token, claim.attempt) == (2, 2)
+    assert bucket.under("active/") == ["active/s.2"]
+    refused(t.Fenced, eager.complete, "s")
+
+
+def test_an_expired_step_is_found_though_others_are_ready(ada, bob, bucket):
+    ada.add_step("s")
+    ada.tasks.take(ttl=60)
+    ada.add_step("other")
+    pass_time(bucket, 66)
+    bob.tasks.chance = 1
+    assert bob.tasks.take().step == "s"
+
+
+def test_a_step_whose_attempts_are_used_up_fails_and_says_so_to_what_waits(bucket):
+    for n in range(3):
+        agent = agent_on(bucket, f"w{n}")
+        agent.tasks.chance = 0
+        if not n:
+            agent.add_step("s", max_attempts=2)
+            agent.add_step("t", needs=["s"])
+        elif n == 1:
+            pass_time(bucket, 70)
+        claim = agent.tasks.take(ttl=60) if n < 2 else None
+    pass_time(bucket, 70)
+    why = refused(t.NotFound, agent.tasks.take)
+    assert agent.step_status("s")["state"] == "failed", claim
+    assert agent.step_status("t")["stuck"] == {"s": "failed"}
+    why = refused(t.NotFound, agent.tasks.take)
+    assert "no step can become ready" in why.message and "failed or blocked: s" in \
+        why.message
+
+
+def test_giving_up_the_last_attempt_fails_the_step(eager):
+    eager.add_step("s", max_attempts=2)
+    assert eager.tasks.take().give_up("exit code 1") == "released"
+    assert eager.tasks.take().give_up("exit code 1") == "failed"
+    assert eager.handoff("s")["note"] == "exit code 1; attempt 2 of 2"
+
+
+@pytest.mark.parametrize("family", ["ready/", "active/", "dependents/"])
+def test_no_step_is_lost_with_its_markers(family, eager, bob, bucket):
+    for name, needs in (("a", []), ("b", ["a"]), ("c", ["b"])):
+        eager.add_step(name, needs=needs)
+    done = []
+    for _ in range(3):
+        for key in bucket.under(family):
+            bucket.delete(key)
+        claim = eager.tasks.take(ttl=60)
+        if family == "active/":
+            for key in bucket.under(family):
+                bucket.delete(key)
+            pass_time(bucket, 70)
+            claim = bob.tasks.take(ttl=60) if claim.token == 1 else claim
+        claim.complete()
+        done.append(claim.step)
+    assert done == ["a", "b", "c"]
+
+
+FORGED = ["ready/00/w.1", "ready/00/w.9", "ready/00/ghost.1", "ready/05/done.1",
+          "ready/05/done.2", "ready/00/held.1", "ready/00/held.2", "ready/99/s.1",
+          "ready/00/UPPER.1", "ready/00/_x.1", "ready/00/s", "ready/00/a.b.1",
+          "ready/00/ü.1", "active/done.1", "active/ghost.3", "active/held.7", "active/x",
+          "ready/00/s.99999999999999999999", "active/w.1", "dependents/done/ghost",
+          "dependents/s/w", "ready/x/s.1"]
+
+
+def test_a_forged_marker_runs_nothing_it_should_not(bob, eager, bucket):
+    bob.claim("held")
+    eager.complete("done")
+    eager.add_step("w", needs=["held"])
+    eager.add_step("s")
+    for key in FORGED:
+        bucket.place(key, {})
+    claim = eager.tasks.take()
+    assert (claim.step, claim.token) == ("s", 1)
+    refused(t.NotFound, eager.tasks.take)
+    claim.complete()
+    bob.complete("held")
+    assert eager.tasks.take().step == "w"
+    assert step_faults(bucket) == []
+
+
+def test_a_marker_of_a_step_being_added_is_left_for_an_hour(eager, bucket):
+    bucket.place("ready/05/soon.1", {})
+    refused(t.NotFound, eager.tasks.take)
+    assert bucket.under("ready/") == ["ready/05/soon.1"]
+    pass_time(bucket, t.HINT_LIVES + 2)
+    refused(t.NotFound, eager.tasks.take)
+    assert bucket.under("ready/") == []
+
+
+def test_a_need_that_ends_while_its_marker_is_withdrawn_is_not_missed(eager, bob,
+                                                                      bucket):
+    eager.add_step("w", needs=["n"])
+    bob.claim("n")
+    bucket.place("ready/05/w.1", {})
+    eager.store.fault("ok", "DELETE", "ready/05/w.1", before=lambda: bob.complete("n"))
+    assert eager.tasks.take().step == "w"
+
+
+def test_a_holder_without_a_marker_gets_one_from_who_finds_it(eager, bob, bucket):
+    eager.add_step("s")
+    bob.claim("s", ttl=60)  # by name: its ready marker stays, it has no active one
+    pass_time(bucket, 20)
+    refused(t.NotFound, eager.tasks.take)
+    assert bucket.under("ready/") == [] and bucket.under("active/") == ["active/s.1"]
+    pass_time(bucket, 70)
+    assert eager.tasks.take().token == 2
+
+
+def test_the_end_that_a_killed_worker_did_not_follow_up_is_followed_up(bucket):
+    for point in range(3, 9):
+        bucket.shared.objects.clear()
+        ada, bob = agent_on(bucket, "ada"), agent_on(bucket, "bob")
+        ada.add_step("a")
+        ada.add_step("b", needs=["a"])
+        claim = ada.tasks.take()
+        ada.store.forget()
+        ada.store.crash_at = (point, "before")
+        with contextlib.suppress(Crash):
+            claim.complete(note="done")
+        pass_time(bucket, 10)
+        bob.tasks._sweep = lambda labels: False  # the markers alone must lead there
+        assert bob.tasks.take(wait=1).step == "b", point
+        assert not bucket.under("active/a"), point
+
+
+def test_waiting_for_a_step_ends_when_one_becomes_ready(eager, bob):
+    eager.add_step("a")
+    eager.add_step("b", needs=["a"])
+    first = eager.tasks.take()
+    later = threading.Timer(0.3, first.complete)
+    later.start()
+    assert bob.tasks.take(wait=5).step == "b"
+    later.join()
+    why = refused(t.TimedOut, eager.tasks.take, wait=0.2)
+    assert "0.2s" in why.message
+
+
+def test_waiting_ends_early_when_nothing_can_become_ready(eager):
+    eager.add_step("a")
+    eager.add_step("b", needs=["a"])
+    eager.tasks.take().complete(state="failed")
+    begun = time.monotonic()
+    why = refused(t.NotFound, eager.tasks.take, wait=60)
+    assert time.monotonic() - begun < 10 and why.details["stuck"] == ["a"]
+
+
+def test_a_damaged_claim_does_not_stop_the_worker(eager, bucket):
+    eager.add_step("s")
+    bucket.place("steps/x/claim.json", b"{")
+    bucket.place("active/x.1", {})
+    pass_time(bucket, 10)
+    assert eager.tasks.take().step == "s"
+
+
+# -- plans in the store
+
+
+def test_a_plan_is_added_once_whatever_happens_between(bucket):
+    ada = agent_on(bucket, "ada")
+    assert ada.plans.add(PLAN) == {"added": ["design", "s1-a", "docs"], "changed": [],
+                                   "unchanged": []}
+    size = len(bucket.log)
+    assert ada.plans.add(PLAN)["unchanged"] == ["design", "s1-a", "docs"]
+    assert len(bucket.log) == size
+    assert bucket.doc("steps/s1-a/spec.json")["spelling"] == "S1.A"
+    assert bucket.under("ready/") == ["ready/02/design.1"]
+
+
+@pytest.mark.parametrize("text", ["- [ ] a: x (needs: nobody)", "- [ ] a: x\n- [ ] A: y",
+                                  "- [ ] a: x (needs: b)\n- [ ] b: y (needs: a)",
+                                  "- [ ] a: x\n- [ ] b c: y"])
+def test_a_plan_with_a_fault_writes_nothing(ada, bucket, text):
+    why = refused(t.Usage, ada.plans.add, text)
+    assert len(why.details["faults"]) == 1 and bucket.log == []
+
+
+def test_a_changed_spec_is_refused_unless_update_is_given(ada, bucket):
+    ada.plans.add("- [ ] a: one\n- [ ] b: two")
+    size = len(bucket.log)
+    why = refused(t.Conflict, ada.plans.add, "- [ ] a: one\n- [ ] b: other\n- [ ] c: x")
+    assert why.details["changed"] == ["b"] and len(bucket.log) == size
+    told = ada.plans.add("- [ ] b: other\n- [ ] c: x", update=True)
+    assert told == {"added": ["c"], "changed": ["b"], "unchanged": []}
+    assert bucket.doc("steps/b/spec.json")["title"] == "other"
+
+
+def test_a_ticked_need_counts_as_done_unless_it_is_a_step(ada):
+    ada.plans.add("- [x] old: x\n- [ ] a: y (needs: old)")
+    assert ada.step_status("a")["state"] == "pending"
+    ada.add_step("real")
+    ada.plans.add("- [x] real: x\n- [ ] b: y (needs: real)")
+    assert ada.step_status("b")["missing"] == ["real"]
+
+
+def test_a_step_that_would_close_a_cycle_is_refused(ada, bucket):
+    ada.add_step("b", needs=["a"])
+    ada.add_step("c", needs=["b"])
+    why = refused(t.Usage, ada.add_step, "a", needs=["c"])
+    assert "cycle: a → c → b → a" in why.message
+    assert bucket.doc("steps/a/spec.json") is None
+    ada.add_step("a")
+    refused(t.Usage, ada.steps.edit, "a", needs=["c"])
+
+
+def test_an_edited_priority_moves_the_marker(eager, bucket):
+    eager.add_step("s", priority=7, title="x")
+    eager.steps.edit("s", priority=1)
+    assert bucket.under("ready/") == ["ready/01/s.1"]
+    assert bucket.doc("steps/s/spec.json")["title"] == "x"
+    refused(t.NotFound, eager.steps.edit, "nobody", title="x")
+
+
+def test_an_edit_that_removes_the_last_missing_need_makes_the_step_ready(eager, bucket):
+    eager.add_step("s", needs=["a"])
+    assert bucket.under("ready/") == []
+    eager.steps.edit("s", needs=[])
+    assert eager.tasks.take().step == "s"
+
+
+PLAN_CRASH = "- [ ] a: x\n- [ ] b: y (needs: a)\n- [ ] c: z (needs: a, b)"
+
+
+def test_a_plan_that_crashed_anywhere_can_be_added_again():
+    points = 0
+    for bucket, ada, where in crashes(None, lambda a: a.plans.add(PLAN_CRASH)):
+        points += 1
+        bob = agent_on(bucket, "bob")
+        ada.plans.add(PLAN_CRASH)
+        order = []
+        for _ in range(3):
+            claim = bob.tasks.take()
+            order.append(claim.step)
+            claim.complete()
+        assert order == ["a", "b", "c"], where
+    assert points >= 8
+
+
+NEXT_CRASHES = {  # verb: (before, act, what may be claimed after it)
+    "next": (lambda b, a: a.plans.add(PLAN_CRASH), lambda a: a.tasks.take()),
+    "next takes over": (
+        lambda b, a: (a.plans.add(PLAN_CRASH), agent_on(b, "eve").tasks.take(ttl=60),
+                      pass_time(b, 80)), lambda a: a.tasks.take()),
+    "complete": (lambda b, a: (a.plans.add(PLAN_CRASH), a.tasks.take()),
+                 lambda a: a.complete("a")),
+    "release": (lambda b, a: (a.plans.add(PLAN_CRASH), a.tasks.take()),
+                lambda a: a.release("a")),
+    "fail": (lambda b, a: (a.plans.add(PLAN_CRASH), a.tasks.take()),
+             lambda a: a.complete("a", state="needs_review") and a.reject("a")),
+    "edit": (lambda b, a: a.plans.add(PLAN_CRASH),
+             lambda a: a.steps.edit("a", priority=1)),
+}
+
+
+@pytest.mark.parametrize("verb", NEXT_CRASHES)
+def test_after_a_crash_at_any_request_others_finish_the_plan(verb):
+    prepare, act = NEXT_CRASHES[verb]
+    points = 0
+    for bucket, ada, where in crashes(prepare, act):
+        points += 1
+        bob = agent_on(bucket, "bob")
+        for _ in range(12):
+            pass_time(bucket)
+            with contextlib.suppress(t.NotFound):
+                bob.tasks.take().complete()
+            if bob.step_status("a")["state"] == "needs_review":
+                bob.approve("a")
+        states = [bob.step_status(sid)["state"] for sid in "abc"]
+        assert states == ["complete"] * 3, where
+        assert step_faults(bucket) == [], where
+        assert tracecraft.diagnose(bob)["ok"], where
+    assert points >= 4
+
+
+# -- many workers, lost answers, and an enemy of markers
+
+
+class NoSweep(tracecraft.Next):
+    """Believes that what no marker shows is not there."""
+
+    def _sweep(self, labels):
+        return False
+
+
+class BlindTrust(tracecraft.Next):
+    """Believes that what a marker shows is ready."""
+
+    def _needs_are_met(self, hint, spec):
+        return True
+
+
+class Unmarked(tracecraft.Frontier):
+    """Lets go of the active marker before it has made the dependents ready, and makes
+    them so only by chance."""
+
+    def announce(self, sids, *, done=""):
+        if sids and sids[0] < "s5":
+            super().announce(sids, done=done)
+
+
+def run_plan(seed, *, kind=tracecraft.Next, frontier=None, enemy=True, faults=0.1):
+    """What went wrong while four workers did 12 steps, with faults; [] if nothing."""
+    bucket, dice = MemoryStore(), random.Random(seed)
+    plan = {f"s{n}": [f"s{m}" for m in dice.sample(range(n), min(n, dice.randrange(3)))]
+            for n in range(12)}
+    boss = agent_on(bucket, "boss")
+    boss.plans.add(json.dumps([{"id": sid, "needs": of} for sid, of in plan.items()]))
+    ran, wrong = collections.Counter(), []
+
+    def live(number):
+        mine = random.Random(f"{seed} {number}")
+        for turn in range(60):
+            agent = agent_on(bucket, f"w{number}", instance=f"w{number}-{turn}")
+            agent.steps.frontier.__class__ = frontier or tracecraft.Frontier
+            tasks = kind(agent.ledger, agent.steps)
+            agent.store.chaos = (mine, faults)
+            if enemy:
+                spoil(bucket, mine)
+            with contextlib.suppress(Crash, t.Error):
+                claim = tasks.take(ttl=30)
+                ran[claim.step, claim.token] += 1
+                wrong.extend(f"{claim.step} before {need}" for need in plan[claim.step]
+                             if t.state_of(bucket.doc(f"steps/{need}/claim.json"))
+                             != "complete")
+                claim.complete() if mine.random() < 0.8 else claim.release()
+            if mine.random() < 0.3:
+                bucket.clock_at += mine.choice((1, 20, 40))
+    run_all([lambda n=n: live(n) for n in range(4)])
+    return wrong + finish_plan(bucket, plan, kind, frontier) + step_faults(bucket) + [
+        f"{what} ran {times} times" for what, times in ran.items() if times > 1]
+
+
+def spoil(bucket, dice):
+    """Delete or forge a marker."""
+    with bucket.shared.lock:
+        markers = [key for family in ("ready/", "active/", "dependents/")
+                   for key in bucket.under(family)]
+        if markers and dice.random() < 0.3:
+            bucket.shared.objects.pop(dice.choice(markers))
+        if dice.random() < 0.3:
+            family = dice.choice(("ready/00/", "active/"))
+            bucket.place(f"{family}s{dice.randrange(12)}.{dice.randrange(1, 3)}", {})
+
+
+def finish_plan(bucket, plan, kind, frontier):
+    """Let one more worker without faults finish; the steps it never found."""
+    last = agent_on(bucket, "last")
+    last.steps.frontier.__class__ = frontier or tracecraft.Frontier
+    tasks = kind(last.ledger, last.steps)
+    for _ in range(40):
+        bucket.clock_at += 40
+        with contextlib.suppress(t.NotFound):
+            tasks.take(ttl=30).complete()
+    docs = {sid: bucket.doc(f"steps/{sid}/claim.json") or {} for sid in plan}
+    # Three takeovers fail a step, as they should; what waits for it stays.
+    dead = {sid for sid, doc in docs.items() if doc.get("state") == "failed"}
+    for sid in plan:
+        if dead.intersection(plan[sid]):
+            dead.add(sid)
+    return [f"{sid} was never found" for sid, doc in docs.items()
+            if doc.get("state") != "complete" and sid not in dead]
+
+
+@pytest.mark.parametrize("enemy", [False, True])
+def test_workers_finish_a_plan_whatever_happens_to_answers_and_markers(enemy):
+    """Invariants 1, 3 and 6 of protocol.md 11, for `next`."""
+    seed = random.randrange(10**9)
+    assert run_plan(seed, enemy=enemy) == [], seed
+
+
+@pytest.mark.parametrize("broken", [{"kind": NoSweep}, {"kind": BlindTrust},
+                                    {"kind": NoSweep, "frontier": Unmarked,
+                                     "enemy": False}])
+def test_a_broken_search_for_the_next_step_is_caught(broken):
+    for seed in range(8):
+        if run_plan(seed, **broken):
+            return
+    pytest.fail(f"{broken} passed eight runs")
+
+
+# -- what it costs
+
+
+def plan_of_many(bucket, count):
+    for n in range(count):
+        bucket.place(f"steps/s{n}/spec.json", {"title": "t", "needs": []})
+        bucket.place(f"ready/05/s{n}.1", {})
+
+
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_the_next_step_costs_six_requests_however_many_there_are(eager, bucket, count):
+    plan_of_many(bucket, count)
+    cost = spent(eager, eager.tasks.take)
+    sid = next(key for key in cost if key.startswith("PUT active/")).split("/")[1][:-2]
+    assert cost == {"LIST ready/": 1, f"LIST steps/{sid}/": 1, f"PUT active/{sid}.1": 1,
+                    f"GET steps/{sid}/spec.json": 1, f"PUT steps/{sid}/claim.json": 1,
+                    f"DELETE ready/05/{sid}.1": 1}
+
+
+def test_each_need_of_the_next_step_costs_one_request_more(eager):
+    eager.complete("a")
+    eager.complete("b")
+    eager.add_step("s", needs=["a", "b"])
+    assert sum(spent(eager, eager.tasks.take).values()) == 8
+
+
+def test_fifty_workers_at_once_need_eight_requests_at_most_nearly_always(bucket):
+    plan_of_many(bucket, 2000)
+    agents = [agent_on(bucket, f"w{n}") for n in range(50)]
+    costs = []
+
+    def work(agent):
+        for _ in range(4):
+            agent.store.counts.clear()
+            assert agent.tasks.take().token == 1
+            costs.append(sum(agent.store.counts.values()))
+    run_all([lambda a=a: work(a) for a in agents])
+    assert len(costs) == 200 and sorted(costs)[189] <= 8, sorted(costs)[-12:]
+
+
+# -- context
+
+
+def test_the_context_of_a_step_is_everything_upstream(ada, bucket):
+    ada.add_step("a", title="the start")
+    ada.add_step("b", needs=["a"])
+    ada.add_step("c", needs=["b"], description="go on")
+    ada.memory.set("plan.status", "half")
+    with ada.claim("a") as claim:
+        ada.artifacts.put_bytes("out.txt", b"hello", step="a")
+        claim.complete(note="see memory plan.status", findings=["f1"], warnings=["w1"],
+                       changed_files=["x.py"], next_action="test it")
+    doc = tracecraft.gather_context(ada, "c")
+    assert [(note["step"], note["state"], note["depth"]) for note in doc["upstream"]] == [
+        ("b", "pending", 1), ("a", "complete", 2)]
+    text = tracecraft.render_context(doc)
+    digest = hashlib.sha256(b"hello").hexdigest()[:12]
+    for fact in ("c (waiting)", "go on", "waiting for b", "a: the start (complete by ada)",
+                 "note: see memory plan.status", "next: test it", "finding: f1",
+                 "warning: w1", "changed: x.py", f"out.txt (5 B, sha256 {digest})",
+                 "memory plan.status = half"):
+        assert fact in text
+
+
+def test_the_context_fits_and_says_what_it_left_out(ada):
+    for n in range(60):
+        ada.complete(f"n{n}", note="x" * 100)
+    ada.add_step("s", needs=[f"n{n}" for n in range(60)])
+    text = tracecraft.render_context(tracecraft.gather_context(ada, "s"))
+    assert len(text.encode()) <= 2048 and re.search(r"\n\+\d+ more lines, --json$", text)
+
+
+def test_the_context_of_a_rejected_step_says_why(ada):
+    ada.claim("s")
+    ada.complete("s", state="needs_review", note="please look")
+    ada.reject("s", note="links are dead")
+    assert "note: please look" in tracecraft.render_context(
+        tracecraft.gather_context(ada, "s"))
+    refused(t.NotFound, tracecraft.gather_context, ada, "nobody")
+
+
+def test_what_other_agents_wrote_cannot_drive_the_terminal_of_who_reads_it(ada):
+    ada.complete("a", note="\x1b[2J\nError: x", findings=["\x07"], to="\x1b]0;x")
+    ada.add_step("s", needs=["a"], title="\x1b[1m")
+    text = tracecraft.render_context(tracecraft.gather_context(ada, "s"))
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
 # == Requests per command ==============================================
 #
 # What a command costs once verdict and local state are warm (protocol.md 1.7).

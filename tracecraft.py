@@ -1134,8 +1134,9 @@ def plan_faults(plan: dict, there: dict) -> list:
             if need not in plan and need not in there:
                 faults.append(f"{sid} needs {need}, which is not there"
                               f"{nearest(need, [*plan, *there])}")
-    edges = {**there, **{sid: spec["needs"] for sid, spec in plan.items()}}
-    cycle = find_cycle(edges)
+    edges = {sid: spec["needs"] for sid, spec in plan.items()}
+    cycle = find_cycle({**edges, **{sid: of for sid, of in there.items()
+                                    if sid not in edges}})
     if cycle:
         faults.append(f"cycle: {' → '.join(cycle)}")
     return faults
@@ -6163,18 +6164,30 @@ class StepReader:
 
     def missing(self, needs: list) -> dict:
         """{need: state} of those that are not complete, in their order. One request for
-        each that its claim calls ended, two for the others: 0.2 may have ended them."""
+        each that its claim calls ended, two for the others: 0.2 may have ended them.
+        Of many, one listing first tells which are there at all."""
         sids = list(dict.fromkeys(step_id(need) for need in needs))
-        claims = dict(zip(sids, sound(self.ledger.read_many(
-            [f"steps/{sid}/claim.json" for sid in sids]))))
-        unsure = [sid for sid in sids if state_of(claims[sid].doc) not in ENDED]
-        statuses = sound(self.ledger.read_many(
-            [f"steps/{sid}/status.json" for sid in unsure]))
+        there = self._there(sids) if len(sids) > 4 else None
+        claims = self._of_each(sids, "claim.json", there)
         states = {sid: state_of(record.doc) for sid, record in claims.items()}
-        for sid, status in zip(unsure, statuses):
+        unsure = [sid for sid in sids if states[sid] not in ENDED]
+        for sid, status in self._of_each(unsure, "status.json", there).items():
             states[sid] = state_of(adopt(claims[sid].doc, status.doc, status.stamp))
         return {need: states[step_id(need)] for need in needs
                 if states[step_id(need)] != "complete"}
+
+    def _there(self, sids: list) -> set | None:
+        """The keys of these steps; None when one request does not show them all."""
+        prefix = common_start([f"steps/{sid}/" for sid in sids])
+        listing = self.ledger.list(prefix, limit=PAGE)
+        return None if listing.truncated else {e.key for e in listing.entries}
+
+    def _of_each(self, sids: list, leaf: str, there: set | None) -> dict:
+        """{sid: Record of its `leaf`}; what is not in `there` is absent."""
+        keys = {sid: f"steps/{sid}/{leaf}" for sid in sids}
+        wanted = [key for key in keys.values() if there is None or key in there]
+        found = {r.key: r for r in sound(self.ledger.read_many(wanted))}
+        return {sid: found.get(key) or Record(key) for sid, key in keys.items()}
 
     def lacks(self, needs: list) -> dict:
         """missing(), given up at the first few that are not complete: a step with a
@@ -6182,7 +6195,7 @@ class StepReader:
         import random
         rest = random.sample(needs, len(needs))
         while rest:
-            some, rest = rest[:8], rest[8:]
+            some, rest = rest[:4], rest[4:]
             missing = self.missing(some)
             if missing:
                 return missing
@@ -6845,7 +6858,7 @@ class Next:
     def __init__(self, ledger: Ledger, steps: Steps) -> None:
         self.ledger, self.steps, self.reader = ledger, steps, steps.reader
         self.hints, self.chance, self.crowded = steps.frontier.hints, 1 / 16, False
-        self.cache, self.quiet_until = {}, {}
+        self.cache, self.quiet_until, self.suspects = {}, {}, set()
 
     def take(self, *, labels: tuple = (), ttl: int | None = None, wait: float = 0,
              pause: object = time.sleep) -> Claim:
@@ -6872,15 +6885,16 @@ class Next:
 
     def _until(self, once: object, *, wait: float, labels: tuple,
                pause: object) -> object:
-        began, tries = time.monotonic(), 0
-        sweep_at, gap = began + (2 if wait > 0 else 0), 4
+        began, tries, gap, chances = time.monotonic(), 0, 4, 3
+        sweep_at = began + (2 if wait > 0 else 0)
         while True:
             self.ledger.restart()
             found = once()
             if found is not None:
                 return found
             if time.monotonic() >= sweep_at:
-                if self._sweep(labels):
+                if self._sweep(labels) and chances:
+                    chances -= 1
                     continue
                 sweep_at, gap = time.monotonic() + gap, min(300, gap * 2)
             left = began + wait - time.monotonic()
@@ -6947,9 +6961,10 @@ class Next:
         if not self.reader.lacks(spec["needs"]):
             return True
         self.hints.drop(hint.key)
-        if not self.reader.lacks(spec["needs"]):
-            self.hints.put_after(hint.key)
-        return False
+        if self.reader.lacks(spec["needs"]):
+            return False
+        self.hints.put_after(hint.key)
+        return True
 
     def _claim(self, hint: Hint, found: dict, how: dict, *, token: int) -> Claim | None:
         """Claim a step that was read a moment ago; None when another was faster."""
@@ -6971,8 +6986,9 @@ class Next:
         claims are read for it."""
         import random
         now = self.ledger.now()
-        due = [hint for hint in self.hints.active() if hint.age > GRACE
-               and self._sane(hint) and self.quiet_until.get(hint.key, 0) <= now]
+        due = [hint for hint in self.hints.active() if self._sane(hint)
+               and (hint.age > GRACE or hint.key in self.suspects)
+               and self.quiet_until.get(hint.key, 0) <= now]
         random.shuffle(due)
         for hint, record in zip(due, self.ledger.read_many(
                 [f"steps/{hint.name}/claim.json" for hint in due[:most]])):
@@ -7016,33 +7032,34 @@ class Next:
     def _sweep(self, labels: tuple) -> bool:
         """Search all steps for what the markers do not show, and put those markers.
 
-        Whether there were any. NotFound when no step can come to an end any more."""
+        Whether a step can be taken now. NotFound when none can come to an end."""
         views = self.reader.survey(self.cache)
-        ready = {hint.key for hint in self.hints.ready(limit=None)}
-        active = {hint.key for hint in self.hints.active(limit=None)}
-        missed = False
+        there = {hint.key for hint in [*self.hints.ready(limit=None),
+                                       *self.hints.active(limit=None)]}
+        found = False
         for sid, view in views.items():
-            claim = view["claim"]
+            claim, key = view["claim"], ""
             if view["state"] == "released" or (
                     view["state"] == "pending" and view["spec"] is not None):
                 key = self.steps.frontier.ready_key(sid, claim, view["spec"])
-                missed = missed or key not in ready
-                if key not in ready:
-                    self.hints.put(key)
             elif view["state"] == "in_progress":
                 key = self.hints.active_key(sid, token_of(claim))
-                if key not in active:
-                    self.hints.put(key)
+            if key and key not in there:
+                self.hints.put(key)
+                self.suspects.add(key)
+            takeable = key and (view["state"] != "in_progress"
+                                or view["expires_in_s"] == 0)
+            found = found or bool(takeable) and self._wanted(view, labels)
         self._refuse_if_over(views, labels)
-        return missed
+        return found
+
+    def _wanted(self, view: dict, labels: tuple) -> bool:
+        return not labels or bool(set(labels) & set(spec_of(view["spec"])["labels"]))
 
     def _refuse_if_over(self, views: dict, labels: tuple) -> None:
         alive = still_alive({sid: (view["state"], view["needs"])
                              for sid, view in views.items()})
-        if labels:
-            alive = {sid for sid in alive if not views[sid]["spec"]
-                     or set(labels) & set(spec_of(views[sid]["spec"])["labels"])}
-        if alive:
+        if any(self._wanted(views[sid], labels) for sid in alive):
             return
         stuck = [sid for sid, view in views.items()
                  if view["state"] in ("failed", "blocked")]
