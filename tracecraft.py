@@ -6201,11 +6201,13 @@ class StepReader:
                 return missing
         return {}
 
-    def states(self, steps: list, cache: dict | None = None) -> dict:
+    def states(self, steps: list, cache: dict | None = None, *,
+               specs: bool = False) -> dict:
         """{sid: view} of `steps` for one listing each (a few) or one in all.
 
         cache: a dict kept between rounds; what the listing shows unchanged is not read
-        again."""
+        again. specs: read the specs of ended steps too; else their needs are not known.
+        """
         sids = list(dict.fromkeys(step_id(s) for s in steps))
         cache = {} if cache is None else cache
         prefixes = [f"steps/{sid}/" for sid in sids]
@@ -6216,15 +6218,17 @@ class StepReader:
             for sid, leaf, entry in self._entries(prefix):
                 if sid in leaves:
                     leaves[sid][leaf] = entry
-        return self._views_of(leaves, cache)
+        return self._views_of(leaves, cache, specs=specs)
 
-    def survey(self, cache: dict) -> dict:
+    def survey(self, cache: dict, *, specs: bool = False) -> dict:
         """{sid: view} of every step, waiting ones told from ready ones. cache: as in
-        states(). One listing, and a record for each step that has changed."""
+        states(), specs too. One listing, and one record for each step that has ended.
+        """
         leaves: dict = {}
         for sid, leaf, entry in self._entries("steps/"):
             leaves.setdefault(sid, {})[leaf] = entry
-        views = {sid: dict(view) for sid, view in self._views_of(leaves, cache).items()}
+        views = {sid: dict(view) for sid, view in self._views_of(
+            leaves, cache, specs=specs).items()}
         for view in views.values():
             waits_for(view, {
                 need: views[step_id(need)]["state"] if step_id(need) in views
@@ -6237,21 +6241,31 @@ class StepReader:
             sid, _, leaf = entry.key[len("steps/"):].partition("/")
             yield sid, leaf, entry
 
-    def _views_of(self, leaves: dict, cache: dict) -> dict:
-        """Views of {sid: {leaf: Entry}}, all documents read in one parallel sweep."""
+    def _views_of(self, leaves: dict, cache: dict, *, specs: bool = False) -> dict:
+        """Views of {sid: {leaf: Entry}}, their documents read in two parallel sweeps:
+        claims, then what only those need that have not ended."""
         marks = {sid: sorted((leaf, e.etag, e.modified, e.size)
                              for leaf, e in there.items())
                  for sid, there in leaves.items()}
         stale = [sid for sid in leaves if cache.get(sid, (None,))[0] != marks[sid]
                  or cache[sid][1]["state"] == "in_progress"]
-        names = ("claim.json", "spec.json", "status.json")
-        keys = [f"steps/{sid}/{n}" for sid in stale for n in names if n in leaves[sid]]
-        found = {r.key: r for r in sound(self.ledger.read_many(keys))}
+        of = {sid: {name: Record(f"steps/{sid}/{name}") for name in (
+            "claim.json", "spec.json", "status.json")} for sid in stale}
+        self._fill(of, [(sid, "claim.json") for sid in stale], leaves)
+        ended = {sid: state_of(of[sid]["claim.json"].doc) in ENDED for sid in stale}
+        self._fill(of, [(sid, name) for sid in stale for name in (
+            "spec.json", "status.json") if not ended[sid] or (
+                specs and name == "spec.json")], leaves)
         for sid in stale:
-            of = {n: found.get(f"steps/{sid}/{n}") or Record(f"steps/{sid}/{n}")
-                  for n in names}
-            cache[sid] = (marks[sid], self.view_of(sid, of))
+            cache[sid] = (marks[sid], self.view_of(sid, of[sid]))
         return {sid: cache[sid][1] for sid in leaves}
+
+    def _fill(self, of: dict, wanted: list, leaves: dict) -> None:
+        """Put the records of the (sid, leaf) that are there into {sid: {leaf: …}}."""
+        there = [(sid, leaf) for sid, leaf in wanted if leaf in leaves[sid]]
+        records = sound(self.ledger.read_many([f"steps/{s}/{n}" for s, n in there]))
+        for (sid, leaf), record in zip(there, records):
+            of[sid][leaf] = record
 
 
 def waits_for(view: dict, missing: dict) -> dict:
@@ -6845,7 +6859,7 @@ class Plans:
 
     def graph(self) -> list:
         """Views of all steps with their title, needs before dependents."""
-        views = self.steps.reader.survey({})
+        views = self.steps.reader.survey({}, specs=True)
         order = in_order({sid: view["needs"] for sid, view in views.items()})
         return [{**views[sid], "title": spec_of(views[sid]["spec"])["title"]}
                 for sid in order]
@@ -8584,7 +8598,7 @@ def upstream_notes(reader: StepReader, needs: list) -> tuple:
     while level and len(seen) < UPSTREAM:
         level = [sid for sid in dict.fromkeys(map(step_id, level)) if sid not in seen]
         level, seen = level[:UPSTREAM - len(seen)], seen | set(level)
-        views = reader.states(level).values() if level else ()
+        views = reader.states(level, specs=True).values() if level else ()
         level = []
         for view in views:
             handoff = project_handoff(view["claim"] or {}) or {}
