@@ -8498,7 +8498,7 @@ class NoSweep(tracecraft.Next):
 class BlindTrust(tracecraft.Next):
     """Believes that what a marker shows is ready."""
 
-    def _needs_are_met(self, hint, spec):
+    def _needs_are_met(self, hint, needs):
         return True
 
 

@@ -6039,6 +6039,19 @@ class Hints:
         """Put a marker. Before the change it announces, so that none is missed."""
         self.ledger.put(key, {"by": self.ledger.writer, "at": self.ledger.at()})
 
+    def reserve(self, key: str) -> bool:
+        """Put an active marker unless it is there: False says that another is at it.
+
+        Only spares the race that would follow; a doubtful answer counts as True."""
+        data = dump_json({"by": self.ledger.writer, "at": self.ledger.at()})
+        try:
+            self.ledger.store.put(key, data, if_none_match=True)
+        except Moved:
+            return False
+        except (Unknown, Unavailable, Unsafe):
+            self.put(key)
+        return True
+
     def put_after(self, key: str) -> None:
         """Put a marker after a change that has landed: trouble is only a warning."""
         self._try(self.put, key)
@@ -6771,7 +6784,7 @@ class Steps:
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
 
 
-YOUNG = 10  # seconds in which who claimed a step drops its ready marker
+CROWD = 20  # claims after a lost race before the oldest step is tried first again
 
 
 class Plans:
@@ -6871,8 +6884,8 @@ class Next:
 
     def __init__(self, ledger: Ledger, steps: Steps) -> None:
         self.ledger, self.steps, self.reader = ledger, steps, steps.reader
-        self.hints, self.chance, self.crowded = steps.frontier.hints, 1 / 16, False
-        self.cache, self.quiet_until, self.suspects = {}, {}, set()
+        self.hints, self.chance, self.crowded = steps.frontier.hints, 1 / 16, 0
+        self.cache, self.quiet_until, self.suspects, self.specs = {}, {}, set(), {}
 
     def take(self, *, labels: tuple = (), ttl: int | None = None, wait: float = 0,
              pause: object = time.sleep) -> Claim:
@@ -6884,33 +6897,32 @@ class Next:
         Keys: lists ready/, active/; CAS steps/<sid>/claim.json; markers"""
         how = {"ttl": checked_ttl(ttl), "reopen": False, "resume": False}
 
-        def once() -> Claim | None:
+        def once(insist: bool) -> Claim | None:
             import random
             found = self._abandoned(how, labels, most=1) \
                 if random.random() < self.chance else None
-            return found or self._ready(labels, how) \
+            return found or self._ready(how, labels, insist=insist) \
                 or self._abandoned(how, labels, most=PAGE)
         return self._until(once, wait=wait, labels=labels, pause=pause)
 
     def peek(self, *, labels: tuple = (), wait: float = 0) -> dict:
         """The view of the step that take() would try first; nothing is claimed."""
-        return self._until(lambda: self._ready(labels, None), wait=wait, labels=labels,
-                           pause=time.sleep)
+        return self._until(lambda insist: self._ready(None, labels, insist=insist),
+                           wait=wait, labels=labels, pause=time.sleep)
 
     def _until(self, once: object, *, wait: float, labels: tuple,
                pause: object) -> object:
-        began, tries, gap, chances = time.monotonic(), 0, 4, 3
+        """once() until it finds something, with a sweep before the answer is 'none'."""
+        began, tries, gap = time.monotonic(), 0, 4
         sweep_at = began + (2 if wait > 0 else 0)
         while True:
             self.ledger.restart()
-            found = once()
+            found = once(False)
+            if found is None and time.monotonic() >= sweep_at:
+                found = once(True) if self._sweep(labels) else None
+                sweep_at, gap = time.monotonic() + gap, min(300, gap * 2)
             if found is not None:
                 return found
-            if time.monotonic() >= sweep_at:
-                if self._sweep(labels) and chances:
-                    chances -= 1
-                    continue
-                sweep_at, gap = time.monotonic() + gap, min(300, gap * 2)
             left = began + wait - time.monotonic()
             if wait <= 0:
                 raise NotFound("no step is ready now", hint="--wait SECONDS waits for"
@@ -6923,13 +6935,21 @@ class Next:
 
     # -- steps that are free
 
-    def _ready(self, labels: tuple, how: dict | None) -> object:
+    def _ready(self, how: dict | None, labels: tuple, *, insist: bool) -> object:
+        """The claim (how None: the view) of the first ready step that can be had.
+
+        insist: try also what another seems to be at, by its active marker."""
         import random
         hints = [hint for hint in self.hints.ready() if self._sane(hint)]
+        hints = self._labelled(hints, labels) if labels else hints
         while hints:
-            hint = pick(hints, crowded=self.crowded, roll=random.random())
+            hint = pick(hints, crowded=self.crowded > 0, roll=random.random())
             hints.remove(hint)
-            found = self._try(hint, labels, how)
+            key = self.hints.active_key(hint.name, hint.token)
+            if how is not None and not self.hints.reserve(key) and not insist:
+                self.crowded = CROWD
+                continue
+            found = self._try(hint, how)
             if found is not None:
                 return found
         return None
@@ -6940,56 +6960,55 @@ class Next:
         return NAME_CHARS.issuperset(name) and name[0] != "_" and len(name) <= 200 \
             and name == name.lower().replace(".", "-")
 
-    def _try(self, hint: Hint, labels: tuple, how: dict | None) -> object:
-        """The claim (how None: the view) of the step of a ready marker, or None."""
-        leaves = self.reader.look(hint.name)
-        if self._just_taken(hint, leaves):
-            self.crowded = True
-            return None
-        found = self.reader.load(hint.name, leaves)
-        claim = self.reader.view_of(hint.name, found)["claim"]
+    def _labelled(self, hints: list, labels: tuple) -> list:
+        """Those whose spec has one of the labels, the best ones read first: markers do
+        not tell, so this costs a read of each, in parallel, once."""
+        fresh = [hint.name for hint in hints if hint.name not in self.specs]
+        for name, record in zip(fresh, self.ledger.read_many(
+                [f"steps/{name}/spec.json" for name in fresh])):
+            if record.doc is not None:
+                self.specs[name] = spec_of(record.doc)["labels"]
+        return [hint for hint in hints
+                if set(labels) & set(self.specs.get(hint.name, ()))]
+
+    def _try(self, hint: Hint, how: dict | None) -> object:
+        """The claim (how None: the view) of the step of a ready marker, or None.
+
+        Our active marker is up already; it goes again if the step is not to be had."""
+        found = self.reader.load(hint.name)
+        view = self.reader.view_of(hint.name, found)
         described = found["spec.json"].doc is not None
-        stand = stand_of(hint.token, claim, described=described)
-        if stand == "held" and not claim.get("marked"):
-            self.hints.put_after(self.hints.active_key(hint.name, hint.token))
+        stand = stand_of(hint.token, view["claim"], described=described)
+        if stand == "take" and self._needs_are_met(hint, view["needs"]):
+            return view if how is None else self._claim(hint, found, how,
+                                                        token=hint.token)
         if stand in ("past", "held") or (stand == "early" and hint.age > HINT_LIVES):
             self.hints.drop(hint.key)
-        spec = spec_of(found["spec.json"].doc)
-        if stand != "take" or (labels and not set(labels) & set(spec["labels"])):
-            return None
-        if not self._needs_are_met(hint, spec):
-            return None
-        if how is None:
-            return self.reader.view_of(hint.name, found)
-        return self._claim(hint, found, how, token=hint.token)
+        if how is not None and stand != "held":
+            self.hints.drop(self.hints.active_key(hint.name, hint.token))
+        return None
 
-    def _just_taken(self, hint: Hint, leaves: dict) -> bool:
-        """Whether somebody claimed it a moment ago, who is about to drop the marker."""
-        claim = leaves.get("claim.json")
-        return hint.token == 1 and claim is not None and \
-            self.ledger.now() - (claim.modified or 0) < YOUNG
-
-    def _needs_are_met(self, hint: Hint, spec: dict) -> bool:
+    def _needs_are_met(self, hint: Hint, needs: list) -> bool:
         """Whether all needs are complete. If not, the marker goes; looking again after
         that leaves no moment at which the need's end could go unnoticed."""
-        if not self.reader.lacks(spec["needs"]):
+        if not self.reader.lacks(needs):
             return True
         self.hints.drop(hint.key)
-        if self.reader.lacks(spec["needs"]):
+        if self.reader.lacks(needs):
             return False
         self.hints.put_after(hint.key)
         return True
 
     def _claim(self, hint: Hint, found: dict, how: dict, *, token: int) -> Claim | None:
-        """Claim a step that was read a moment ago; None when another was faster."""
-        self.hints.put(self.hints.active_key(hint.name, token))
+        """Claim a step that was read a moment ago; None when another was faster, who
+        relies on the same active marker."""
         try:
             claim = self.steps.take(hint.name, found, how=how, ignore_needs=True,
                                     marked=True)
         except (Conflict, Blocked):
-            self.crowded = True
+            self.crowded = CROWD
             return None
-        self.crowded = False
+        self.crowded -= self.crowded > 0
         self.hints.drop(hint.key)
         return claim
 
@@ -7016,8 +7035,8 @@ class Next:
                  now: float) -> Claim | None:
         claim, ttl = record.doc, number(record.doc, "ttl")
         state = state_of(claim)
-        if state in ("pending", "released"):  # being claimed, or just given back
-            if hint.age > HINT_LIVES:
+        if state in ("pending", "released"):  # being claimed, or its claimer is gone
+            if hint.age > DEADLINE:
                 self.hints.drop(hint.key)
         elif state in ENDED:  # its end was not followed up
             self.steps.project(hint.name)
@@ -7039,6 +7058,7 @@ class Next:
         spec = spec_of(found["spec.json"].doc)
         if labels and not set(labels) & set(spec["labels"]):
             return None
+        self.hints.put(self.hints.active_key(hint.name, token_of(claim) + 1))
         return self._claim(hint, found, how, token=token_of(claim) + 1)
 
     # -- everything
