@@ -8321,7 +8321,7 @@ def test_a_holder_without_a_marker_gets_one_from_who_finds_it(eager, bob, bucket
 
 
 def test_the_end_that_a_killed_worker_did_not_follow_up_is_followed_up(bucket):
-    for point in range(3, 9):
+    for point in range(4, 10):
         bucket.shared.objects.clear()
         ada, bob = agent_on(bucket, "ada"), agent_on(bucket, "bob")
         ada.add_step("a")
@@ -11159,6 +11159,136 @@ def test_a_command_that_is_not_there_claims_nothing(sh):
     assert "not found" in sh.refused(2, "claim", "s", "--", "no-such-command")
     assert "no command after --" in sh.refused(2, "claim", "s", "--")
     assert sh.objects() == before
+
+
+# == Task commands =====================================================
+
+
+def test_a_plan_is_worked_off_by_a_loop_of_one_line(sh):
+    sh.ok("step", "add", "--plan", "-", stdin=PLAN.encode())
+    script = ("echo $TRACECRAFT_STEP $TRACECRAFT_TOKEN $TRACECRAFT_ATTEMPT"
+              " \"$TRACECRAFT_TITLE\" $TRACECRAFT_NEEDS")
+    done = subprocess.run(
+        ["sh", "-c", f"while {shlex.join(RUN)} next --claim --wait 60 -- sh -c"
+         f" {shlex.quote(script)}; do :; done"], cwd=sh.cwd, env=sh.env({}),
+        capture_output=True, text=True, timeout=SLOW * 2)
+    assert done.stdout.splitlines() == [
+        "design 1 1 the design", "s1-a 1 1 title (with brackets) design",
+        "docs 1 1 the guide s1-a"], done.stderr
+    assert "no step can become ready" in done.stderr
+    assert "Completed step docs" in done.stderr
+
+
+def test_a_step_whose_command_fails_is_tried_again_and_then_failed(sh):
+    sh.ok("step", "add", "a", "--max-attempts", "2")
+    sh.ok("step", "add", "b", "--needs", "a")
+    for word in ("Released", "Failed"):
+        done = sh.run("next", "--claim", "--", "false")
+        assert done.returncode == 0 and f"{word} step a (exit code 1)" in done.err
+    assert "no step can become ready; failed or blocked: a" in sh.refused(1, "next")
+    assert "b                        pending [waiting for a (failed)]" in sh.ok(
+        "step", "list")
+    assert "waiting for a (failed)" in sh.ok("status")
+
+
+def test_terminating_a_worker_releases_its_step_at_once(sh):
+    sh.ok("step", "add", "a")
+    worker = sh.start("next", "--claim", "--", "sh", "-c", "echo on; sleep 60")
+    assert worker.stdout.readline() == b"on\n"
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=SLOW)
+    assert worker.returncode == 130
+    assert sh.json("step-status", "a")["state"] == "released"
+
+
+def test_terminating_a_waiting_worker_ends_it_at_once(sh):
+    sh.ok("claim", "other")
+    worker = sh.start("next", "--claim", "--wait", "60", "--", "true")
+    time.sleep(1)
+    began = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=SLOW)
+    assert worker.returncode == 130 and time.monotonic() - began < 3
+
+
+def test_a_worker_that_was_fenced_exits_with_4(sh):
+    sh.ok("step", "add", "a")
+    force = shlex.join([*RUN, "complete", "a", "--force", "--agent", "boss"])
+    done = sh.run("next", "--claim", "--", "sh", "-c",
+                  f"unset TRACECRAFT_TOKEN TRACECRAFT_STEP; {force}")
+    assert done.returncode == 4 and "fenced" in done.err
+
+
+def test_a_command_may_end_its_own_step(sh):
+    sh.ok("step", "add", "a")
+    inner = shlex.join([*RUN, "complete", "a", "--blocked", "--note", "no key"])
+    done = sh.run("next", "--claim", "--", "sh", "-c", inner)
+    assert done.returncode == 0 and "Step a is blocked, as its command left it" in \
+        done.err
+
+
+def test_waiting_for_a_step_ends_with_6_and_finding_none_with_1(sh):
+    sh.ok("claim", "other")
+    assert "no step became ready within 0.3s" in sh.refused(
+        6, "next", "--claim", "--wait", "0.3")
+    assert "no step is ready now" in sh.refused(1, "next", "--claim")
+    sh.refused(2, "next", "--", "no-such-command-here")
+
+
+def test_next_prints_the_step_and_with_claim_its_claim_record(sh):
+    sh.ok("step", "add", "b", "--title", "later", "--priority", "7")
+    sh.ok("step", "add", "a", "--title", "the \x1b[1mfirst")
+    assert sh.ok("next") == "a: the \\x1b[1mfirst\n"
+    doc = sh.json("next", "--claim")
+    assert (doc["step"], doc["token"], doc["agent"]) == ("a", 1, "ada")
+    assert sh.ok("complete", "a", "--next") == (
+        "Completed step a\nClaimed step b as ada\n")
+    done = sh.run("complete", "b", "--next")
+    assert (done.returncode, done.out) == (0, "Completed step b\n")
+    assert "no step can become ready" in done.err
+
+
+def test_a_plan_with_faults_lists_them_all_and_writes_nothing(sh):
+    before = sh.objects()
+    err = sh.refused(2, "step", "add", "--plan", "-", stdin=(
+        b"- [ ] a: x (needs: b)\n- [ ] b: y (needs: a)\n- [ ] c d: z\n- [ ] e: z (nee"
+        b"ds: f)\n"))
+    assert "the plan has 3 fault(s), nothing was added" in err
+    for fault in ("'c d' does not fit", "e needs f, which is not there",
+                  "cycle: a → b → a"):
+        assert fault in err
+    assert sh.objects() == before
+
+
+@pytest.mark.parametrize("words", [
+    ["step", "add"], ["step", "add", "a", "--plan", "x"], ["step", "edit", "a"],
+    ["step", "add", "--plan", "/nowhere"], ["step", "add", "a", "--priority", "10"],
+    ["step", "add", "a", "--needs", "a"], ["step", "add", "a", "--label", "a b"]])
+def test_a_step_cannot_be_described_with_nonsense(sh, words):
+    assert sh.refused(2, *words)
+
+
+def test_a_graph_is_drawn_in_three_languages(sh):
+    sh.ok("step", "add", "--plan", "-", stdin=PLAN.encode())
+    sh.ok("claim", "design")
+    assert sh.ok("step", "graph").splitlines()[:2] == [
+        "[~] design  the design  [in_progress]",
+        "[ ] s1-a  title (with brackets)  ← design  [waiting]"]
+    assert "s0 --> s1" in sh.ok("step", "graph", "--format", "mermaid")
+    assert '"design" -> "s1-a";' in sh.ok("step", "graph", "--format", "dot")
+    items = sh.json("step", "graph")["items"]
+    assert [(row["step"], row["needs"]) for row in items] == [
+        ("design", []), ("s1-a", ["design"]), ("docs", ["s1-a"])]
+
+
+def test_context_is_what_went_before(sh):
+    sh.ok("complete", "a", "--note", "mind the gap", "--finding", "f1")
+    sh.ok("step", "add", "b", "--needs", "a", "--title", "next one")
+    assert sh.ok("context", "b").splitlines() == [
+        "b: next one (pending)", "a (complete by ada)", "  note: mind the gap",
+        "  finding: f1"]
+    assert sh.json("context", "b")["upstream"][0]["findings"] == ["f1"]
+    sh.refused(1, "context", "nobody")
 
 
 # == 20. Commands of memory, mail and files ============================
