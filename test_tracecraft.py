@@ -8679,6 +8679,117 @@ def test_what_other_agents_wrote_cannot_drive_the_terminal_of_who_reads_it(ada):
     assert all(line.isprintable() for line in text.split("\n"))
 
 
+# == Events ============================================================
+
+
+RECORDS = {  # a key of each kind that has events, and a document it may hold
+    "_project.json": {"project": "p", "created_by": "ada", "created_at": "AT"},
+    "agents/ada.json": {"id": "ada", "status": "active", "started_at": "AT",
+                        "heartbeat": "AT", "summary": "writes tests"},
+    "memory/_history/a/b/0000000000000000001_ada_0123abcd.json": {
+        "value": "1", "set_by": "ada", "set_at": "AT", "of_rev": 3},
+    "messages/bob/0000000000000000001_ada_0123abcd.json": {
+        "from": "ada", "to": "bob", "message": "hi\nyou", "sent_at": "AT"},
+    "messages/bob/_acks/0000000000000000001_ada_0123abcd.json": {"by": "bob", "at": "AT"},
+    "steps/s/spec.json": {"title": "T", "created_by": "ada", "created_at": "AT"},
+    "steps/s/claim.json": {"agent": "ada", "claimed_at": "AT"},
+    "steps/s/status.json": {"status": "complete", "agent": "ada", "completed_at": "AT"},
+    "steps/s/handoff.json": {"from_agent": "ada", "next_agent": "bob", "note": "n",
+                             "created_at": "AT"},
+    "locks/models.py.json": {"agent": "ada", "claimed_at": "AT", "token": 1},
+    "semaphores/gpu/0.json": {"agent": "ada", "claimed_at": "AT", "token": 1},
+    "semaphores/gpu/config.json": {"k": 2, "created_by": "ada", "created_at": "AT"},
+    "barriers/b/g1/config.json": {"n": 2, "created_by": "ada", "at": "AT"},
+    "barriers/b/g1/arrive/ada": {"at": "AT"},
+    "barriers/b/g1/verdict.json": {"verdict": "open", "by": "ada", "at": "AT"},
+    "reservations.json": {"entries": [{"id": "e", "globs": ["src/**"], "agent": "ada",
+                                       "ttl": 60, "renewed_at": "AT"}]},
+    "queues/q/items/i.json": {"state": "ready", "history": [
+        {"state": "ready", "agent": "ada", "token": 0, "at": "AT", "why": "pushed"}]},
+    "manifests/shared/x.txt/_head.json": {
+        "sha256": "0" * 64, "size": 1, "created_at": "AT", "producer": {"agent": "ada"}},
+    "runs/r/meta.json": {"agent": "ada", "started_at": "AT", "notes": [
+        {"at": "AT", "agent": "ada", "text": "t"}]},
+    "sessions/claude/1/meta.json": {"agent": "ada", "last_uploaded_at": "AT"},
+}
+AT_2026 = "2026-01-31T12:00:00.000000+00:00"
+
+
+def record_at(key, at=AT_2026):
+    return json.loads(json.dumps(RECORDS[key]).replace("AT", at))
+
+
+def words_of(key, doc, modified=None):
+    return [row["text"] for row in t.Readers().events(key, doc, modified)[0]]
+
+
+@pytest.mark.parametrize("key", RECORDS)
+def test_each_kind_of_record_tells_what_happened_when_and_by_whom(key):
+    rows, faults = t.Readers().events(key, record_at(key))
+    assert rows and not faults
+    for row in rows:
+        assert (row["at"], row["key"]) == (AT_2026, key) and row["kind"] in t.KINDS
+        assert row["agent"] in ("ada", "bob") and row["text"].startswith(row["agent"])
+        assert "\n" not in row["text"] and json.dumps(row)
+
+
+def test_every_shape_of_a_record_has_a_row_of_events_or_is_known_to_be_silent():
+    silent = {"memory/**.json", "messages/*/_cursor.json", "messages/*/_ids/*.json",
+              "sessions/*/*/_cursor.json"}
+    rows = {pattern for pattern, _, read in t.EVENTS if read}
+    wanted = {pattern for pattern, fields in t.SHAPES if fields is not None} - silent
+    assert wanted - rows - {"semaphores/*/config.json"} == set()
+    assert all(t.Readers().knows(key) for key in RECORDS)
+    assert not t.Readers().knows("messages/bob/_cursor.json")
+
+
+def test_projections_of_ours_repeat_no_event_and_those_of_02_tell_theirs(ada, bucket):
+    ada.claim("s")
+    ada.complete("s", note="n")
+    for key in (STATUS, HANDOFF):
+        assert words_of(key, bucket.doc(key)) == []
+        assert words_of(key, record_at(key)) != []
+
+
+def test_a_record_without_a_time_takes_the_store_s_or_is_counted():
+    doc = {"from": "ada", "to": "bob", "message": "x"}
+    key = "messages/bob/1_ada_x.json"
+    rows, faults = t.Readers().events(key, doc, 100.0)
+    assert rows[0]["at_s"] == 100.0 and faults == 0
+    assert t.Readers().events(key, doc) == ([], 1)
+    assert t.Readers().events(key, {**doc, "sent_at": "soon"}, 100.0) == ([], 1)
+
+
+ODD_VALUES = [None, 0, -1, 1e300, True, "", "x", "9999-12-31T23:59:59Z", [], {}, [1],
+              [None], [[]], [{}], {"a": 1}, [{"at": 5, "why": 7, "state": []}],
+              [{"at": AT_2026, "globs": [1], "token": "x", "note": {}}]]
+
+
+@pytest.mark.parametrize("key", RECORDS)
+def test_no_document_whatever_it_holds_breaks_the_reading_of_events(key):
+    chance, reader = random.Random(key), t.Readers()
+    fields = sorted({name for doc in RECORDS.values() for name in doc} | {
+        "history", "handoffs", "previous", "deleted_at", "ended_at", "state"})
+    for _ in range(300):
+        doc = {name: chance.choice(ODD_VALUES) for name in chance.sample(fields, 8)}
+        rows, faults = reader.events(key, doc, chance.choice([None, 5.0]))
+        assert faults >= 0
+        for row in rows:
+            assert t.event_line(row) and json.dumps(row) and t.event_order(row)
+
+
+@pytest.mark.parametrize("text, then", [
+    ("90s", 9910.0), ("5m", 9700.0), ("2h", 2800.0), ("0d", 10000.0),
+    ("1970-01-01T00:00:07Z", 7.0), ("1970-01-01T01:00:07+01:00", 7.0)])
+def test_since_takes_ages_and_iso_times(text, then):
+    assert t.since(text, 10000.0) == then
+
+
+@pytest.mark.parametrize("text", ["", "2", "h", "2 h", "-2h", "2y", "tomorrow", "²h"])
+def test_since_refuses_what_is_no_time(text):
+    assert "is no time" in refused(t.Usage, t.since, text, 0.0).message
+
+
 # == Requests per command ==============================================
 #
 # What a command costs once verdict and local state are warm (protocol.md 1.7).

@@ -32,18 +32,19 @@ tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
-  4 Plans                    5 Wire                     6 HTTP
-  7 Stores                   8 S3                       9 S3 store
-  10 Probe                   11 Settings                12 Local state
-  13 Command settings        14 Credentials             15 Ledger
-  16 Leases                  17 Hints                   18 Step records
-  19 Frontier                20 Steps                   21 Tasks
-  22 Memory                  23 Mail                    24 Artifacts
-  25 Project                 26 Context                 27 Views
-  28 Doctor                  29 Trials                  30 Drill and bench
-  31 Rows                    32 Commands under a lease  33 Step commands
-  34 Task commands           35 Commands of memory, mail and files
-  36 Commands of presence, views and set-up  37 Command line
+  4 Plans                    5 Events                   6 Wire
+  7 HTTP                     8 Stores                   9 S3
+  10 S3 store                11 Probe                   12 Settings
+  13 Local state             14 Command settings        15 Credentials
+  16 Ledger                  17 Leases                  18 Hints
+  19 Step records            20 Frontier                21 Steps
+  22 Tasks                   23 Memory                  24 Mail
+  25 Artifacts               26 Project                 27 Context
+  28 Views                   29 Doctor                  30 Trials
+  31 Drill and bench         32 Rows                    33 Commands under a lease
+  34 Step commands           35 Task commands
+  36 Commands of memory, mail and files  37 Commands of presence, views and set-up
+  38 Command line
 """
 
 from __future__ import annotations
@@ -376,6 +377,35 @@ def event_parts(leaf: str) -> tuple:
 def is_leaf(rest: str) -> bool:
     """Whether `rest` is user data directly below a prefix (0.2: no '/', no '_')."""
     return bool(rest) and "/" not in rest and not rest.startswith("_")
+
+
+def since(text: str, now: float) -> float:
+    """The time `text` names, in seconds since 1970: an age (90s, 5m, 2h, 3d, 1w)
+    before `now`, or an ISO 8601 time. Usage for anything else.
+
+    >>> since("2h", 10000.0)
+    2800.0
+    """
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    count, unit = text[:-1], text[-1:]
+    if unit in units and count.isascii() and count.isdigit() and len(count) < 10:
+        return now - int(count) * units[unit]
+    when = parse_iso(text)
+    if when is None:
+        raise Usage(f"{shown(text[:40])!r} is no time",
+                    hint="90s, 2h, 3d ago, or 2026-01-31T12:00:00Z")
+    return when
+
+
+def key_pattern(pattern: str) -> object:
+    """`pattern` compiled, for fullmatch: '*' is one component, '**' one or more.
+
+    >>> bool(key_pattern("steps/*/spec.json").fullmatch("steps/a/spec.json"))
+    True
+    """
+    import re
+    text = re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", "[^/]+")
+    return re.compile(text)
 
 
 def common_start(words: list) -> str:
@@ -932,8 +962,8 @@ def next_head(head: dict | None, new: dict, *, overwrite: bool) -> dict:
         raise Conflict(f"has other content: {str(head.get('sha256'))[:12]} there,"
                        f" {new['sha256'][:12]} here", there=head.get("sha256"),
                        here=new["sha256"], hint="--overwrite replaces it")
-    old = {name: head[name] for name in ("sha256", "size", "key", "producer", "rev")
-           if name in head}
+    names = ("sha256", "size", "key", "producer", "rev", "created_at")
+    old = {name: head[name] for name in names if name in head}
     past = head.get("previous") if isinstance(head.get("previous"), list) else []
     kept = {name: value for name, value in head.items() if name != "deleted_at"}
     return {**kept, **new, "previous": (past + [old])[-RECENT:]}
@@ -1258,7 +1288,349 @@ def _graph_line(row: dict) -> str:
     return f"[{box}] {row['step']}{title}{needs}{state}"
 
 
-# == 5. Wire ===========================================================
+# == 5. Events =========================================================
+#
+# Pure: (key, document) -> what happened, as a list of plain dicts; one row of EVENTS
+# for each kind of key. Timeline, watch and every later view of the past read these.
+#
+# An event has at (ISO), at_s, kind, agent, what (a verb), subject (a step, key, lock,
+# …), text (one line), key, id (the same for as long as it is the same event), and
+# where there is one step, token, rev, and further details.
+
+YEAR_9999 = 253370764800  # seconds; later times cannot be written as text
+LINE = 100  # characters of what an agent wrote that one line quotes
+DEEDS = {  # a transition by the first word of its reason, else by its state
+    "claimed": "claimed", "resumed": "resumed", "takeover": "took over",
+    "reopened": "reopened", "approved": "approved", "rejected": "rejected",
+    "forced": "forced", "adopted": "adopted", "released": "released",
+    "complete": "completed", "failed": "failed", "blocked": "blocked",
+    "needs_review": "asked for review of", "in_progress": "claimed", "held": "claimed",
+    "ready": "queued", "leased": "popped", "done": "acknowledged", "dead": "buried",
+}
+
+
+def one_line(text: object, limit: int = LINE) -> str:
+    """`text` on one line of at most `limit` characters.
+
+    >>> one_line("a\\n  b")
+    'a b'
+    """
+    words = " ".join(str(text)[:limit * 4].split())
+    return words if len(words) <= limit else words[:limit - 1] + "…"
+
+
+def word(doc: dict, *names: str) -> str:
+    """The first of these fields that is text with something in it; else ''."""
+    for name in names:
+        if isinstance(doc.get(name), str) and doc[name]:
+            return doc[name]
+    return ""
+
+
+def dicts(doc: dict, name: str) -> list:
+    """The objects in the list doc[name]; [] when it is none."""
+    value = doc.get(name)
+    return [item for item in value if isinstance(item, dict)] \
+        if isinstance(value, list) else []
+
+
+def event(kind: str, what: str, subject: object, *, at: object, agent: object,
+          text: str = "", mark: object = "", to: str = "", **details: object) -> dict:
+    """One event. mark: what tells it from others of its kind and subject; its time,
+    unless that says nothing. to: whom it is for."""
+    agent, subject = str(agent or "unknown"), str(subject)
+    line = f"{agent} {what} {one_line(subject)}".rstrip() + (f" to {to}" if to else "")
+    line += f": {one_line(text)}" if text else ""
+    more = {name: value for name, value in {"to": to, **details}.items()
+            if value not in (None, "", [])}
+    return {"at": at, "kind": kind, "agent": agent, "what": what, "subject": subject,
+            "text": line, "id": f"{kind} {subject} {what} {mark or at}", **more}
+
+
+def transitions(kind: str, subject: str, doc: dict, *, step: str = "") -> list:
+    """The history of a record that is leased, or its taking if it keeps none."""
+    past = dicts(doc, "history")
+    if not past and word(doc, "claimed_at", "created_at", "pushed_at"):
+        state = word(doc, "state") or "in_progress"
+        past = [{"state": state, "agent": word(doc, "agent", "created_by", "by"),
+                 "token": doc.get("token"),
+                 "at": word(doc, "claimed_at", "created_at", "pushed_at")}]
+    out = []
+    for move in past:
+        why, state = word(move, "why"), word(move, "state")
+        verb = DEEDS.get(why.replace(":", " ").partition(" ")[0]) \
+            or DEEDS.get(state) or one_line(state or "changed", 20)
+        plain = why in ("", "claimed", "released", "ended", "resumed", state)
+        token = number(move, "token") or None
+        out.append(event(
+            kind, verb, subject, at=move.get("at"), agent=move.get("agent"), step=step,
+            text="" if plain else why, token=token, state=state, why=why,
+            mark=f"{move.get('at')} {token} {state}"))
+    return out
+
+
+def claim_events(key: str, doc: dict) -> list:
+    """steps/<sid>/claim.json: its transitions and the hand-offs inside it."""
+    sid = key.split("/")[1]
+    notes = [handoff_event(sid, note) for note in dicts(doc, "handoffs")]
+    return transitions("claim", sid, doc, step=sid) + notes
+
+
+def handoff_event(sid: str, note: dict) -> dict:
+    """One hand-off of a step."""
+    to, at = word(note, "next_agent"), note.get("created_at")
+    said = word(note, "note", "next_action")
+    return event("handoff", "handed on" if to else "left a note on", sid, at=at,
+                 agent=note.get("from_agent"), step=sid, to=to, text=said,
+                 token=number(note, "token") or None)
+
+
+def handoff_events(key: str, doc: dict) -> list:
+    """handoff.json: only what an 0.2 client wrote; ours repeats the claim."""
+    return [handoff_event(key.split("/")[1], doc)] if bare(doc) else []
+
+
+def status_events(key: str, doc: dict) -> list:
+    """status.json: only how an 0.2 client ended the step; ours repeats the claim."""
+    sid, state = key.split("/")[1], word(doc, "status")
+    if not bare(doc) or state not in ENDED:
+        return []
+    at = word(doc, "completed_at", "started_at")
+    return [event("claim", DEEDS[state], sid, at=at, agent=doc.get("agent"), step=sid,
+                  state=state)]
+
+
+def spec_events(key: str, doc: dict) -> list:
+    """spec.json: the step was added."""
+    sid = key.split("/")[1]
+    return [event("step", "added", sid, at=doc.get("created_at"), step=sid,
+                  agent=doc.get("created_by"), text=word(doc, "title"),
+                  needs=texts(doc, "needs"), mark="added", rev=doc.get("rev"))]
+
+
+def memory_events(key: str, doc: dict) -> list:
+    """One snapshot below memory/_history/. Attempts of one write are one event."""
+    path = key[len("memory/_history/"):].rpartition("/")[0]
+    name, gone = path.replace("/", "."), bool(doc.get("deleted_at"))
+    return [event("memory", "deleted" if gone else "set", name, at=doc.get("set_at"),
+                  agent=doc.get("set_by"), text="" if gone else word(doc, "value"),
+                  rev=number(doc, "of_rev") or None, mark=word(doc, "op"))]
+
+
+def message_events(key: str, doc: dict) -> list:
+    """messages/<to>/<leaf>: it was sent."""
+    to = key.split("/")[1]
+    return [event("message", "wrote to", to, at=doc.get("sent_at"),
+                  agent=doc.get("from"), text=word(doc, "subject", "message"),
+                  step=word(doc, "step"), mark=key, message_kind=word(doc, "kind"),
+                  message_id=word(doc, "id"), thread=word(doc, "thread"))]
+
+
+def ack_events(key: str, doc: dict) -> list:
+    """messages/<agent>/_acks/<leaf>: it was acknowledged."""
+    reader, leaf = key.split("/")[1], key.rpartition("/")[2]
+    sender = event_parts(leaf)[1] or "unknown"
+    return [event("ack", "acknowledged mail of", sender, at=doc.get("at"), mark=key,
+                  agent=word(doc, "by") or reader, message=word(doc, "message"))]
+
+
+def artifact_events(key: str, doc: dict) -> list:
+    """manifests/<step or shared>/<path>/_head.json: each version, and its deletion."""
+    where, _, name = key[len("manifests/"):-len("/_head.json")].partition("/")
+    step, out = "" if where == "shared" else where, []
+    for at, head in enumerate([*dicts(doc, "previous"), doc]):
+        maker = head.get("producer") if isinstance(head.get("producer"), dict) else {}
+        if head.get("created_at"):  # older clients kept no time of earlier versions
+            out.append(event(
+                "artifact", "replaced" if at else "uploaded", f"{where}/{name}",
+                at=head["created_at"], agent=maker.get("agent"), step=step,
+                token=number(maker, "token") or None, sha256=word(head, "sha256"),
+                size=number(head, "size"), mark=f"{head['created_at']} version"))
+    if doc.get("deleted_at"):
+        out.append(event("artifact", "deleted", f"{where}/{name}", step=step,
+                         at=doc["deleted_at"], agent=word(doc, "deleted_by")))
+    return out
+
+
+def presence_events(key: str, doc: dict) -> list:
+    """agents/<id>.json: joined, and how it was last seen or that it left."""
+    name, status = key[len("agents/"):-len(".json")], word(doc, "status") or "unknown"
+    now = "left" if status == "left" else "seen"
+    said = word(doc, "summary") or status
+    out = [event("presence", now, "", at=doc.get("heartbeat"), agent=name,
+                 text="" if now == "left" else said, status=status,
+                 step=word(doc, "step"),
+                 mark=f"{name} {status} {doc.get('step')} {said}")]
+    if doc.get("started_at"):
+        out.insert(0, event("presence", "joined", "", at=doc["started_at"], agent=name,
+                            mark=f"{name} {doc['started_at']}"))
+    return out
+
+
+def lock_events(key: str, doc: dict) -> list:
+    """locks/<name>.json."""
+    return transitions("lock", key[len("locks/"):-len(".json")], doc)
+
+
+def slot_events(key: str, doc: dict) -> list:
+    """semaphores/<name>/<slot>.json; its config.json: how many there are."""
+    _, name, leaf = key.split("/")
+    if leaf != "config.json":
+        return transitions("semaphore", f"{name}/{leaf[:-len('.json')]}", doc)
+    return _made("semaphore", "sized", name, doc, count=number(doc, "k") or None)
+
+
+def _made(kind: str, what: str, subject: str, doc: dict, **details: object) -> list:
+    """The event of a document that says who made it, and when."""
+    at = word(doc, "at", "created_at", "updated_at", "changed_at") or None
+    return [event(kind, what, subject, at=at, mark=f"{what} {doc.get('rev')}",
+                  agent=word(doc, "agent", "by", "created_by"), **details)]
+
+
+def barrier_events(key: str, doc: dict) -> list:
+    """barriers/<name>/g<gen>/: config, arrivals, verdict."""
+    _, name, generation, *rest = key.split("/")
+    subject = f"{name}/{generation}"
+    if rest[0] == "arrive":
+        doc = {"agent": rest[-1].partition(".json")[0], **doc}
+        return [{**row, "id": key} for row in _made("barrier", "reached", subject, doc)]
+    if rest[0] == "config.json":
+        return _made("barrier", "set up", subject, doc, count=number(doc, "n") or None)
+    verdict = word(doc, "verdict", "state", "status") or (
+        "broken" if doc.get("broken") else "open")
+    return _made("barrier", "broke" if verdict == "broken" else "opened", subject, doc,
+                 verdict=verdict)
+
+
+def reservation_events(key: str, doc: dict) -> list:
+    """reservations.json: the entries there are now."""
+    out = []
+    for entry in dicts(doc, "entries"):
+        at = word(entry, "reserved_at", "created_at", "at", "renewed_at")
+        out.append(event(
+            "reservation", "reserved", one_line(" ".join(texts(entry, "globs"))),
+            at=at, agent=entry.get("agent"), text=word(entry, "reason"),
+            mode=word(entry, "mode"), token=number(entry, "token") or None,
+            mark=f"{entry.get('id')} {entry.get('token')}"))
+    return out
+
+
+def item_events(key: str, doc: dict) -> list:
+    """queues/<q>/items/<id>.json."""
+    _, queue, _, leaf = key.split("/")
+    return transitions("queue", f"{queue}/{leaf[:-len('.json')]}", doc)
+
+
+def run_events(key: str, doc: dict) -> list:
+    """runs/<run>/meta.json: start, notes, end."""
+    run, agent = key.split("/")[1], word(doc, "agent", "created_by", "by")
+    step, out = word(doc, "step"), []
+    if doc.get("started_at"):
+        out.append(event("run", "started", run, at=doc["started_at"], agent=agent,
+                         step=step))
+    for note in dicts(doc, "notes"):
+        out.append(event("run", "noted on", run, at=note.get("at"), step=step,
+                         agent=word(note, "agent", "by") or agent,
+                         text=word(note, "text", "note")))
+    if doc.get("ended_at"):
+        out.append(event("run", "ended", run, at=doc["ended_at"], step=step,
+                         agent=word(doc, "ended_by") or agent, text=word(doc, "status"),
+                         status=word(doc, "status")))
+    return out
+
+
+def session_events(key: str, doc: dict) -> list:
+    """sessions/<harness>/<id>/meta.json: when it was last mirrored."""
+    _, harness, session, _ = key.split("/")
+    return [event("session", "mirrored", f"{harness}/{session}",
+                  at=doc.get("last_uploaded_at"), agent=word(doc, "agent", "agent_id"),
+                  size=number(doc, "total_uploaded_bytes") or None)]
+
+
+def project_events(key: str, doc: dict) -> list:
+    """_project.json: the project was created."""
+    return [event("project", "created", word(doc, "project") or "the project",
+                  at=doc.get("created_at"), agent=doc.get("created_by"))] \
+        if doc.get("created_at") else []
+
+
+# (key pattern, kinds of its events, function or None). The first match counts.
+EVENTS = (
+    ("_project.json", "project", project_events),
+    ("agents/*.json", "presence", presence_events),
+    ("memory/_history/**.json", "memory", memory_events),
+    ("messages/*/_acks/*", "ack", ack_events),
+    ("messages/*/_cursor.json", "message", None),
+    ("messages/*/*.json", "message", message_events),
+    ("steps/*/spec.json", "step", spec_events),
+    ("steps/*/claim.json", "claim handoff", claim_events),
+    ("steps/*/status.json", "claim", status_events),
+    ("steps/*/handoff.json", "handoff", handoff_events),
+    ("locks/*.json", "lock", lock_events),
+    ("semaphores/*/*.json", "semaphore", slot_events),
+    ("barriers/*/*/config.json", "barrier", barrier_events),
+    ("barriers/*/*/verdict.json", "barrier", barrier_events),
+    ("barriers/*/*/arrive/*", "barrier", barrier_events),
+    ("reservations.json", "reservation", reservation_events),
+    ("queues/*/items/*.json", "queue", item_events),
+    ("manifests/**/_head.json", "artifact", artifact_events),
+    ("runs/*/meta.json", "run", run_events),
+    ("sessions/*/*/meta.json", "session", session_events),
+)
+KINDS = tuple(dict.fromkeys(kind for _, kinds, _ in EVENTS for kind in kinds.split()))
+
+
+class Readers:
+    """Which function reads the events of a key: EVENTS with its patterns compiled."""
+
+    def __init__(self, kinds: tuple = ()) -> None:
+        wanted = set(kinds or KINDS)
+        self.rows = [(key_pattern(pattern), pattern, of, read)
+                     for pattern, of, read in EVENTS if wanted & set(of.split())]
+        self.kinds = wanted
+
+    def knows(self, key: str) -> bool:
+        """Whether events of the kinds wanted can be read from `key`."""
+        return self.reader(key) is not None
+
+    def reader(self, key: str) -> object:
+        """The function for `key`, or None."""
+        for pattern, _, _, read in self.rows:
+            if pattern.fullmatch(key):
+                return read
+        return None
+
+    def areas(self) -> list:
+        """The prefixes that hold such keys: what each pattern begins with."""
+        return sorted({pattern.partition("*")[0] for _, pattern, _, _ in self.rows})
+
+    def events(self, key: str, doc: dict, modified: float | None = None) -> tuple:
+        """([events of `doc`], how many had no time and are left out).
+
+        modified: stands in for the time of documents that carry none themselves.
+        """
+        read, out, faults = self.reader(key), [], 0
+        for row in read(key, doc) if read else ():
+            at_s = parse_iso(row["at"]) if row["at"] else modified
+            if at_s is None or not 0 <= at_s < YEAR_9999:
+                faults += 1
+            elif row["kind"] in self.kinds:
+                row.update(at=iso(at_s), at_s=at_s, key=key)
+                out.append(row)
+        return out, faults
+
+
+def event_order(row: dict) -> tuple:
+    """Sorts events: oldest first, in one order at every reading."""
+    return row["at_s"], row["key"], row["id"]
+
+
+def event_line(row: dict) -> str:
+    """An event for people: when, to the second; kind, text."""
+    return f"{str(row['at'])[:19]}Z  {row['kind']:<11} {shown(row['text'])}"
+
+
+# == 6. Wire ===========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -1484,7 +1856,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 6. HTTP ===========================================================
+# == 7. HTTP ===========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -2139,7 +2511,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 7. Stores =========================================================
+# == 8. Stores =========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -2986,7 +3358,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 8. S3 =============================================================
+# == 9. S3 =============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -3655,7 +4027,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 9. S3 store =======================================================
+# == 10. S3 store ======================================================
 #
 # The interface of section 6 over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -4016,7 +4388,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 10. Probe =========================================================
+# == 11. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of section 6 alone.
@@ -4226,7 +4598,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 11. Settings ======================================================
+# == 12. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -4600,7 +4972,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 12. Local state ===================================================
+# == 13. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -4795,7 +5167,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 13. Command settings ==============================================
+# == 14. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -5007,7 +5379,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 14. Credentials ===================================================
+# == 15. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -5385,7 +5757,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 15. Ledger ========================================================
+# == 16. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -5752,7 +6124,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 16. Leases ========================================================
+# == 17. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of section 3.
@@ -5972,7 +6344,7 @@ class Leases:
             raise
 
 
-# == 17. Hints =========================================================
+# == 18. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -6100,7 +6472,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 18. Step records ==================================================
+# == 19. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -6353,7 +6725,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 19. Frontier ======================================================
+# == 20. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -6421,7 +6793,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 20. Steps =========================================================
+# == 21. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of section 3 carried out on records.
 
@@ -6778,7 +7150,7 @@ class Steps:
             tries += 1
 
 
-# == 21. Tasks =========================================================
+# == 22. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -7102,7 +7474,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 22. Memory ========================================================
+# == 23. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -7301,7 +7673,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 23. Mail ==========================================================
+# == 24. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -7555,7 +7927,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 24. Artifacts =====================================================
+# == 25. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -8257,7 +8629,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 25. Project =======================================================
+# == 26. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -8579,7 +8951,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 26. Context =======================================================
+# == 27. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -8730,7 +9102,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 27. Views =========================================================
+# == 28. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -9076,7 +9448,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 28. Doctor ========================================================
+# == 29. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -9114,12 +9486,7 @@ def shape_of(key: str, table: list) -> tuple:
 
 def compiled_shapes() -> list:
     """SHAPES as [(compiled pattern, fields)]."""
-    import re
-    table = []
-    for pattern, fields in SHAPES:
-        text = re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", "[^/]+")
-        table.append((re.compile(text), fields))
-    return table
+    return [(key_pattern(pattern), fields) for pattern, fields in SHAPES]
 
 
 def misfit(doc: dict, fields: str) -> str:
@@ -9402,7 +9769,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 29. Trials ========================================================
+# == 30. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -9916,7 +10283,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 30. Drill and bench ===============================================
+# == 31. Drill and bench ===============================================
 #
 # Races and measurements on a store of the user's choice.
 
@@ -10421,7 +10788,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 31. Rows ==========================================================
+# == 32. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -10644,7 +11011,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 32. Commands under a lease ========================================
+# == 33. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -10841,7 +11208,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 33. Step commands =================================================
+# == 34. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -11135,7 +11502,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 34. Task commands =================================================
+# == 35. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -11297,7 +11664,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 35. Commands of memory, mail and files ============================
+# == 36. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -11587,7 +11954,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 36. Commands of presence, views and set-up ========================
+# == 37. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -12058,7 +12425,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 37. Command line ==================================================
+# == 38. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
