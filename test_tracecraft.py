@@ -8790,6 +8790,312 @@ def test_since_refuses_what_is_no_time(text):
     assert "is no time" in refused(t.Usage, t.since, text, 0.0).message
 
 
+def test_a_step_s_life_is_told_in_the_words_of_its_verbs(ada, bob, bucket):
+    ada.add_step("s", title="Draw it")
+    ada.claim("s")
+    pass_time(bucket)
+    bob.claim("s")
+    bob.complete("s", state="needs_review", note="look", to="ada")
+    ada.reject("s", note="no")
+    said = [row["text"] for row in t.gather_past(ada, t.Wanted(step="s")).events
+            if row["kind"] in ("step", "claim", "handoff")]
+    assert said[:3] == ["ada added s: Draw it", "ada claimed s",
+                        "bob took over s: takeover: the lease of ada expired"]
+    assert set(said[3:5]) == {"bob asked for review of s",
+                              "bob handed on s to ada: look"}
+    assert said[5:] == ["ada rejected s: rejected by ada: no"]
+
+
+# == Timeline ==========================================================
+
+
+def told(project, limit=None, **wanted):
+    return [row["text"] for row in t.gather_past(project, t.Wanted(**wanted),
+                                                 limit=limit).events]
+
+
+@pytest.fixture
+def worked(ada, bob, bucket):
+    """A project in which a little of everything has happened; its objects by clock."""
+    bob.heartbeat()
+    ada.add_step("a")
+    ada.add_step("b", needs=["a"])
+    ada.claim("a")
+    ada.artifacts.put_bytes("x.txt", b"x", step="a")
+    ada.complete("a", note="done", to="bob")
+    bob.claim("b")
+    ada.memory.set("k.v", "1")
+    ada.send("bob", "one")
+    ada.send("_broadcast", "all")
+    bob.ack(ada.send("bob", "two", op="m2")["id"])
+    return ada
+
+
+def test_a_timeline_merges_every_record_the_newest_last(worked):
+    rows = t.gather_past(worked, t.Wanted()).events
+    assert [row["at_s"] for row in rows] == sorted(row["at_s"] for row in rows)
+    assert {row["kind"] for row in rows} >= {
+        "presence", "step", "claim", "handoff", "artifact", "memory", "message", "ack"}
+    assert rows[-1]["text"] == "bob acknowledged mail of ada"
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_a_timeline_filters_by_agent_kind_step_and_time(worked, bucket):
+    assert told(worked, by="bob", kinds=("claim", "ack")) == [
+        "bob claimed b", "bob acknowledged mail of ada"]
+    assert told(worked, step="a", kinds=("artifact", "step")) == [
+        "ada added a", "ada uploaded a/x.txt"]
+    bucket.clock_at += 1000
+    split = bucket.clock_at
+    worked.memory.set("later", "1")
+    assert told(worked, since=split) == ["ada set later: 1"]
+    assert "ada set later: 1" not in told(worked, until=split)
+
+
+def test_a_timeline_of_lately_reads_no_old_object(worked, bucket):
+    bucket.clock_at += 10_000
+    worked.memory.set("later", "1")
+    cost = spent(worked, t.gather_past, worked, t.Wanted(since=bucket.clock_at - 60))
+    gets = [what for what in cost if what.startswith("GET")]
+    assert gets == ["GET memory/_history/later/*"], cost
+    assert sum(n for what, n in cost.items() if what.startswith("LIST")) <= 10
+
+
+def test_a_timeline_of_one_kind_lists_one_prefix(worked):
+    cost = spent(worked, t.gather_past, worked, t.Wanted(kinds=("memory",)))
+    assert cost == {"LIST memory/_history/": 1, "GET memory/_history/k/v/*": 1}
+
+
+def test_the_newest_20_of_1000_messages_are_found_by_at_most_128_reads(ada, bucket):
+    for n in range(1000):
+        bucket.clock_at += 1
+        at = tracecraft.iso(bucket.clock_at)
+        bucket.place(f"messages/bob/{int(bucket.clock_at * 1e9):019d}_eve_{n:08x}.json",
+                     {"from": "eve", "to": "bob", "message": str(n), "sent_at": at})
+    ada.store.counts.clear()
+    past = t.gather_past(ada, t.Wanted(), limit=20)
+    assert [row["text"].split()[-1] for row in past.events] == [
+        str(n) for n in range(980, 1000)]
+    assert past.more is None
+    reads = sum(n for (method, _), n in ada.store.counts.items() if method == "GET")
+    assert reads <= 64 + 64  # a batch, and those within the skew of its last
+
+
+def test_a_limit_keeps_the_newest_and_counts_the_rest(worked):
+    everything = t.gather_past(worked, t.Wanted()).events
+    past = t.gather_past(worked, t.Wanted(), limit=3)
+    assert past.events == everything[-3:] and past.more == len(everything) - 3
+
+
+def test_damaged_records_are_named_and_stop_no_timeline(worked, bucket):
+    bucket.place("steps/c/claim.json", b"{")
+    past = t.gather_past(worked, t.Wanted())
+    assert [row["key"] for row in past.damaged] == ["steps/c/claim.json"]
+    assert "bob claimed b" in [row["text"] for row in past.events]
+
+
+def test_attempts_of_one_memory_write_are_one_event(ada, bucket):
+    for n, value in ((1, "x"), (2, "x")):
+        bucket.place(f"memory/_history/k/{n:019d}_ada_{n:08x}.json",
+                     {"value": value, "set_by": "ada", "op": "same",
+                      "set_at": tracecraft.iso(n)})
+    assert told(ada) == ["ada set k: x"]
+
+
+# -- watch -------------------------------------------------------------
+
+
+def test_a_watch_tells_what_is_new_and_nothing_of_before(worked):
+    watch = t.Watch(worked)
+    assert watch.look(1) == [] == watch.look(1)
+    worked.memory.set("k.v", "2")
+    worked.send("bob", "three")
+    assert [row["text"] for row in watch.look(1)] == [
+        "ada set k.v: 2", "ada wrote to bob: three"]
+    assert watch.look(1) == []
+
+
+def test_a_watch_that_begins_earlier_tells_that_too(worked, bucket):
+    bucket.clock_at += 100
+    worked.memory.set("k.v", "2")
+    watch = t.Watch(worked, since=bucket.clock_at - 50)
+    assert [row["text"] for row in watch.look(1)] == ["ada set k.v: 2"]
+
+
+def test_an_idle_look_costs_one_listing(worked):
+    watch = t.Watch(worked)
+    watch.look(1)
+    assert spent(worked, watch.look, 1) == {"LIST ": 1}
+    worked.memory.set("k.v", "2")
+    assert spent(worked, watch.look, 1) == {"LIST ": 1, "GET memory/_history/k/v/*": 1}
+
+
+@pytest.mark.parametrize("prefix, listed", [
+    ("", ""), ("steps/", "steps/"), ("steps/a", "steps/a"), ("mem", "mem"),
+    ("memory/plan", "memory/_history/plan"), ("memory/_history/x", "memory/_history/x"),
+    ("artifacts/shared/", "manifests/shared/"), ("queues/q", "queues/q")])
+def test_a_prefix_is_watched_where_its_events_are_recorded(prefix, listed):
+    assert t.watched_prefix(prefix) == listed
+
+
+def test_a_prefix_under_which_nothing_is_recorded_is_refused():
+    why = refused(t.Usage, t.watched_prefix, "step/a")
+    assert "did you mean steps/?" in why.message
+
+
+def watched_randomly(watch_class, seed):
+    """(ids a watch told, ids a timeline tells that were not there at its start)."""
+    chance, bucket = random.Random(seed), MemoryStore()
+    agents = [agent_on(bucket, name) for name in ("ada", "bob")]
+    verbs = [lambda p: p.claim(chance.choice("xyz"), reopen=True),
+             lambda p: p.complete(chance.choice("xyz"), note=str(chance.random())),
+             lambda p: p.release(chance.choice("xyz")),
+             lambda p: p.memory.incr("k"), lambda p: p.send("bob", "m"),
+             lambda p: p.heartbeat(summary=str(chance.random()))]
+    told_ids, before, watch = [], set(), None
+    for turn in range(60):
+        bucket.clock_at += chance.choice([0, 1, 2000])
+        try:
+            chance.choice(verbs)(chance.choice(agents))
+        except tracecraft.Error:
+            pass
+        if turn == 10:
+            watch = watch_class(agents[0])
+            watch.look(1)
+            before = {row["id"] for row in t.gather_past(agents[0], t.Wanted()).events}
+        if watch and chance.random() < 0.5:
+            told_ids += [row["id"] for row in watch.look(1)]
+    told_ids += [row["id"] for row in watch.look(1)]
+    after = {row["id"] for row in t.gather_past(agents[0], t.Wanted()).events}
+    return told_ids, after - before, before
+
+
+class WatchThatForgets(t.Watch):
+    """Broken: knows keys, not events, so every history is told anew."""
+
+    def _take(self, record):
+        self.known.clear()
+        super()._take(record)
+
+
+class WatchByKeysOnly(t.Watch):
+    """Broken: looks only at objects that were not there."""
+
+    def _mark(self, entry, now):
+        return ("there",)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_watch_tells_each_event_exactly_once(seed):
+    told_ids, new, before = watched_randomly(t.Watch, seed)
+    assert len(told_ids) == len(set(told_ids))
+    # `told` may hold more: a presence that was overwritten since.
+    assert new <= set(told_ids) and not before & set(told_ids)
+
+
+@pytest.mark.parametrize("broken", [WatchThatForgets, WatchByKeysOnly])
+def test_a_broken_watch_is_found_out(broken):
+    wrong = 0
+    for seed in range(12):
+        told_ids, new, before = watched_randomly(broken, seed)
+        wrong += len(told_ids) != len(set(told_ids)) or not new <= set(told_ids) \
+            or bool(before & set(told_ids))
+    assert wrong
+
+
+def test_a_store_that_is_away_is_told_once_and_waited_for(worked):
+    watch = t.Watch(worked)
+    watch.look(1)
+    rows = t.watching(worked.ledger, watch.look, interval=0.01, wait=5)
+    worked.store.fault("dead", "LIST", times=3)
+    worked.memory.set("k.v", "2")
+    assert next(rows)["text"] == "ada set k.v: 2"
+    assert [said for said in worked.warned if "watching" in said
+            or "answers again" in said] == ["unreachable; still watching",
+                                            "the store answers again"]
+
+
+def test_a_store_that_stays_away_ends_a_watch_with_its_own_error(worked):
+    watch = t.Watch(worked)
+    worked.store.fault("dead", "LIST", times=1000)
+    why = refused(t.Unavailable, list, t.watching(
+        worked.ledger, watch.look, interval=0.01, wait=0.2))
+    assert why.message == "unreachable"
+
+
+def test_a_look_that_breaks_off_loses_no_event(worked):
+    watch = t.Watch(worked)
+    watch.look(1)
+    for n in range(5):
+        worked.memory.set(f"k{n}", "2")
+    worked.store.fault("dead", "GET", "k3")
+    refused(t.Unavailable, watch.look, 1)
+    assert [row["text"] for row in watch.look(1)] == [f"ada set k{n}: 2"
+                                                      for n in range(5)]
+
+
+def test_two_writes_within_a_tick_of_a_directory_are_both_told(tmp_path):
+    p = tracecraft.connect(f"file://{tmp_path}/s/p", agent="ada",
+                           environ={"HOME": str(tmp_path)}, cwd=str(tmp_path))
+    p.claim("s")
+    watch = t.Watch(p)
+    watch.look(1)
+    p.release("s", why="aa")
+    first = [row["why"] for row in watch.look(1) if row["kind"] == "claim"]
+    key = os.path.join(str(tmp_path), "s", "p", "steps", "s", "claim.json")
+    info = os.stat(key)
+    p.claim("s")
+    p.release("s", why="bb")
+    os.utime(key, ns=(info.st_atime_ns, info.st_mtime_ns))
+    second = [row["why"] for row in watch.look(1) if row["kind"] == "claim"]
+    assert (first, second) == (["aa"], ["claimed", "bb"])
+
+
+def test_a_watched_value_is_told_at_each_write_and_costs_one_request(ada, bob):
+    watch = t.ValueWatch(ada, "k")
+    assert watch.look(1) == []
+    bob.memory.set("k", "1")
+    assert [doc["value"] for doc in watch.look(1)] == ["1"]
+    assert spent(ada, watch.look, 1) == {"GET memory/k.json": 1}
+    bob.memory.set("k", "v" * 70_000)
+    assert [len(doc["value"]) for doc in watch.look(1)] == [70_000]
+    bob.memory.delete("k")
+    assert watch.look(1)[0]["deleted_at"] and watch.look(1) == []
+
+
+def test_idle_pauses_grow_to_half_a_minute():
+    pauses = [max(t.idle_pause(tries) for _ in range(50)) for tries in range(1, 12)]
+    assert pauses[0] <= 1 and pauses[-1] <= 30 < pauses[-1] * 1.1
+    assert all(0.75 <= t.idle_pause(1) <= 1 for _ in range(20))
+
+
+def test_timeline_and_watch_answer_as_commands(sh):
+    sh.ok("claim", "s")
+    sh.ok("memory", "set", "k", "1")
+    lines = sh.ok("timeline", "--kind", "claim", "memory").splitlines()
+    assert [line.split("  ")[1:3] for line in lines][0][0] == "claim"
+    assert lines[-1].endswith("ada set k: 1")
+    doc = sh.json("timeline", "--limit", "1")
+    assert doc["truncated"] and len(doc["items"]) == 1
+    assert "is no time" in sh.refused(2, "timeline", "--since", "soon")
+    assert "nothing new" in sh.refused(6, "watch", "--wait", "0.1")
+    assert "nothing new" in sh.refused(6, "memory", "watch", "k", "--wait", "0.1")
+    assert sh.run("watch", "--since", "1h", "--wait", "0.1").returncode == 0
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_watch_prints_lines_of_json_and_ends_cleanly(sh, kind):
+    watch = sh.start("watch", "memory/k", "--interval", "0.1", "--json")
+    time.sleep(1.5)
+    sh.ok("memory", "set", "k", "1")
+    sh.ok("memory", "set", "k", "2")
+    rows = [json.loads(watch.stdout.readline()) for _ in range(2)]
+    assert [row["text"] for row in rows] == ["ada set k: 1", "ada set k: 2"]
+    watch.send_signal(kind)
+    out, err = watch.communicate(timeout=SLOW)
+    assert (watch.returncode, out) == (130, b"") and b"Traceback" not in err
+
+
 # == Requests per command ==============================================
 #
 # What a command costs once verdict and local state are warm (protocol.md 1.7).

@@ -40,11 +40,11 @@ Contents (grep -n '^# == ' prints them with line numbers):
   19 Step records            20 Frontier                21 Steps
   22 Tasks                   23 Memory                  24 Mail
   25 Artifacts               26 Project                 27 Context
-  28 Views                   29 Doctor                  30 Trials
-  31 Drill and bench         32 Rows                    33 Commands under a lease
-  34 Step commands           35 Task commands
-  36 Commands of memory, mail and files  37 Commands of presence, views and set-up
-  38 Command line
+  28 Views                   29 Timeline                30 Doctor
+  31 Trials                  32 Drill and bench         33 Rows
+  34 Commands under a lease  35 Step commands           36 Task commands
+  37 Commands of memory, mail and files  38 Commands of presence, views and set-up
+  39 House commands          40 Command line
 """
 
 from __future__ import annotations
@@ -7493,6 +7493,10 @@ class Memory:
         doc = self._read(key).doc
         if not live(doc, self.ledger.now()):
             raise NotFound(f"no memory under {shown(key)!r}", hint="memory list")
+        return self.whole(key, doc)
+
+    def whole(self, key: str, doc: dict) -> dict:
+        """A stored document with its key; a large value is fetched."""
         doc = {"key": key, **doc}
         if isinstance(doc.get("blob"), dict):
             data = self.artifacts.read_blob(str(doc["blob"].get("sha256")))
@@ -9448,7 +9452,273 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 29. Doctor ========================================================
+# == 29. Timeline ======================================================
+#
+# What happened, merged from the records, and what happens, by looking again. Knows the
+# readers of section Events and how to list; must not know what the records mean.
+
+SKEW = 60  # seconds an agent's clock may differ from the store's and still be found
+IDLE_PAUSE = 30  # seconds between two looks at most, when nothing happens
+LOOK = 10  # seconds one look may keep retrying before the store counts as away
+
+
+class Wanted:
+    """Which events are asked for. since, until: seconds; by, step: "" for any."""
+
+    def __init__(self, *, since: float = 0.0, until: float = float(YEAR_9999),
+                 by: str = "", kinds: tuple = (), step: str = "") -> None:
+        self.since, self.until, self.by = since, until, by
+        self.step, self.readers = step, Readers(kinds)
+
+    def entry(self, entry: object) -> bool:
+        """Whether the object behind a listed key can hold such an event."""
+        if not self.readers.knows(entry.key):
+            return False
+        if entry.modified is not None and entry.modified < self.since - SKEW:
+            return False
+        at, agent = event_stamp(entry.key)
+        if at is None:
+            return True
+        near = self.since - SKEW <= at <= self.until + SKEW
+        return near and self.by in ("", agent)
+
+    def event(self, row: dict) -> bool:
+        """Whether this is one of them."""
+        return self.since <= row["at_s"] <= self.until \
+            and self.by in ("", row["agent"]) and self.step in ("", row.get("step"))
+
+    def prefixes(self, ledger: Ledger) -> tuple:
+        """([Entry] of single keys, [prefixes to list]): at most one request."""
+        areas, single = self.readers.areas(), []
+        if self.step:
+            areas = [f"{area}{self.step}/" if area in ("steps/", "manifests/") else area
+                     for area in areas]
+        if len(areas) > 3:
+            top = ledger.list("", delimiter="/")
+            single = [entry for entry in top.entries if entry.key in areas]
+            areas = [area for area in areas
+                     if area.partition("/")[0] + "/" in top.prefixes]
+        return single, areas
+
+
+def event_stamp(key: str) -> tuple:
+    """(seconds, agent) from the name of a create-once record; (None, None) without.
+
+    The name of an acknowledgement is that of its message: it says neither.
+    """
+    at_ns, agent = event_parts(key.rpartition("/")[2])
+    if at_ns is None or "/_acks/" in key:
+        return None, None
+    return at_ns / 1e9, agent
+
+
+def latest(entry: object) -> float:
+    """A time after which nothing recorded in this object can have happened."""
+    at = event_stamp(entry.key)[0] or 0.0
+    stored = float(YEAR_9999) if entry.modified is None else entry.modified
+    return max(at, stored) + SKEW
+
+
+class Past:
+    """What a timeline found. events: oldest first. more: how many others there are,
+    None when not all were looked at. damaged: [{key, message}]. timeless: a count."""
+
+    def __init__(self) -> None:
+        self.rows, self.damaged, self.timeless, self.more = {}, [], 0, 0
+
+    @property
+    def events(self) -> list:
+        """What was kept, oldest first."""
+        return sorted(self.rows.values(), key=event_order)
+
+    def take(self, record: Record, wanted: Wanted) -> None:
+        """Keep the events of a record that are wanted."""
+        if record.fault:
+            self.damaged.append({"key": record.key, "message": record.fault.message})
+        if record.doc is None:
+            return
+        rows, faults = wanted.readers.events(record.key, record.doc, record.modified)
+        self.timeless += faults
+        for row in rows:
+            twin = self.rows.get(row["id"])
+            if wanted.event(row) and (twin is None or twin["at_s"] < row["at_s"]):
+                self.rows[row["id"]] = row
+
+    def full(self, limit: int, bound: float) -> bool:
+        """Whether `limit` events are at least as new as `bound`."""
+        return sum(1 for row in self.rows.values() if row["at_s"] >= bound) >= limit
+
+
+def gather_past(project: Project, wanted: Wanted, *, limit: int | None = None) -> Past:
+    """The newest `limit` (None: all) events that are wanted.
+
+    A listing for each kind of key that is there; of the objects only those are read
+    that their names and times do not rule out, the newest first, in parallel.
+    """
+    ledger, past = project.ledger, Past()
+    entries, areas = wanted.prefixes(ledger)
+    for area in areas:
+        entries += ledger.list(area).entries
+    entries = [entry for entry in entries if wanted.entry(entry)]
+    entries.sort(key=latest, reverse=True)
+    size = AT_ONCE if limit is None else min(AT_ONCE, max(64, 2 * limit))
+    while entries:
+        if limit is not None and past.full(limit, latest(entries[0])):
+            past.more = None
+            break
+        batch, entries = entries[:size], entries[size:]
+        ledger.restart()
+        for record in ledger.read_many([entry.key for entry in batch]):
+            past.take(record, wanted)
+    if limit is not None and len(past.rows) > limit:
+        kept = past.events[-limit:]
+        past.more = None if past.more is None else len(past.rows) - limit
+        past.rows = {row["id"]: row for row in kept}
+    return past
+
+
+# -- what happens now --------------------------------------------------
+
+
+def watched_prefix(prefix: str) -> str:
+    """The prefix to list for what a user calls so: where its events are recorded.
+
+    >>> watched_prefix("memory/plan")
+    'memory/_history/plan'
+    """
+    for there, recorded in (("memory/", "memory/_history/"),
+                            ("artifacts/", "manifests/")):
+        if prefix.startswith(there) and not prefix.startswith(there + "_"):
+            return recorded + prefix[len(there):]
+    areas = Readers().areas()
+    if any(area.startswith(prefix) or prefix.startswith(area) for area in areas):
+        return prefix
+    known = dict.fromkeys(area.partition("/")[0] + "/" for area in areas if "/" in area)
+    raise Usage(f"nothing is recorded under {shown(prefix[:80])!r}"
+                + nearest(prefix, list(known)), hint="e.g. steps/ or memory/plan")
+
+
+class Watch:
+    """Looks at a prefix again and again: look() gives each event once.
+
+    What was there at first is not new, unless it happened after `since` (seconds).
+    """
+
+    def __init__(self, project: Project, prefix: str = "", *,
+                 since: float | None = None) -> None:
+        self.ledger, self.prefix, self.since = project.ledger, prefix, since
+        self.readers, self.begun = Readers(), False
+        self.marks, self.known, self.fresh = {}, {}, []
+
+    def look(self, seconds: float) -> list:
+        """What is new, oldest first. One listing, and what changed; Unavailable, with
+        nothing lost, when the store does not answer for `seconds`."""
+        self.ledger.restart(seconds)
+        listing = self.ledger.store.list(self.prefix)
+        marks = {entry.key: self._mark(entry, listing.now) for entry in listing.entries
+                 if self.readers.knows(entry.key)}
+        changed = [key for key, mark in marks.items()
+                   if mark is None or self.marks.get(key) != mark]
+        for at in range(0, len(changed), AT_ONCE):
+            for record in self.ledger.read_many(changed[at:at + AT_ONCE]):
+                self._take(record)
+                self.marks[record.key] = marks[record.key]
+        rows, self.fresh, self.begun = self.fresh, [], True
+        return sorted(rows, key=event_order)
+
+    def _mark(self, entry: object, now: float) -> tuple | None:
+        """What changes with each write; None where two within one tick look alike."""
+        if entry.etag is None and (entry.modified is None or now - entry.modified < 1):
+            return None
+        return entry.etag, entry.modified, entry.size
+
+    def _take(self, record: Record) -> None:
+        if record.fault:
+            self._warn_once(record)
+        if record.doc is None:
+            return
+        rows, _ = self.readers.events(record.key, record.doc, record.modified)
+        once = event_parts(record.key.rpartition("/")[2])[0] is not None
+        group = record.key.rpartition("/")[0] if once else record.key
+        known = self.known.get(group, set())
+        for row in rows:
+            late = self.begun or (self.since is not None and row["at_s"] >= self.since)
+            if late and row["id"] not in known:
+                self.fresh.append(row)
+        ids = {row["id"] for row in rows}
+        self.known[group] = known | ids if once else ids
+
+    def _warn_once(self, record: Record) -> None:
+        told = self.known.setdefault("", set())
+        if record.key not in told:
+            self.ledger.warn(record.fault.message)
+        told.add(record.key)
+
+
+class ValueWatch:
+    """Looks at one memory key again and again: look() gives its new value, if any."""
+
+    def __init__(self, project: Project, key: str) -> None:
+        self.memory, self.ledger, self.key = project.memory, project.ledger, key
+        self.path = f"memory/{memory_parts(key)}.json"
+        self.etag, self.begun = None, False
+
+    def look(self, seconds: float) -> list:
+        """[the document] when it was written since the last look, else []. One
+        conditional GET; Corrupt when it cannot be read."""
+        self.ledger.restart(seconds)
+        try:
+            found = self.ledger.store.get(self.path, if_none_match=self.etag,
+                                          limit=MAX_RECORD + 1)
+        except NotFound as why:
+            if why.details.get("bucket"):
+                raise
+            self.begun = True
+            return []
+        if found.body is None:
+            return []
+        doc = self.memory.whole(self.key, parse_record(found.body, self.path))
+        new, self.begun, self.etag = self.begun, True, found.etag
+        return [doc] if new else []
+
+
+def watching(ledger: Ledger, look: object, *, interval: float | None = None,
+             wait: float | None = None) -> object:
+    """Yield what look(seconds) finds, one by one, until `wait` seconds are over.
+
+    Pauses of `interval`, else of 1, 2, 4 … 30 s with jitter while nothing happens. A
+    store that is away is told once and waited for. At the end raises TimedOut, or why
+    the store is away, when nothing came.
+    """
+    until, tries, away, came = wait and time.monotonic() + wait, 0, None, False
+    while True:
+        left = LOOK if wait is None else until - time.monotonic()
+        try:
+            rows = look(max(1.0, min(LOOK, left)))
+            if away is not None:
+                ledger.warn("the store answers again")
+            away = None
+        except (Unavailable, Unknown) as why:
+            if away is None:
+                ledger.warn(f"{why.message}; still watching")
+            rows, away = [], why
+        yield from rows
+        came, tries = came or bool(rows), 0 if rows else tries + 1
+        left = IDLE_PAUSE if wait is None else until - time.monotonic()
+        if left <= 0 and not came:
+            raise away or TimedOut(f"nothing new within {wait:g}s", hint="watch again")
+        if left <= 0:
+            return
+        time.sleep(min(left, interval or idle_pause(tries)))
+
+
+def idle_pause(tries: int) -> float:
+    """Seconds until the next look after `tries` idle ones: 1, 2, 4 … IDLE_PAUSE, jittered."""
+    import random
+    return min(IDLE_PAUSE, 2 ** min(max(tries - 1, 0), 8)) * (0.75 + random.random() / 4)
+
+
+# == 30. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -9769,7 +10039,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 30. Trials ========================================================
+# == 31. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -10283,7 +10553,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 31. Drill and bench ===============================================
+# == 32. Drill and bench ===============================================
 #
 # Races and measurements on a store of the user's choice.
 
@@ -10788,7 +11058,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 32. Rows ==========================================================
+# == 33. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -11011,7 +11281,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 33. Commands under a lease ========================================
+# == 34. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -11208,7 +11478,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 34. Step commands =================================================
+# == 35. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -11502,7 +11772,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 35. Task commands =================================================
+# == 36. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -11664,7 +11934,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 36. Commands of memory, mail and files ============================
+# == 37. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -11954,7 +12224,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 37. Commands of presence, views and set-up ========================
+# == 38. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -12425,7 +12695,112 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 38. Command line ==================================================
+# == 39. House commands ================================================
+#
+# As section Step commands: rows and words, no rules.
+
+
+SINCE_ARG = arg("--since", metavar="WHEN", help="2h, 3d, or an ISO time")
+
+
+def put_line(options: object, text: str, doc: object) -> None:
+    """One line of a stream, flushed: `doc` as JSON with --json, else `text`."""
+    import json
+    if options.as_json:
+        text = json.dumps(doc, ensure_ascii=False, default=str)
+        text = text.encode("utf-8", "backslashreplace").decode()
+    put_out(text + "\n")
+
+
+@command(
+    "timeline", "what happened, newest last", SINCE_ARG,
+    arg("--until", metavar="WHEN", help="likewise"),
+    arg("--by", metavar="AGENT", help="only what this agent did"),
+    arg("--kind", nargs="+", choices=KINDS, metavar="KIND",
+        help="such as claim, handoff, message, memory, artifact"),
+    arg("--step", metavar="STEP", help="only of this step"), LIMIT_ARG,
+    examples=("timeline --since 2h", "timeline --by ada --kind claim handoff --json"),
+    exits="0 2 7")
+def cmd_timeline(project: object, options: object) -> None:
+    limit, now = listing_limit(options), project.ledger.now()
+    when = {name: since(text, now) for name, text in (
+        ("since", options.since), ("until", options.until)) if text is not None}
+    past = gather_past(project, Wanted(
+        **when, by=options.by or "", kinds=tuple(options.kind or ()),
+        step=step_id(options.step) if options.step else ""), limit=limit)
+    rows = past.events
+    if options.as_json:
+        put_out(json_text({"items": rows, "truncated": past.more != 0, "cursor": None}))
+    else:
+        lines = [event_line(row) for row in rows]
+        put_out("\n".join(lines or ["Nothing happened."]) + "\n")
+    if past.more != 0 and not options.as_json:
+        remark(options, f"+{past.more} more, --limit 0 shows all" if past.more
+               else "there are more, --limit 0 shows all")
+    for bad in past.damaged[:3]:
+        remark(options, f"warning: {shown(bad['message'])}")
+    left = len(past.damaged[3:]) + past.timeless
+    if left:
+        remark(options, f"warning: {left} more records or entries were left out: they"
+               " are damaged or name no time")
+
+
+def interrupted_by_term() -> None:
+    """Let SIGTERM end this process as Ctrl-C does: what was printed stays whole."""
+    import signal
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, interrupted)
+
+
+def stream_out(project: object, options: object, look: object, line: object) -> None:
+    """Print what look() finds until --wait is over, or --limit lines were printed."""
+    if options.interval is not None and not options.interval > 0:
+        raise Usage("--interval must be > 0", hint="without it, pauses adapt")
+    if options.limit is not None and options.limit < 0:
+        raise Usage("--limit cannot be negative", hint="0 never ends")
+    interrupted_by_term()
+    count = 0
+    for row in watching(project.ledger, look, interval=options.interval,
+                        wait=options.wait):
+        put_line(options, line(row), row)
+        count += 1
+        if count == options.limit:
+            return
+
+
+WATCH_ARGS = (
+    arg("--interval", type=finite, metavar="SECONDS",
+        help="between looks; default: 1, 2, 4 … 30 while idle"),
+    arg("--wait", type=finite, metavar="SECONDS", help="end then; default: never"),
+    arg("--limit", type=int, metavar="N", help="end after N"))
+
+
+@command("watch", "new events as they come",
+         arg("prefix", nargs="?", default="", help="of keys: steps/, memory/plan"),
+         SINCE_ARG, *WATCH_ARGS,
+         examples=("watch", "watch steps/ --wait 600 --limit 1 --json"),
+         exits="0 2 6 7 130")
+def cmd_watch(project: object, options: object) -> None:
+    begin = None if options.since is None else since(options.since,
+                                                     project.ledger.now())
+    watch = Watch(project, watched_prefix(options.prefix), since=begin)
+    stream_out(project, options, watch.look, event_line)
+
+
+@command("memory watch", "each new value of a key", arg("key"), *WATCH_ARGS,
+         examples=("memory watch plan.status",
+                   "memory watch plan.status --wait 600 --limit 1"),
+         exits="0 2 6 7 8 130")
+def cmd_memory_watch(project: object, options: object) -> None:
+    def line(doc: dict) -> str:
+        gone = doc.get("deleted_at")
+        return "(deleted)" if gone else shown(str(doc.get("value", "")), indent="  ")
+    stream_out(project, options, ValueWatch(project, options.key).look, line)
+
+
+# == 40. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -12441,10 +12816,11 @@ GROUPS = (
                cmd_wait_for)),
     ("memory", (cmd_memory_set, cmd_memory_get, cmd_memory_list, cmd_memory_history,
                 cmd_memory_delete, cmd_memory_incr, cmd_memory_append,
-                cmd_memory_merge)),
+                cmd_memory_merge, cmd_memory_watch)),
     ("mail", (cmd_send, cmd_inbox, cmd_ack)),
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify)),
+    ("house", (cmd_timeline, cmd_watch)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
 TOP_HELP = (
@@ -12457,10 +12833,11 @@ TOP_HELP = (
     ("complete", "end it with a hand-off note        (approve, reject, handoff)"),
     ("next", "the best ready step; --claim takes it (context: what went before)"),
     ("step", "add / edit / list / show / graph    (step-status, wait-for)"),
-    ("memory", "set / get / list / history / delete / incr / append / merge"),
+    ("memory", "set / get / list / history / delete / incr / append / merge / watch"),
     ("send", "message an agent, or _broadcast"),
     ("inbox", "read messages; --new once each      (ack)"),
     ("artifact", "upload / download / list / show / verify"),
+    ("timeline", "what happened                       (watch)"),
     ("doctor", "check store and objects; --fix      (config)"),
     ("demo", "see it work: real processes, two of them crash"),
     ("drill", "race your bucket                    (bench)"),
