@@ -8690,7 +8690,8 @@ RECORDS = {  # a key of each kind that has events, and a document it may hold
         "value": "1", "set_by": "ada", "set_at": "AT", "of_rev": 3},
     "messages/bob/0000000000000000001_ada_0123abcd.json": {
         "from": "ada", "to": "bob", "message": "hi\nyou", "sent_at": "AT"},
-    "messages/bob/_acks/0000000000000000001_ada_0123abcd.json": {"by": "bob", "at": "AT"},
+    "messages/bob/_acks/0000000000000000001_ada_0123abcd.json": {
+        "by": "bob", "at": "AT"},
     "steps/s/spec.json": {"title": "T", "created_by": "ada", "created_at": "AT"},
     "steps/s/claim.json": {"agent": "ada", "claimed_at": "AT"},
     "steps/s/status.json": {"status": "complete", "agent": "ada", "completed_at": "AT"},
@@ -8707,7 +8708,8 @@ RECORDS = {  # a key of each kind that has events, and a document it may hold
     "queues/q/items/i.json": {"state": "ready", "history": [
         {"state": "ready", "agent": "ada", "token": 0, "at": "AT", "why": "pushed"}]},
     "manifests/shared/x.txt/_head.json": {
-        "sha256": "0" * 64, "size": 1, "created_at": "AT", "producer": {"agent": "ada"}},
+        "sha256": "0" * 64, "size": 1, "created_at": "AT",
+        "producer": {"agent": "ada"}},
     "runs/r/meta.json": {"agent": "ada", "started_at": "AT", "notes": [
         {"at": "AT", "agent": "ada", "text": "t"}]},
     "sessions/claude/1/meta.json": {"agent": "ada", "last_uploaded_at": "AT"},
@@ -9094,6 +9096,304 @@ def test_a_watch_prints_lines_of_json_and_ends_cleanly(sh, kind):
     watch.send_signal(kind)
     out, err = watch.communicate(timeout=SLOW)
     assert (watch.returncode, out) == (130, b"") and b"Traceback" not in err
+
+
+# == Leftovers =========================================================
+
+
+@pytest.mark.parametrize("key, parts", [
+    ("ready/05/s.2", ("", "ready", "s", 2)),
+    ("active/s-1.10", ("", "active", "s-1", 10)),
+    ("queues/q/ready/05/" + "0" * 19 + "_i.x.1", ("q", "ready", "i.x", 1)),
+    ("queues/q/active/i.3", ("q", "active", "i", 3)),
+    ("ready/05/odd", ("", "ready", "", 0)),
+])
+def test_a_marker_s_name_says_what_it_stands_for(key, parts):
+    assert t.marker_parts(key) == parts
+
+
+def test_only_lapsed_reservations_are_dropped_and_odd_entries_stay():
+    def entry(**fields):
+        return {"ttl": 60, "renewed_at": tracecraft.iso(1000), **fields}
+    doc = {"entries": [entry(), entry(ttl=0), entry(ttl=600), "odd", {"ttl": 5},
+                       entry(renewed_at="?")], "rev": 3}
+    assert t.unexpired(doc, 1065) is doc  # not before the grace is over
+    left = t.unexpired(doc, 1066)
+    assert left == {**doc, "entries": doc["entries"][1:]}
+    assert t.unexpired({"entries": 5}, 1e9) == {"entries": 5}
+
+
+# == Housekeeping ======================================================
+#
+# A project in which everything that ever coordinates is there, in every state, long
+# ago and just now.
+
+
+LONG_AGO = 40 * 86400
+CAS_KEYS = re.compile(
+    r"_project\.json|memory/(?!_history/).*|messages/[^/]+/_cursor\.json|locks/.*"
+    r"|steps/[^/]+/(spec|claim)\.json|semaphores/.*|barriers/.*|reservations\.json"
+    r"|manifests/.*|runs/[^/]+/meta\.json|sessions/.*")
+
+
+def item(state, **fields):
+    return {"state": state, "token": 1, "attempt": 1, "body": "b", **fields}
+
+
+def populate(bucket, ada, bob):
+    """Records of every kind, some of them leftovers once LONG_AGO has passed."""
+    ada.init(probe=False)
+    for sid in ("done", "mine", "freed", "checked"):
+        ada.add_step(sid)
+        ada.claim(sid)
+    ada.complete("done", note="n")
+    ada.release("freed")
+    ada.complete("checked", state="needs_review")
+    ada.add_step("later", needs=["done"])
+    for n in range(3):
+        ada.send("bob", f"acked {n}", op=f"id{n}" if n else "")
+    for sent in bob.inbox().messages:
+        bob.ack(sent["id"])
+    ada.send("bob", "unread")
+    ada.send("_broadcast", "all")
+    bob.inbox(new=True).commit()
+    ada.memory.set("k", "1")
+    ada.memory.set("big", "v" * 70_000)
+    ada.artifacts.put_bytes("kept.txt", b"kept")
+    ada.artifacts.put_bytes("gone.txt", b"gone")
+    head = bucket.doc("manifests/shared/gone.txt/_head.json")
+    bucket.place("manifests/shared/gone.txt/_head.json",
+                 {**head, "rev": 2, "deleted_at": ada.ledger.at()})
+    for key, doc in {
+        "messages/bob/0000000000000000009_eve_99999999.json": {
+            "from": "eve", "to": "bob", "message": "old", "sent_at": AT_2026,
+            "expires_at": ada.ledger.at(60)},
+        "locks/l.json": {"agent": "ada", "token": 1},
+        "semaphores/g/config.json": {"k": 1}, "semaphores/g/0.json": {"agent": "ada"},
+        "barriers/b/g1/config.json": {"n": 1}, "barriers/b/g1/arrive/ada": {},
+        "barriers/b/g1/verdict.json": {"verdict": "open"},
+        "reservations.json": {"rev": 1, "entries": [
+            {"id": "1", "ttl": 60, "renewed_at": ada.ledger.at()},
+            {"id": "2", "ttl": 0, "renewed_at": ada.ledger.at()}]},
+        "queues/q/items/done.json": item("done"),
+        "queues/q/items/dead.json": item("dead"),
+        "queues/q/items/ready.json": item("ready"),
+        "queues/q/items/leased.json": item("leased"),
+        "runs/r/meta.json": {}, "sessions/h/1/_cursor.json": {},
+        "ready/05/done.1": {}, "active/done.1": {}, "ready/05/freed.2": {},
+        "active/mine.1": {}, "dependents/done/later": {}, "dependents/mine/later": {},
+        "queues/q/ready/05/0000000000000000001_ready.1": {},
+        "queues/q/ready/05/0000000000000000001_done.1": {},
+        "queues/q/active/leased.1": {}, "queues/q/active/dead.1": {},
+        "queues/q/active/never.1": {}, "_probe/x": {}, "odd/key": {},
+    }.items():
+        bucket.place(key, doc)
+
+
+@pytest.fixture
+def lived_in(bucket, ada, bob):
+    populate(bucket, ada, bob)
+    bucket.clock_at += LONG_AGO
+    return bucket
+
+
+def kept_wrongly_or_lost(before, after):
+    """What invariant 2 and protocol.md 1.2 forbid: CAS records and unacknowledged mail
+    that are gone. Arguments: {key: bytes}."""
+    acked = {key.replace("_acks/", "") for key in before if "/_acks/" in key}
+    expired = {key for key, data in before.items() if b'"expires_at"' in data}
+    return [key for key in before if key not in after and (
+        CAS_KEYS.fullmatch(key) or (
+            t.key_pattern("messages/*/*.json").fullmatch(key)
+            and key not in acked | expired))]
+
+
+def contents(bucket):
+    return {key: there[0] for key, there in bucket.shared.objects.items()}
+
+
+LEFT_OVER = {
+    "_probe/x", "active/done.1", "ready/05/done.1", "ready/05/checked.1",
+    "queues/q/items/done.json", "artifacts/shared/gone.txt", "queues/q/active/dead.1", "queues/q/active/never.1",
+    "queues/q/ready/05/0000000000000000001_done.1",
+    "messages/bob/0000000000000000009_eve_99999999.json"}
+
+
+def test_gc_removes_what_is_over_but_no_record_and_no_unread_mail(lived_in, ada):
+    before = contents(lived_in)
+    doc = t.collect(ada)
+    gone = set(before) - set(contents(lived_in))
+    assert kept_wrongly_or_lost(before, contents(lived_in)) == []
+    assert {key for key in gone if "ada" not in key and "_ids/" not in key} == LEFT_OVER
+    assert sum("/_acks/" in key for key in gone) == 3
+    assert sum("/_ids/" in key for key in gone) == 2
+    assert doc["count"] == len(gone) + 1  # and one entry of reservations.json
+    assert [e["id"] for e in lived_in.doc("reservations.json")["entries"]] == ["2"]
+    assert lived_in.doc("reservations.json")["rev"] == 2
+
+
+def test_a_second_gc_finds_nothing(lived_in, ada):
+    t.collect(ada)
+    assert t.collect(ada) == {"dry_run": False, "count": 0, "bytes": 0, "classes": []}
+
+
+def test_gc_of_a_young_project_finds_nothing(bucket, ada, bob):
+    populate(bucket, ada, bob)
+    bucket.clock_at += 300
+    before = contents(bucket)
+    found = {row["class"] for row in t.collect(ada)["classes"]}
+    assert found == {"expired reservations"}
+    assert set(contents(bucket)) == set(before)
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(lived_in, ada):
+    before = contents(lived_in)
+    said = t.collect(ada, dry_run=True)
+    assert contents(lived_in) == before and said["count"] > 10
+    assert {**t.collect(ada), "dry_run": True} == said
+
+
+def reads_acks_backwards(monkeypatch):
+    """Broken: mail counts as acknowledged when it is not."""
+    def settled(box, ids, everywhere, *, now, after):
+        return [leaf for leaf in box if "/" not in leaf], [], []
+    monkeypatch.setattr(t, "settled_mail", settled)
+
+
+def takes_heads_for_bytes(monkeypatch):
+    """Broken: the head of a deleted artifact goes in place of its bytes."""
+    monkeypatch.setattr(t, "_bytes_of", lambda key: key)
+    monkeypatch.setattr(t, "older", lambda entry, record: True)
+
+
+@pytest.mark.parametrize("breakage", [reads_acks_backwards, takes_heads_for_bytes])
+def test_a_broken_gc_is_found_out(lived_in, ada, breakage, monkeypatch):
+    breakage(monkeypatch)
+    before = contents(lived_in)
+    try:
+        t.collect(ada)
+    except tracecraft.Error:
+        pass
+    assert kept_wrongly_or_lost(before, contents(lived_in))
+
+
+def test_an_active_marker_stays_while_a_dependent_waits_to_be_found(lived_in, ada):
+    del lived_in.shared.objects["ready/05/later.1"]  # its maker died before it was put
+    t.collect(ada)
+    assert lived_in.under("active/") == ["active/done.1", "active/mine.1"]
+    ada.claim("later")
+    t.collect(ada)
+    assert "active/done.1" not in lived_in.under("active/")
+
+
+def test_a_dependency_s_hint_goes_when_both_steps_are_complete(lived_in, ada):
+    ada.claim("later", reopen=True)
+    ada.complete("later")
+    lived_in.clock_at += LONG_AGO
+    t.collect(ada)
+    assert lived_in.under("dependents/") == ["dependents/mine/later"]
+
+
+def test_a_message_sent_again_after_gc_is_not_delivered_twice(bucket, ada, bob):
+    first = ada.send("bob", "once", op="m1")
+    bob.ack(bob.inbox().messages[0]["id"])
+    bucket.clock_at += 3 * 86400
+    t.collect(ada)
+    assert not bob.inbox().messages
+    assert ada.send("bob", "once", op="m1")["key"] == first["key"]
+    assert not bob.inbox().messages
+    bucket.clock_at += LONG_AGO  # a month later the id is forgotten, its marks go
+    t.collect(ada)
+    assert bucket.under("messages/bob/") == []
+
+
+def test_a_message_settled_by_its_key_after_gc_is_not_sent_again(bucket, ada, bob):
+    leaf = ada.send("bob", "once")["key"].rpartition("/")[2][:-len(".json")]
+    bob.ack(bob.inbox().messages[0]["id"])
+    assert ada.send("bob", "once", op=leaf)
+    bucket.clock_at += 3 * 86400
+    t.collect(ada)
+    refused(t.Unknown, ada.send, "bob", "once", op=leaf)
+    assert not bob.inbox().messages
+
+
+def test_sending_again_what_never_arrived_still_sends_it(ada, bob, bucket):
+    ada.store.fault("crash-before", "PUT", "_ada_")
+    with pytest.raises(Crash):
+        ada.send("bob", "once", op="m1")
+    ada.send("bob", "once", op="m1")
+    assert mail_texts(bob.inbox()) == ["once"]
+
+
+def test_an_unreadable_id_marker_keeps_its_mailbox_s_acks(lived_in, ada):
+    lived_in.place("messages/bob/_ids/x.json", b"{")
+    acks = lived_in.under("messages/bob/_acks/")
+    t.collect(ada)
+    assert lived_in.under("messages/bob/_acks/") == acks
+    assert lived_in.under("messages/bob/_ids/") != []
+
+
+def test_a_deleted_artifact_uploaded_anew_while_gc_runs_keeps_its_02_copy(lived_in, ada,
+                                                                          bob):
+    def upload():
+        bob.artifacts.put_bytes("gone.txt", b"again")
+    ada.store.fault("ok", "DELETE", "artifacts/shared/gone.txt", before=upload)
+    t.collect(ada)
+    assert lived_in.shared.objects["artifacts/shared/gone.txt"][0] == b"again"
+
+
+def test_gc_killed_anywhere_leaves_a_project_the_next_run_finishes():
+    def prepare(bucket, ada):
+        populate(bucket, ada, agent_on(bucket, "bob"))
+        bucket.clock_at += LONG_AGO
+        prepared.append(contents(bucket))
+    prepared, whole, points = [], MemoryStore(), 0
+    ada = agent_on(whole, "ada")
+    prepare(whole, ada)
+    t.collect(ada)
+    for bucket, ada, where in crashes(prepare, t.collect):
+        points += 1
+        assert kept_wrongly_or_lost(prepared[-1], contents(bucket)) == [], where
+        if points % 7 == 0:
+            t.collect(ada)
+            assert len(bucket.under("")) == len(whole.under("")), where
+            assert t.collect(ada)["count"] == 0, where
+    assert points > 40
+
+
+def test_gc_lists_once_and_reads_only_what_must_have_its_say(lived_in, ada):
+    cost = spent(ada, t.collect, ada, dry_run=True)
+    assert cost["LIST "] == 1 and not any(what.startswith("PUT") for what in cost)
+    assert not any("memory/" in what or "locks/" in what for what in cost)
+    assert sum(cost.values()) <= 30
+
+
+def test_mail_is_kept_for_a_day_at_least(ada):
+    for after in (0, 86399, float("nan")):
+        assert "--days" in refused(t.Usage, t.collect, ada, after=after).hint
+
+
+def test_gc_keeps_mail_for_the_days_it_is_told(bucket, ada, bob):
+    ada.send("bob", "x")
+    bob.ack(bob.inbox().messages[0]["id"])
+    bucket.clock_at += 5 * 86400
+    assert t.collect(ada, after=6 * 86400)["count"] == 0
+    assert t.collect(ada, after=4 * 86400)["count"] == 2
+
+
+def test_gc_answers_as_a_command(sh):
+    sh.ok("claim", "s")
+    assert sh.ok("gc") == "Nothing to remove.\n"
+    folder = f"{sh.cwd}/.tracecraft/store/work/messages/ada"
+    sh.ok("send", "ada", "x", TRACECRAFT_AGENT="bob")
+    sh.ok("ack", sh.json("inbox")["items"][0]["id"])
+    for where, _, names in os.walk(folder):
+        for name in names:
+            os.utime(os.path.join(where, name), (1e9, 1e9))
+    assert sh.json("gc", "--dry-run")["count"] == 2
+    assert sh.ok("gc").splitlines()[-1].startswith("2 removed, ")
+    assert not os.path.exists(folder)
+    assert "--days" in sh.refused(2, "gc", "--days", "0")
 
 
 # == Requests per command ==============================================

@@ -32,19 +32,20 @@ tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
-  4 Plans                    5 Events                   6 Wire
-  7 HTTP                     8 Stores                   9 S3
-  10 S3 store                11 Probe                   12 Settings
-  13 Local state             14 Command settings        15 Credentials
-  16 Ledger                  17 Leases                  18 Hints
-  19 Step records            20 Frontier                21 Steps
-  22 Tasks                   23 Memory                  24 Mail
-  25 Artifacts               26 Project                 27 Context
-  28 Views                   29 Timeline                30 Doctor
-  31 Trials                  32 Drill and bench         33 Rows
-  34 Commands under a lease  35 Step commands           36 Task commands
-  37 Commands of memory, mail and files  38 Commands of presence, views and set-up
-  39 House commands          40 Command line
+  4 Plans                    5 Events                   6 Leftovers
+  7 Wire                     8 HTTP                     9 Stores
+  10 S3                      11 S3 store                12 Probe
+  13 Settings                14 Local state             15 Command settings
+  16 Credentials             17 Ledger                  18 Leases
+  19 Hints                   20 Step records            21 Frontier
+  22 Steps                   23 Tasks                   24 Memory
+  25 Mail                    26 Artifacts               27 Project
+  28 Context                 29 Views                   30 Timeline
+  31 Housekeeping            32 Doctor                  33 Trials
+  34 Drill and bench         35 Rows                    36 Commands under a lease
+  37 Step commands           38 Task commands
+  39 Commands of memory, mail and files  40 Commands of presence, views and set-up
+  41 House commands          42 Command line
 """
 
 from __future__ import annotations
@@ -1630,7 +1631,119 @@ def event_line(row: dict) -> str:
     return f"{str(row['at'])[:19]}Z  {row['kind']:<11} {shown(row['text'])}"
 
 
-# == 6. Wire ===========================================================
+# == 6. Leftovers ======================================================
+#
+# Pure: which objects no rule needs any more (protocol.md 1.2), from what a listing and
+# the records say. Claims, locks, counters, verdicts, specs and heads never are.
+
+DAY = 86400  # seconds acknowledged mail, markers and deleted bytes are kept at least
+DONE_LIVES = 7 * DAY  # seconds a done queue item is kept: until then its id dedupes
+IDS_LIVE = 30 * DAY  # seconds the id of a sent message is kept: it dedupes till then
+
+
+def aged(entry: object, seconds: float, now: float) -> bool:
+    """Whether the store received this object over `seconds` ago; unknown: no."""
+    return entry.modified is not None and now - entry.modified > seconds
+
+
+def settled_mail(box: dict, ids: dict | None, everywhere: set, *, now: float,
+                 after: float) -> tuple:
+    """([messages], [id markers], [acks]) of a mailbox that may go, in that order.
+
+    box: {leaf, _acks/leaf or _ids/name: Entry}. ids: {name: leaf of the message}, None
+    when a marker could not be read. everywhere: the leaves of all mailboxes. An id
+    marker outlives its message by far, and the ack lives as long as the marker: whoever
+    sends again under that id finds it, and does not deliver twice.
+    """
+    acked = [leaf for leaf in box if "/" not in leaf and f"_acks/{leaf}" in box
+             and aged(box[f"_acks/{leaf}"], after, now)]
+    if ids is None:
+        return acked, [], []
+    there = everywhere - set(acked)
+    old = [name for name, leaf in ids.items() if leaf not in there
+           and aged(box[f"_ids/{name}"], IDS_LIVE, now)]
+    needed = there | {leaf for name, leaf in ids.items() if name not in old}
+    acks = [name for name in box if name.startswith("_acks/")
+            and aged(box[name], after, now) and name[len("_acks/"):] not in needed]
+    return acked, [f"_ids/{name}" for name in old], acks
+
+
+def marker_parts(key: str) -> tuple:
+    """(queue or "", "ready" or "active", name, token) of a hint marker.
+
+    >>> marker_parts("queues/q/ready/05/0000000000000000001_a.b.2")
+    ('q', 'ready', 'a.b', 2)
+    """
+    parts, queue = key.split("/"), ""
+    if parts[0] == "queues":
+        queue, parts = parts[1], parts[2:]
+    name, _, token = parts[-1].rpartition(".")
+    if queue and name[:19].isdigit() and name[19:20] == "_":
+        name = name[20:]
+    return queue, parts[0], name, int(token) if token.isdecimal() else 0
+
+
+def ended_record(doc: dict | None, *, queue: bool) -> bool:
+    """Whether a step's claim or a queue's item has come to its end."""
+    if queue:
+        return doc is None or doc.get("state") in ("done", "dead")
+    return doc is not None and state_of(doc) in ENDED
+
+
+def unexpired(doc: dict, now: float | None) -> dict:
+    """reservations.json without the entries whose time is over; `doc` if all stand."""
+    entries = doc.get("entries")
+    if not isinstance(entries, list) or now is None:
+        return doc
+    kept = [entry for entry in entries if not _lapsed(entry, now)]
+    return doc if len(kept) == len(entries) else {**doc, "entries": kept}
+
+
+def _lapsed(entry: object, now: float) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    ttl, since_s = number(entry, "ttl"), parse_iso(entry.get("renewed_at"))
+    return bool(ttl) and since_s is not None and now > since_s + ttl + GRACE
+
+
+def outdated(doc: dict, now: float) -> bool:
+    """Whether a message expired over a day ago."""
+    ends = parse_iso(doc["expires_at"]) if doc.get("expires_at") else None
+    return ends is not None and now > ends + DAY
+
+
+# -- moving to another store -------------------------------------------
+
+
+def known_status(claim: object, status: object, stamp: list) -> bytes | None:
+    """What must stand in place of an 0.2 status.json in another store; None: itself.
+
+    stamp: what the old store said of it. A claim with that `status_seen` knew it when
+    its token rose. Copies have other stamps: it would be adopted there as a new act of
+    an 0.2 client, and end a step that is being worked on.
+    """
+    if not isinstance(claim, dict) or not isinstance(status, dict) or not bare(status):
+        return None
+    return dump_json(project_status(claim)) if claim.get("status_seen") == stamp \
+        else None
+
+
+def moved_cursor(doc: dict, streams: dict, entries: dict) -> dict:
+    """A mail cursor for another store, where every message has a new arrival time.
+
+    streams: {name: stream_of …} as read in the old store. entries: {name: [(key,
+    modified there)]}. What the floor covered is named one by one instead.
+    """
+    new = dict(doc)
+    for name, stream in streams.items():
+        fresh = {key for key, _ in unseen(entries[name], stream)}
+        done = {key for key, _ in entries[name]} - fresh
+        new[name] = {"watermark": stream["watermark"],
+                     "seen": sorted(stream["seen"] | done)}
+    return new
+
+
+# == 7. Wire ===========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -1856,7 +1969,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 7. HTTP ===========================================================
+# == 8. HTTP ===========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -2511,7 +2624,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 8. Stores =========================================================
+# == 9. Stores =========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -3358,7 +3471,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 9. S3 =============================================================
+# == 10. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -4027,7 +4140,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 10. S3 store ======================================================
+# == 11. S3 store ======================================================
 #
 # The interface of section 6 over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -4388,7 +4501,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 11. Probe =========================================================
+# == 12. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of section 6 alone.
@@ -4598,7 +4711,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 12. Settings ======================================================
+# == 13. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -4972,7 +5085,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 13. Local state ===================================================
+# == 14. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -5167,7 +5280,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 14. Command settings ==============================================
+# == 15. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -5379,7 +5492,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 15. Credentials ===================================================
+# == 16. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -5757,7 +5870,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 16. Ledger ========================================================
+# == 17. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -6124,7 +6237,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 17. Leases ========================================================
+# == 18. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of section 3.
@@ -6344,7 +6457,7 @@ class Leases:
             raise
 
 
-# == 18. Hints =========================================================
+# == 19. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -6472,7 +6585,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 19. Step records ==================================================
+# == 20. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -6725,7 +6838,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 20. Frontier ======================================================
+# == 21. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -6793,7 +6906,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 21. Steps =========================================================
+# == 22. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of section 3 carried out on records.
 
@@ -7150,7 +7263,7 @@ class Steps:
             tries += 1
 
 
-# == 22. Tasks =========================================================
+# == 23. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -7474,7 +7587,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 23. Memory ========================================================
+# == 24. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -7677,7 +7790,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 24. Mail ==========================================================
+# == 25. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -7739,9 +7852,26 @@ class Mail:
         key = event_key(f"messages/{to}/", agent=self.who.agent, uuid8=name[:8],
                         at_ns=int(self.ledger.now() * 1e9))
         if op:
-            key = self._once(to, op, key)
+            fresh, key = key, self._once(to, op, key)
+            if key != fresh and self._was_read(to, key):
+                return {"key": key, **doc}
         self.ledger.create(key, doc, op=op)
         return {"key": key, **doc}
+
+    def _was_read(self, to: str, key: str) -> bool:
+        """Whether a message sent before was acknowledged: gc may have removed it since.
+
+        Unknown for one that is not there though it may have been read and removed.
+        """
+        leaf = key.rpartition("/")[2]
+        if self.ledger.read(f"messages/{to}/_acks/{leaf}").doc is not None:
+            return True
+        sent = (event_parts(leaf)[0] or 0) / 1e9
+        if self.ledger.now() - sent > DAY and self.ledger.read(key).doc is None:
+            raise Unknown(f"the message to {shown(to)} was first sent over a day ago"
+                          " and is not there; it may have been read and removed since",
+                          hint="ask, or send it under another id", key=key)
+        return False
 
     def _once(self, to: str, op: str, key: str) -> str:
         """The key for a message sent under `op`: the same whenever it is sent again.
@@ -7931,7 +8061,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 25. Artifacts =====================================================
+# == 26. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -8633,7 +8763,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 26. Project =======================================================
+# == 27. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -8955,7 +9085,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 27. Context =======================================================
+# == 28. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -9106,7 +9236,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 28. Views =========================================================
+# == 29. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -9452,7 +9582,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 29. Timeline ======================================================
+# == 30. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -9713,12 +9843,257 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
 
 
 def idle_pause(tries: int) -> float:
-    """Seconds until the next look after `tries` idle ones: 1, 2, 4 … IDLE_PAUSE, jittered."""
+    """Seconds until the next look after `tries` idle ones: 1, 2, 4 … with jitter."""
     import random
-    return min(IDLE_PAUSE, 2 ** min(max(tries - 1, 0), 8)) * (0.75 + random.random() / 4)
+    pause = min(IDLE_PAUSE, 2 ** min(max(tries - 1, 0), 8))
+    return pause * (0.75 + random.random() / 4)
 
 
-# == 30. Doctor ========================================================
+# == 31. Housekeeping ==================================================
+#
+# gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
+# finds them there already writes only its head, so any DELETE could take them away
+# under it, however late it arrives; no store deletes on a condition everywhere.
+
+
+class Sweep:
+    """One run of gc: what may go, by class, and the taking away. Safe beside working
+    agents and against being killed: each object goes only after those that need it.
+
+    after: seconds since mail was acknowledged.
+    """
+
+    def __init__(self, project: Project, *, after: float = DAY) -> None:
+        self.project, self.ledger, self.after = project, project.ledger, after
+        listing = self.ledger.list("")
+        self.now, self.keys = listing.now, {e.key: e for e in listing.entries}
+        self.classes: dict = {}  # class: [Entry], in the order of their removal
+        self.expired, self.files = 0, []
+
+    def find(self) -> Sweep:
+        """Fill `classes`; reads the records that must have their say."""
+        for look in (self._mail, self._markers, self._dependents, self._items,
+                     self._bytes, self._rest):
+            look()
+        return self
+
+    def add(self, name: str, keys: list) -> None:
+        """These keys may go, in this class."""
+        self.classes.setdefault(name, []).extend(self.keys[key] for key in keys)
+
+    def _old(self, pattern: str, seconds: float) -> list:
+        fits = key_pattern(pattern).fullmatch
+        return [key for key, entry in self.keys.items()
+                if fits(key) and aged(entry, seconds, self.now)]
+
+    def _found(self, keys: object) -> dict:
+        """{key: document} of those keys that are there and sound."""
+        there = sorted({key for key in keys if key in self.keys})
+        return {record.key: record.doc for record in self._docs(there)}
+
+    def _docs(self, keys: list) -> object:
+        """Yield the sound records of `keys`, a bounded number at a time."""
+        for at in range(0, len(keys), AT_ONCE):
+            self.ledger.restart()
+            for record in self.ledger.read_many(keys[at:at + AT_ONCE]):
+                if record.doc is not None:
+                    yield record
+
+    # -- what may go
+
+    def _mail(self) -> None:
+        boxes: dict = {}
+        for key, entry in self.keys.items():
+            top, _, rest = key.partition("/")
+            box, _, leaf = rest.partition("/")
+            if top == "messages" and leaf:
+                boxes.setdefault(box, {})[leaf] = entry
+        everywhere = {leaf for box in boxes.values() for leaf in box if is_leaf(leaf)}
+        for name in ("messages", "ids", "acks"):
+            self.classes.setdefault(name, [])
+        for name, box in boxes.items():
+            if not name.startswith("_"):
+                self._box(f"messages/{name}/", box, everywhere)
+        going = {entry.key for entry in self.classes["messages"]}
+        old = [key for key in self._old("messages/*/*.json", DAY)
+               if key not in going and is_leaf(key.rpartition("/")[2])]
+        self.add("expired messages", [record.key for record in self._docs(old)
+                                      if outdated(record.doc, self.now)])
+
+    def _box(self, prefix: str, box: dict, everywhere: set) -> None:
+        marks = [prefix + leaf for leaf in box if leaf.startswith("_ids/")]
+        aged_acks = any(leaf.startswith("_acks/") and aged(entry, self.after, self.now)
+                        for leaf, entry in box.items())
+        ids: dict | None = {}
+        if marks and (aged_acks or any(aged(self.keys[key], IDS_LIVE, self.now)
+                                       for key in marks)):
+            ids = {record.key[len(prefix) + len("_ids/"):]:
+                   word(record.doc, "key").rpartition("/")[2]
+                   for record in self._docs(marks)}
+            ids = ids if len(ids) == len(marks) else None
+        found = settled_mail(box, ids, everywhere, now=self.now, after=self.after)
+        for name, leaves in zip(("messages", "ids", "acks"), found):
+            self.add(name, [prefix + leaf for leaf in leaves])
+
+    def _markers(self) -> None:
+        hints, truths = [], {}
+        for pattern in ("ready/*/*", "active/*", "queues/*/ready/**",
+                        "queues/*/active/*"):
+            hints += self._old(pattern, DAY)
+        for key in hints:
+            queue, _, name, _ = marker_parts(key)
+            truths[key] = f"queues/{queue}/items/{name}.json" if queue \
+                else f"steps/{name}/claim.json"
+        docs = self._found(truths.values())
+        self.add("markers", [key for key, truth in truths.items()
+                             if self._spent(key, truth, docs)])
+
+    def _dependents(self) -> None:
+        pairs = {key: [f"steps/{sid}/claim.json" for sid in key.split("/")[1:]]
+                 for key in self._old("dependents/*/*", DAY)}
+        docs = self._found(claim for pair in pairs.values() for claim in pair)
+        self.add("markers", [key for key, pair in pairs.items() if all(
+            state_of(docs.get(claim)) == "complete" for claim in pair)])
+
+    def _spent(self, key: str, truth: str, docs: dict) -> bool:
+        """Whether a marker's step or item ended over a day ago and nobody needs it."""
+        queue, family, name, _ = marker_parts(key)
+        entry = self.keys.get(truth)
+        if entry is not None and (truth not in docs or not aged(entry, DAY, self.now)):
+            return False
+        if not ended_record(docs.get(truth), queue=bool(queue)):
+            return False
+        return bool(queue) or family == "ready" or not self._awaited(name)
+
+    def _awaited(self, sid: str) -> bool:
+        """Whether a dependent has neither a claim nor a marker: whoever finds the
+        active marker of its need makes it ready."""
+        prefix = f"dependents/{sid}/"
+        steps = [key[len(prefix):] for key in self.keys if key.startswith(prefix)]
+        ready = {marker_parts(key)[2] for key in self.keys if key.startswith("ready/")}
+        return any(f"steps/{step}/claim.json" not in self.keys and step not in ready
+                   for step in steps)
+
+    def _items(self) -> None:
+        old = self._old("queues/*/items/*.json", DONE_LIVES)
+        self.add("done queue items", [record.key for record in self._docs(old)
+                                      if record.doc.get("state") == "done"])
+
+    def _bytes(self) -> None:
+        """Bytes at the 0.2 keys of deleted artifacts: no later head names those."""
+        heads = [key for key in self._old("manifests/*/**/_head.json", DAY)
+                 if _bytes_of(key) in self.keys]
+        self.add("deleted artifacts", [
+            _bytes_of(record.key) for record in self._docs(heads)
+            if record.doc.get("deleted_at")
+            and older(self.keys[_bytes_of(record.key)], record)])
+
+    def _rest(self) -> None:
+        self.add("probe leftovers", self._old("_probe/**", TEMP_AGE))
+        for record in self._docs([k for k in ("reservations.json",) if k in self.keys]):
+            left = unexpired(record.doc, record.now)
+            if left is not record.doc:
+                self.expired = len(record.doc["entries"]) - len(left["entries"])
+        if self.ledger.store.kind == "file":
+            self.files = stray_files(self.ledger.store)
+
+    def report(self, *, dry_run: bool) -> dict:
+        """{dry_run, count, bytes, classes: [{class, count, bytes}]}."""
+        rows = [{"class": name, "count": len(entries),
+                 "bytes": sum(entry.size for entry in entries)}
+                for name, entries in self.classes.items()]
+        rows += [{"class": "expired reservations", "count": self.expired, "bytes": 0},
+                 {"class": "temporary files", "count": len(self.files), "bytes": 0}]
+        rows = [row for row in rows if row["count"]]
+        return {"dry_run": dry_run, "count": sum(row["count"] for row in rows),
+                "bytes": sum(row["bytes"] for row in rows), "classes": rows}
+
+    # -- taking it away
+
+    def remove(self) -> None:
+        """Remove what was found. Killed anywhere, the next run does the rest."""
+        for entries in self.classes.values():
+            keys = [entry.key for entry in entries]
+            for at in range(0, len(keys), AT_ONCE):
+                self.ledger.restart()
+                in_parallel(self.ledger.store, self.ledger.store.delete,
+                            keys[at:at + AT_ONCE])
+        for entry in self.classes.get("deleted artifacts", ()):
+            self._restore(entry.key)
+        if self.expired:
+            self.ledger.change("reservations.json", lambda record: record.doc
+                               if record.doc is None
+                               else unexpired(record.doc, record.now))
+        for path in self.files:
+            with FileTrouble("remove", path):
+                os.unlink(path)
+
+    def _restore(self, key: str) -> None:
+        """The 0.2 copy again, if the artifact was uploaded anew just before it went."""
+        where, _, name = key[len("artifacts/"):].partition("/")
+        place = Place(name, None if where == "shared" else where)
+        heads = Heads(self.ledger, Bytes(self.ledger, self.project.who))
+        head = heads.read(place)
+        if head is not None and not head.get("deleted_at"):
+            heads.copy_out(place, head)
+
+
+def stray_files(store: object) -> list:
+    """Temporary files in the project's directory that nobody writes any more."""
+    top, old = os.path.join(store.bucket, *store.project.split("/")), []
+    for folder, _, names in os.walk(top):
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.startswith(TEMP):
+                try:
+                    age = time.time() - os.stat(path).st_mtime
+                except FileNotFoundError:
+                    continue  # its writer has finished
+                if age > TEMP_AGE:
+                    old.append(path)
+    return old
+
+
+def _bytes_of(head_key: str) -> str:
+    """The 0.2 key of the artifact with this head."""
+    return "artifacts/" + head_key[len("manifests/"):-len("/_head.json")]
+
+
+def in_parallel(store: object, act: object, items: list) -> list:
+    """[act(item) for each], by threads where the store is worth it (6 ms to import)."""
+    if len(items) < 3 or store.kind == "file":
+        return [act(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(min(32, len(items))) as pool:
+        return list(pool.map(act, items))
+
+
+def collect(project: Project, *, dry_run: bool = False, after: float = DAY) -> dict:
+    """What gc removed, or with dry_run would: see Sweep.report().
+
+    after: seconds, a day at least, since direct mail was acknowledged.
+    """
+    if not after >= DAY:
+        raise Usage("mail is kept for a day at least after it was acknowledged",
+                    hint="--days 1 or more")
+    sweep = Sweep(project, after=after).find()
+    if not dry_run:
+        sweep.remove()
+    return sweep.report(dry_run=dry_run)
+
+
+def render_sweep(doc: dict) -> str:
+    """collect() as text: a line for each class, then the sum."""
+    lines = [f"{row['count']:>7}  {row['class']}" + (
+        f" ({size_text(row['bytes'])})" if row["bytes"] else "")
+        for row in doc["classes"]]
+    verb = "would be removed" if doc["dry_run"] else "removed"
+    total = f"{doc['count']} {verb}, {size_text(doc['bytes'])}" if doc["count"] \
+        else "Nothing to remove."
+    return "\n".join(lines + [total])
+
+
+# == 32. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -10002,22 +10377,6 @@ def behind(claim: Record | None, status: Record | None,
     return any(there.get(name) != note[name] for name in note if name != "rev")
 
 
-def stray_files(store: object) -> list:
-    """Temporary files in the project's directory that nobody writes any more."""
-    top, old = os.path.join(store.bucket, *store.project.split("/")), []
-    for folder, _, names in os.walk(top):
-        for name in names:
-            path = os.path.join(folder, name)
-            if name.startswith(TEMP):
-                try:
-                    age = time.time() - os.stat(path).st_mtime
-                except FileNotFoundError:
-                    continue  # its writer has finished
-                if age > TEMP_AGE:
-                    old.append(path)
-    return old
-
-
 def render_doctor(doc: dict) -> str:
     """diagnose() as text: a line per check, then each problem with its key."""
     marks, out = {True: "ok  ", False: "FAIL", None: "note"}, []
@@ -10039,7 +10398,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 31. Trials ========================================================
+# == 33. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -10553,7 +10912,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 32. Drill and bench ===============================================
+# == 34. Drill and bench ===============================================
 #
 # Races and measurements on a store of the user's choice.
 
@@ -11058,7 +11417,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 33. Rows ==========================================================
+# == 35. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -11281,7 +11640,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 34. Commands under a lease ========================================
+# == 36. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -11478,7 +11837,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 35. Step commands =================================================
+# == 37. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -11772,7 +12131,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 36. Task commands =================================================
+# == 38. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -11934,7 +12293,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 37. Commands of memory, mail and files ============================
+# == 39. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -12224,7 +12583,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 38. Commands of presence, views and set-up ========================
+# == 40. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -12695,7 +13054,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 39. House commands ================================================
+# == 41. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -12800,7 +13159,17 @@ def cmd_memory_watch(project: object, options: object) -> None:
     stream_out(project, options, ValueWatch(project, options.key).look, line)
 
 
-# == 40. Command line ==================================================
+@command("gc", "remove what nobody needs any more; never a record of a step or lock",
+         arg("--dry-run", action="store_true", help="only say what would go"),
+         arg("--days", type=finite, default=1.0, metavar="N",
+             help="mail acknowledged over N days ago (1)"),
+         examples=("gc --dry-run", "gc --days 7"), exits="0 2 7 10")
+def cmd_gc(project: object, options: object) -> None:
+    doc = collect(project, dry_run=options.dry_run, after=options.days * DAY)
+    answer(options, render_sweep(doc), doc)
+
+
+# == 42. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -12820,7 +13189,7 @@ GROUPS = (
     ("mail", (cmd_send, cmd_inbox, cmd_ack)),
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify)),
-    ("house", (cmd_timeline, cmd_watch)),
+    ("house", (cmd_timeline, cmd_watch, cmd_gc)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
 TOP_HELP = (
@@ -12837,7 +13206,7 @@ TOP_HELP = (
     ("send", "message an agent, or _broadcast"),
     ("inbox", "read messages; --new once each      (ack)"),
     ("artifact", "upload / download / list / show / verify"),
-    ("timeline", "what happened                       (watch)"),
+    ("timeline", "what happened                       (watch, gc)"),
     ("doctor", "check store and objects; --fix      (config)"),
     ("demo", "see it work: real processes, two of them crash"),
     ("drill", "race your bucket                    (bench)"),
