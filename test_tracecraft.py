@@ -9396,6 +9396,337 @@ def test_gc_answers_as_a_command(sh):
     assert "--days" in sh.refused(2, "gc", "--days", "0")
 
 
+# == Archive ===========================================================
+
+
+def exported(project, **how):
+    file = io.BytesIO()
+    t.export_to(project, file, **how)
+    return file.getvalue()
+
+
+def imported(project, data, **how):
+    return t.import_from(project, io.BytesIO(data), **how)
+
+
+def rewritten_tar(data, change):
+    """The tar in `data` with change(info, content) -> [(info, content)] applied."""
+    import tarfile
+    out = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(data)) as old, \
+            tarfile.open(fileobj=out, mode="w") as new:
+        for info in old:
+            for info, content in change(info, old.extractfile(info).read()):
+                new.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+@pytest.fixture
+def tar(bucket, ada, bob):
+    populate(bucket, ada, bob)
+    return exported(ada)
+
+
+def fresh_agent(name="ada"):
+    bucket = MemoryStore()
+    return bucket, agent_on(bucket, name)
+
+
+def test_a_project_comes_out_of_its_tar_as_it_went_in(bucket, tar):
+    other, ada = fresh_agent()
+    said = imported(ada, tar)
+    there, here = contents(bucket), contents(other)
+    assert set(there) - set(here) == {"_probe/x"} and said["written"] == len(here)
+    different = {key for key in here if here[key] != there[key]}
+    assert different == {"_project.json", "messages/bob/_cursor.json"}
+    assert t.diagnose(ada)["exit"] == t.diagnose(agent_on(bucket, "ada"))["exit"]
+
+
+def test_the_same_objects_give_the_same_bytes(ada, bob, bucket, tar):
+    assert exported(ada) == tar and exported(bob) == tar
+
+
+def test_an_import_repeated_writes_nothing(tar):
+    bucket, ada = fresh_agent()
+    imported(ada, tar)
+    before = len(bucket.log)
+    said = imported(ada, tar)
+    assert (said["written"], len(bucket.log)) == (0, before)
+
+
+def test_a_prefix_exports_only_what_lies_below(ada, tar):
+    bucket, eve = fresh_agent()
+    imported(eve, exported(ada, prefix="memory/"))
+    assert bucket.under("") == bucket.under("memory/") != []
+
+
+def test_a_tar_cut_off_anywhere_is_refused_and_nothing_is_written(ada, tar):
+    bucket, eve = fresh_agent()
+    last = len(tar.rstrip(b"\0"))
+    for cut in [*range(0, last, 3001), *range(last - 600, last, 97), last - 1]:
+        assert refused(t.Corrupt, imported, eve, tar[:cut]).exit == 8
+    assert bucket.log == []
+
+
+def test_a_tar_with_any_byte_of_its_contents_changed_is_refused(tar):
+    bucket, eve = fresh_agent()
+    at = tar.index(b'"value": "1"') + 10
+    changed = tar[:at] + b"2" + tar[at + 1:]
+    assert "_export.json says" in refused(t.Corrupt, imported, eve, changed).message
+    assert bucket.log == []
+
+
+def renamed(name):
+    def change(info, content):
+        if info.name == "locks/l.json":
+            info.name = name
+        return [(info, content)]
+    return change
+
+
+def retyped(kind, target=""):
+    def change(info, content):
+        if info.name != "locks/l.json":
+            return [(info, content)]
+        info.type, info.linkname, info.size = kind, target, 0
+        return [(info, b"")]
+    return change
+
+
+def added_after(info, content):
+    import tarfile
+    extra = tarfile.TarInfo("x" if info.name == "_export.json" else info.name + "x")
+    return [(info, content)] + [(extra, b"")] * (info.name == "_export.json")
+
+
+BAD_TARS = {
+    "absolute": renamed("/etc/passwd"), "up": renamed("locks/../../x"),
+    "dot": renamed("./x"), "empty part": renamed("a//b"), "backslash": renamed("a\\b"),
+    "control": renamed("a\x1bb"), "probe": renamed("_probe/x"),
+    "another name": renamed("locks/m.json"), "twice": renamed("locks/../locks/l.json"),
+    "symlink": retyped(b"2", "/etc/passwd"), "hard link": retyped(b"1", "steps/s"),
+    "device": retyped(b"3"), "fifo": retyped(b"6"), "folder": retyped(b"5"),
+    "after the list": added_after,
+    "doubled": lambda info, content: [(info, content)] * (1 + (info.name < "b")),
+    "dropped": lambda info, content: [(info, content)] * (info.name != "locks/l.json"),
+    "no list": lambda info, content: [(info, content)] * (info.name != "_export.json"),
+    "odd list": lambda info, content: [(info, b"[]" + b" " * (info.size - 2))
+                                       if info.name == "_export.json"
+                                       else (info, content)],
+    "newer": lambda info, content: [(info, content.replace(b'"format": 1',
+                                                           b'"format": 9'))],
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TARS)
+def test_a_tar_that_no_export_writes_is_refused_before_the_first_write(tar, fault):
+    bucket, eve = fresh_agent()
+    bad = rewritten_tar(tar, BAD_TARS[fault])
+    assert refused(t.Corrupt, imported, eve, bad).exit == 8
+    assert bucket.log == []
+
+
+@pytest.mark.parametrize("junk", [b"", b"x" * 5000, b"\0" * 10240, b"\x1f\x8b" * 600])
+def test_what_is_no_tar_is_refused(junk):
+    refused(t.Corrupt, imported, fresh_agent()[1], junk)
+
+
+def test_import_overwrites_nothing(tar):
+    bucket, eve = fresh_agent("eve")
+    eve.memory.set("k", "mine")
+    before = contents(bucket)
+    why = refused(t.Conflict, imported, eve, tar)
+    assert why.details["keys"] == ["memory/k.json"] and contents(bucket) == before
+
+
+def test_import_keeps_the_place_s_own_project_record_and_presence(tar):
+    bucket, ada = fresh_agent()
+    ada.init(probe=False)
+    ada.heartbeat(summary="here")
+    before = contents(bucket)
+    assert imported(ada, tar)["kept"] == 2
+    assert all(contents(bucket)[key] == before[key] for key in before)
+
+
+def test_no_verdict_of_another_store_is_imported(tar):
+    bucket, eve = fresh_agent("eve")
+    imported(eve, tar)
+    assert bucket.doc("_project.json")["verdicts"] == {}
+
+
+def test_a_dry_run_of_an_import_checks_all_and_writes_nothing(tar):
+    bucket, ada = fresh_agent()
+    assert imported(ada, tar, dry_run=True)["written"] > 30 and bucket.log == []
+
+
+def test_a_killed_import_is_finished_by_the_same_call(tar):
+    whole, points = contents(whole_import(tar)), 0
+    for bucket, ada, where in crashes(None, lambda a: imported(a, tar)):
+        points += 1
+        if points % 9 == 0:
+            imported(ada, tar)
+            assert contents(bucket) == whole, where
+    assert points > 60
+
+
+def whole_import(tar):
+    bucket, ada = fresh_agent()
+    imported(ada, tar)
+    return bucket
+
+
+@pytest.mark.parametrize("kind", ["lose", "drop", "busy", "down", "twice", "late"])
+def test_an_import_comes_through_lost_answers(tar, kind):
+    bucket, ada = fresh_agent()
+    ada.store.fault(kind, "PUT", "", times=5)
+    imported(ada, tar)
+    assert contents(bucket) == contents(whole_import(tar))
+
+
+def test_bytes_are_written_before_the_heads_that_name_them_and_offers_last(tar):
+    keys = [key for key, *_ in whole_import(tar).log]
+    at = {key: n for n, key in enumerate(keys)}
+    assert at["artifacts/shared/kept.txt"] < at["manifests/shared/kept.txt/_head.json"]
+    assert at["steps/mine/claim.json"] < at["steps/mine/spec.json"] < len(keys)
+    assert at["reservations.json"] < at["ready/05/freed.2"]
+
+
+def test_mail_that_was_read_stays_read_and_other_mail_stays_new(bucket, ada, bob):
+    ada.send("bob", "read")
+    assert read_new(bob) == ["read"]
+    bucket.clock_at += 86400
+    ada.send("_broadcast", "heard")
+    assert read_new(bob) == ["heard"]
+    ada.send("bob", "fresh")
+    other, bob2 = fresh_agent("bob")
+    other.clock_at = bucket.clock_at + 1000
+    imported(bob2, exported(ada))
+    assert read_new(bob2) == ["fresh"] and read_new(bob2) == []
+
+
+def test_a_cursor_of_02_is_moved_too(bucket, ada):
+    old = ada.send("bob", "read")["key"]
+    bucket.clock_at += 86400
+    bucket.place("messages/bob/_cursor.json",
+                 {"direct": {"watermark": old, "seen": []}})
+    bucket.clock_at += 600
+    ada.send("bob", "fresh")
+    other, bob = fresh_agent("bob")
+    other.clock_at = bucket.clock_at + 1000
+    imported(bob, exported(ada))
+    assert read_new(bob) == ["fresh"] and read_new(bob) == []
+
+
+def claim_over_a_known_status(bucket, ada):
+    """A step that 0.2 had ended, reopened by ada, who died before she projected."""
+    bucket.place(STATUS, {"status": "complete", "agent": "eve"})
+    ada.store.fault("crash-before", "PUT", STATUS)
+    with pytest.raises(Crash):
+        ada.claim("s", reopen=True)
+    assert bucket.doc(CLAIM)["status_seen"] and "token" not in bucket.doc(STATUS)
+
+
+def test_an_act_of_02_that_was_known_is_not_adopted_anew_after_an_import(bucket, ada):
+    claim_over_a_known_status(bucket, ada)
+    other, bob = fresh_agent("bob")
+    imported(bob, exported(ada))
+    assert bob.step_status("s")["state"] == "in_progress"
+    assert imported(bob, exported(ada))["written"] == 0
+
+
+def test_without_that_rule_it_would_be(bucket, ada, monkeypatch):
+    claim_over_a_known_status(bucket, ada)
+    monkeypatch.setattr(t, "known_status", lambda claim, status, stamp: None)
+    bob = fresh_agent("bob")[1]
+    imported(bob, exported(ada))
+    assert bob.step_status("s")["state"] == "complete"
+
+
+def test_an_act_of_02_that_nobody_adopted_yet_is_adopted_after_an_import(bucket, ada):
+    ada.claim("s")
+    bucket.place(STATUS, {"status": "complete", "agent": "eve"})
+    bob = fresh_agent("bob")[1]
+    imported(bob, exported(ada))
+    assert bob.step_status("s")["state"] == "complete"
+
+
+def test_a_lease_begins_anew_where_it_is_imported(bucket, ada):
+    ada.claim("s")
+    pass_time(bucket)
+    other, bob = fresh_agent("bob")
+    other.clock_at = bucket.clock_at
+    imported(bob, exported(ada))
+    assert refused(t.Held, bob.claim, "s").details["expires_in_s"] > tracecraft.TTL - 9
+    pass_time(other)
+    assert bob.claim("s").token == 2
+
+
+def test_what_changes_during_an_export_goes_whole_or_not_at_all(bucket, ada, bob, tar):
+    def act():
+        bob.artifacts.put_bytes("new.txt", b"new")
+        bob.memory.set("big", "w" * 70_000)
+        bob.store.delete(bucket.under("messages/bob/")[0])
+    ada.store.fault("ok", "GET", "memory/big.json", before=act)
+    other, eve = fresh_agent()
+    imported(eve, exported(ada))
+    ours = [row for row in t.diagnose(bob)["problems"] if row["key"] != "_probe/x"]
+    assert t.diagnose(eve)["problems"] == ours
+    assert eve.memory.get("big")["value"] == "w" * 70_000
+
+
+def test_bytes_replaced_under_their_head_during_an_export_are_noticed(ada, bob, tar):
+    ada.store.fault("ok", "GET", "artifacts/shared/kept.txt",
+                    before=lambda: bob.artifacts.put_bytes("kept.txt", b"other",
+                                                           overwrite=True))
+    assert "export again" in refused(t.Conflict, exported, ada).hint
+
+
+def test_names_that_are_none_of_ours_are_left_out_with_a_warning(ada, bucket, tar):
+    for key in ("folder//x", "_export.json", "a\x07"):
+        bucket.place(key, b"")
+    assert exported(ada) == tar and "3 objects are left out" in ada.warned[-1]
+
+
+def test_a_large_object_goes_between_kinds_of_stores_through_files(tmp_path):
+    def at(name):
+        return tracecraft.connect(f"file://{tmp_path}/{name}/p", agent="ada", cwd=HERE,
+                                  environ={"HOME": str(tmp_path)})
+    data = os.urandom(1 << 20) * 3
+    (tmp_path / "big.bin").write_bytes(data)
+    with at("one") as one, at("two") as two, S3Server() as server:
+        one.artifacts.upload(str(tmp_path / "big.bin"))
+        one.claim("s")
+        bucket = tracecraft.connect(
+            f"s3://bucket/p?endpoint={server.url}", agent="ada", cwd=HERE,
+            environ={"HOME": str(tmp_path), **server.env()})
+        bucket.store.ensure()
+        imported(bucket, exported(one))
+        imported(two, exported(bucket))
+        assert two.artifacts.verify("big.bin")["size"] == len(data)
+        assert exported(two, prefix="steps/") != b""
+        assert two.step_status("s")["agent"] == "ada"
+        bucket.close()
+
+
+def test_export_and_import_answer_as_commands(sh):
+    sh.ok("memory", "set", "k", "1")
+    assert re.match(r"Exported \d objects, .* to x.tar\n", sh.ok("export", "x.tar"))
+    assert "is there already" in sh.refused(3, "export", "x.tar")
+    to = ["--store", f"file://{sh.tmp}/other/p"]
+    assert sh.ok("import", "x.tar", "--dry-run", *to).startswith("Would import ")
+    assert sh.json("import", "x.tar", *to)["written"] >= 2
+    assert sh.ok("memory", "get", "k", *to) == "1\n"
+    piped = sh.run("export", "-", "--prefix", "memory/")
+    done = sh.run("import", "-", "--store", f"file://{sh.tmp}/third/p",
+                  stdin=piped.stdout)
+    assert done.returncode == 0 and done.out.startswith("Imported 2 of 2 objects")
+    with open(f"{sh.cwd}/x.tar", "r+b") as file:
+        file.truncate(3000)
+    assert "tar" in sh.refused(8, "import", "x.tar", *to)
+    assert "cannot read" in sh.refused(2, "import", "none.tar")
+    assert "stdout" in sh.refused(2, "export", "-", "--json")
+
+
 # == Requests per command ==============================================
 #
 # What a command costs once verdict and local state are warm (protocol.md 1.7).

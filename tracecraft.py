@@ -41,11 +41,11 @@ Contents (grep -n '^# == ' prints them with line numbers):
   22 Steps                   23 Tasks                   24 Memory
   25 Mail                    26 Artifacts               27 Project
   28 Context                 29 Views                   30 Timeline
-  31 Housekeeping            32 Doctor                  33 Trials
-  34 Drill and bench         35 Rows                    36 Commands under a lease
-  37 Step commands           38 Task commands
-  39 Commands of memory, mail and files  40 Commands of presence, views and set-up
-  41 House commands          42 Command line
+  31 Housekeeping            32 Archive                 33 Doctor
+  34 Trials                  35 Drill and bench         36 Rows
+  37 Commands under a lease  38 Step commands           39 Task commands
+  40 Commands of memory, mail and files  41 Commands of presence, views and set-up
+  42 House commands          43 Command line
 """
 
 from __future__ import annotations
@@ -10093,7 +10093,404 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 32. Doctor ========================================================
+# == 32. Archive =======================================================
+#
+# A project as one tar file, and a tar file as a project. Members are the objects under
+# their keys; the last one, _export.json, lists size and sha256 of each, so that a file
+# that was cut off shows. Memory: that list and AT_A_TIME small objects.
+
+EXPORT = "_export.json"  # begins with '_' and stands at the top: never a key of ours
+EXPORT_FORMAT = 1
+BYTES = ("artifacts/", "blobs/")
+AT_A_TIME = 32  # small objects under way at once
+
+
+def archived(name: str) -> bool:
+    """Whether an object of this name goes into a tar, and comes out of one."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and "\\" not in name \
+        and name.isprintable() and len(name) <= 1024 and parts[0] != "_probe"
+
+
+def in_waves(items: list, size: object) -> object:
+    """Yield `items` in lists: up to AT_A_TIME small ones, a large one alone."""
+    wave = []
+    for item in items:
+        large = size(item) > SMALL
+        if wave and (large or len(wave) == AT_A_TIME):
+            yield wave
+            wave = []
+        wave.append(item)
+        if large:
+            yield wave
+            wave = []
+    if wave:
+        yield wave
+
+
+class Exporter:
+    """Writes objects into an open tarfile in a fixed order: records, then bytes.
+
+    In that order because bytes come first when they are written: what a record names
+    that was read before the bytes were listed is among them.
+    """
+
+    def __init__(self, ledger: Ledger, tar: object, prefix: str) -> None:
+        self.ledger, self.tar, self.prefix = ledger, tar, prefix
+        self.members, self.named = [], {}
+
+    def run(self) -> dict:
+        """Export everything; {objects, bytes}."""
+        for wanted in (False, True):
+            entries = [entry for entry in self.ledger.list(self.prefix).entries
+                       if entry.key.startswith(BYTES) is wanted]
+            odd = [e for e in entries if not archived(e.key) or e.key == EXPORT]
+            self._leave_out([e.key for e in odd if not e.key.startswith("_probe/")])
+            there = [entry for entry in entries if entry not in odd]
+            for wave in in_waves(there, lambda entry: entry.size):
+                self.ledger.restart()
+                self._add(wave)
+        self._check()
+        doc = {"format": EXPORT_FORMAT, "prefix": self.prefix, "members": self.members}
+        data = dump_json(doc)
+        self._member(EXPORT, len(data), io_bytes(data), modified=0)
+        return {"objects": len(self.members),
+                "bytes": sum(member["size"] for member in self.members)}
+
+    def _leave_out(self, keys: list) -> None:
+        if keys:
+            some = ", ".join(shown(key) for key in keys[:3])
+            self.ledger.warn(f"{len(keys)} objects are left out, their names are none"
+                             f" of ours: {some}")
+
+    def _add(self, wave: list) -> None:
+        if wave[0].size > SMALL:
+            self._add_large(wave[0])
+            return
+        store = self.ledger.store
+        for found in in_parallel(store, self._get, [entry.key for entry in wave]):
+            if found is not None:
+                self._add_small(found)
+
+    def _get(self, key: str) -> object:
+        try:
+            return self.ledger.store.get(key)
+        except NotFound as why:  # mail and markers may go while we work
+            if why.details.get("bucket"):
+                raise
+            return None
+
+    def _add_small(self, found: object) -> None:
+        source = bytes_source(found.body)
+        self._list(found.key, source, io_bytes(found.body), etag=found.etag,
+                   modified=found.modified)
+        if found.key.endswith("/_head.json"):
+            self._note(found.key, found.body)
+
+    def _add_large(self, entry: object) -> None:
+        with Spool(self.ledger.store, entry.key) as source, \
+                open(source.path, "rb") as file:
+            self._list(entry.key, source, file, etag=None, modified=entry.modified)
+
+    def _list(self, key: str, source: Source, file: object, *, etag: object,
+              modified: object) -> None:
+        self._member(key, source.size, file, modified=modified)
+        self.members.append({"key": key, "size": source.size, "sha256": source.sha256,
+                             "etag": etag, "modified": modified})
+
+    def _member(self, name: str, size: int, file: object, *, modified: object) -> None:
+        import tarfile
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime, info.mode = size, int(modified or 0), 0o644
+        self.tar.addfile(info, file)
+
+    def _note(self, key: str, data: bytes) -> None:
+        """Remember what bytes a head names that may be replaced under their key."""
+        try:
+            head = parse_record(data, key)
+        except Corrupt:
+            return
+        if not head.get("deleted_at"):
+            self.named[head.get("key")] = head.get("sha256")
+
+    def _check(self) -> None:
+        for member in self.members:
+            digest = self.named.get(member["key"])
+            if digest is not None and digest != member["sha256"]:
+                raise Conflict(f"{shown(member['key'])} was replaced during the export",
+                               hint="export again")
+
+
+def io_bytes(data: bytes) -> object:
+    """`data` as a file."""
+    import io
+    return io.BytesIO(data)
+
+
+def export_to(project: Project, file: object, *, prefix: str = "") -> dict:
+    """Write the project (keys below `prefix`) as a tar into a binary file.
+
+    {objects, bytes}. The same objects give the same bytes. Records that change while it
+    runs are taken as they were when read; Conflict when bytes were replaced under one.
+    """
+    import tarfile
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        return Exporter(project.ledger, tar, prefix).run()
+
+
+class Archive:
+    """A verified tar of a project: members and their places in the file.
+
+    Corrupt when it was cut off, has a member that no export writes, or a wrong digest.
+    """
+
+    def __init__(self, file: object) -> None:
+        import tarfile
+        self.file, self.infos, self.members = file, {}, []
+        try:
+            self.tar = tarfile.open(fileobj=file, mode="r:")
+            listed = self._read()
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, OSError) as why:
+            raise Corrupt(f"this is no whole tar file: {str(why)[:100]}",
+                          hint="export it again, or fetch it again") from why
+        self._compare(listed)
+
+    def _read(self) -> dict:
+        """Check every member; what _export.json says of them, by key."""
+        found, last = {}, None
+        for info in self.tar:
+            name = self._name(info)
+            if last == EXPORT or name in found:
+                raise Corrupt(f"member {shown(name[:80])!r} does not belong there",
+                              hint="this tar was changed after its export")
+            found[name], self.infos[name], last = self._digest(info), info, name
+        if last != EXPORT:
+            raise Corrupt("the tar file is cut off, or no export: its last member is"
+                          f" not {EXPORT}", hint="export it again, or fetch it again")
+        self.found = found
+        return parse_members(self._bytes(EXPORT))
+
+    def _name(self, info: object) -> str:
+        import tarfile
+        name = info.name
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise Corrupt(f"member {shown(name[:80])!r} is no plain file: not imported",
+                          hint="import takes what export wrote")
+        if not archived(name):
+            raise Corrupt(f"member {shown(name[:80])!r} has a name no object can have",
+                          hint="import takes what export wrote")
+        return name
+
+    def _digest(self, info: object) -> tuple:
+        """(sha256, size) of a member, read a piece at a time."""
+        import hashlib
+        digest, size = hashlib.sha256(), 0
+        for piece in file_chunks(self.tar.extractfile(info), total=info.size):
+            digest.update(piece)
+            size += len(piece)
+        if size != info.size:
+            raise Corrupt(f"the tar file is cut off in {shown(info.name[:80])}",
+                          hint="export it again, or fetch it again")
+        return digest.hexdigest(), size
+
+    def _compare(self, listed: dict) -> None:
+        self.found.pop(EXPORT)
+        for key in sorted({*self.found, *listed}):
+            digest, size = self.found.get(key, ("", -1))
+            member = listed.get(key, {})
+            if (member.get("sha256"), member.get("size")) != (digest, size):
+                raise Corrupt(f"{shown(key[:120])} is not what {EXPORT} says", key=key,
+                              hint="this tar was damaged, or changed after its export")
+        self.members = list(listed.values())
+
+    def _bytes(self, key: str) -> bytes:
+        return self.tar.extractfile(self.infos[key]).read()
+
+    def source(self, key: str, folder: str) -> Source:
+        """A member as a Source; a large one through a file in `folder`."""
+        info = self.infos[key]
+        if info.size <= SMALL:
+            return bytes_source(self._bytes(key))
+        path = os.path.join(folder, "member")
+        with FileTrouble("write", path), open(path, "wb") as file:
+            for piece in file_chunks(self.tar.extractfile(info), total=info.size):
+                file.write(piece)
+        return file_source(path)
+
+    def doc(self, key: str) -> dict | None:
+        """A member as a document; None when it is not there or no JSON object."""
+        if key not in self.found or self.infos[key].size > MAX_RECORD:
+            return None
+        try:
+            return parse_record(self._bytes(key), key)
+        except Corrupt:
+            return None
+
+
+def parse_members(data: bytes) -> dict:
+    """{key: member} of an _export.json; Corrupt unless it has the shape of one."""
+    import json
+    try:
+        doc = json.loads(data)
+        rows = {row["key"]: row for row in doc["members"]}
+    except (ValueError, TypeError, KeyError, RecursionError) as why:
+        raise Corrupt(f"{EXPORT} lists no members", hint="export it again") from why
+    if doc.get("format") != EXPORT_FORMAT:
+        raise Corrupt(f"this export has format {shown(doc.get('format'))}; this client"
+                      f" knows {EXPORT_FORMAT}", hint="get a newer tracecraft.py")
+    return rows
+
+
+# -- into a store ------------------------------------------------------
+
+
+class Importer:
+    """Brings an Archive into a project. Writes create, never replace; so a killed
+    import is repeated by the same call."""
+
+    def __init__(self, project: Project, archive: Archive) -> None:
+        self.project, self.ledger, self.archive = project, project.ledger, archive
+        self.bytes = Bytes(self.ledger, project.who)
+        self.rewritten = {**statuses(archive), **cursors(archive)}
+
+    def plan(self) -> dict:
+        """{write: [keys], same, kept}. Conflict when other content is at one's key.
+
+        Kept is what tells of the place, not of the work: _project.json, agents/."""
+        there = {entry.key: entry for entry in self.ledger.list("").entries}
+        write, kept, both = [], 0, []
+        for key in self.archive.found:
+            if key not in there:
+                write.append(key)
+            elif key == "_project.json" or key.startswith("agents/"):
+                kept += 1
+            else:
+                both.append(there[key])
+        other = []
+        for wave in in_waves(both, lambda entry: entry.size):
+            self.ledger.restart()
+            same = in_parallel(self.ledger.store, self._same, wave)
+            other += [entry.key for entry, like in zip(wave, same) if not like]
+        if other:
+            names = ", ".join(shown(key) for key in other[:5])
+            raise Conflict(f"{len(other)} objects are there with other content: {names}"
+                           + (" …" if len(other) > 5 else ""), keys=other[:100],
+                           hint="import into a new project; nothing was written")
+        return {"write": sorted(write, key=import_order), "same": len(both),
+                "kept": kept}
+
+    def _same(self, entry: object) -> bool:
+        digest, size = self._wanted(entry.key)
+        return entry.size == size \
+            and remote_digest(self.ledger.store, entry.key)[0] == digest
+
+    def _wanted(self, key: str) -> tuple:
+        if key in self.rewritten:
+            source = bytes_source(self.rewritten[key])
+            return source.sha256, source.size
+        return self.archive.found[key]
+
+    def write(self, keys: list) -> None:
+        """Create these objects. Conflict when another came first with other content."""
+        import tempfile
+        with tempfile.TemporaryDirectory(prefix="tracecraft-") as folder:
+            for rank in (0, 1, 2):
+                some = [key for key in keys if import_order(key)[0] == rank]
+                for wave in in_waves(some, lambda key: self._wanted(key)[1]):
+                    self.ledger.restart()
+                    pairs = [(key, self._source(key, folder)) for key in wave]
+                    in_parallel(self.ledger.store, self._create, pairs)
+
+    def _source(self, key: str, folder: str) -> Source:
+        if key in self.rewritten:
+            return bytes_source(self.rewritten[key])
+        return self.archive.source(key, folder)
+
+    def _create(self, pair: tuple) -> None:
+        key, source = pair
+        if not self.bytes.create(key, source) \
+                and remote_digest(self.ledger.store, key)[0] != source.sha256:
+            raise Conflict(f"{shown(key)} was written by another meanwhile",
+                           hint="import into a project nobody works in")
+
+
+def import_order(key: str) -> tuple:
+    """Sorts keys: bytes before what names them, cursors before their mail, and what
+    offers work last, when what forbids it is there."""
+    offers = key.startswith("ready/") or key.endswith("/spec.json")
+    early = key.startswith(BYTES) or key.endswith("/_cursor.json")
+    return (0 if early else 2 if offers else 1), key
+
+
+def statuses(archive: Archive) -> dict:
+    """{key: bytes} for what known_status() puts in place of status.json objects, and
+    for _project.json without the verdicts, which are on another store."""
+    out = {}
+    for member in archive.members:
+        key = member["key"]
+        if key == "_project.json":
+            doc = archive.doc(key) or {}
+            out[key] = dump_json({**doc, "verdicts": {}})
+        elif key.startswith("steps/") and key.endswith("/status.json"):
+            claim = archive.doc(key[:-len("status.json")] + "claim.json")
+            new = known_status(claim, archive.doc(key),
+                               [member.get("etag"), member.get("modified")])
+            out.update({key: new} if new is not None else {})
+    return out
+
+
+def cursors(archive: Archive) -> dict:
+    """{key: bytes} of the mail cursors as they must be in another store."""
+    boxes, out = {}, {}
+    for member in archive.members:
+        top, _, rest = member["key"].partition("/")
+        box, _, leaf = rest.partition("/")
+        if top == "messages" and is_leaf(leaf):
+            at = member.get("modified")
+            boxes.setdefault(box, []).append(
+                (member["key"], at if isinstance(at, (int, float)) else 0.0))
+    for member in archive.members:
+        parts = member["key"].split("/")
+        if parts[0] != "messages" or parts[-1] != "_cursor.json" or len(parts) != 3:
+            continue
+        doc, at = archive.doc(member["key"]), member.get("modified")
+        if doc is None:
+            continue
+        record = Record(member["key"], doc, modified=at)
+        entries = {name: boxes.get(box_of(name, parts[1]), []) for name in doc
+                   if isinstance(doc[name], (dict, str)) and box_of(name, parts[1])}
+        streams = {name: read_stream(record, name) for name in entries}
+        out[member["key"]] = dump_json(moved_cursor(doc, streams, entries))
+    return out
+
+
+def box_of(stream: str, agent: str) -> str:
+    """The mailbox that a stream of an agent's cursor reads; "" if it is none."""
+    if stream == "direct":
+        return agent
+    if stream == "broadcast":
+        return BROADCAST
+    return stream if stream.startswith("_channel.") else ""
+
+
+def import_from(project: Project, file: object, *, dry_run: bool = False) -> dict:
+    """Bring the tar in `file` (seekable, binary) into the project: {objects, written,
+    same, kept, dry_run}. Nothing is written before all of it was checked.
+
+    Corrupt for a tar that is damaged; Conflict, with the keys, for other content.
+    """
+    archive = Archive(file)
+    project.ledger.restart()
+    project.ledger.require_arbiter()
+    importer = Importer(project, archive)
+    plan = importer.plan()
+    if not dry_run:
+        importer.write(plan["write"])
+    return {"objects": len(archive.members), "written": len(plan["write"]),
+            "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
+
+
+# == 33. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -10398,7 +10795,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 33. Trials ========================================================
+# == 34. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -10912,7 +11309,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 34. Drill and bench ===============================================
+# == 35. Drill and bench ===============================================
 #
 # Races and measurements on a store of the user's choice.
 
@@ -11417,7 +11814,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 35. Rows ==========================================================
+# == 36. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -11640,7 +12037,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 36. Commands under a lease ========================================
+# == 37. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -11837,7 +12234,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 37. Step commands =================================================
+# == 38. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -12131,7 +12528,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 38. Task commands =================================================
+# == 39. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -12293,7 +12690,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 39. Commands of memory, mail and files ============================
+# == 40. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -12583,7 +12980,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 40. Commands of presence, views and set-up ========================
+# == 41. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -13054,7 +13451,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 41. House commands ================================================
+# == 42. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -13169,7 +13566,69 @@ def cmd_gc(project: object, options: object) -> None:
     answer(options, render_sweep(doc), doc)
 
 
-# == 42. Command line ==================================================
+@command("export", "the project as one checksummed tar", arg("path", metavar="FILE",
+         help="a new file; - is stdout"),
+         arg("--prefix", default="", metavar="P", help="only keys below it"),
+         examples=("export shop.tar", "export - --prefix memory/ > memory.tar"),
+         exits="0 2 3 7")
+def cmd_export(project: object, options: object) -> None:
+    if options.path == "-":
+        if options.as_json or sys.stdout.isatty():
+            raise Usage("export - writes the tar itself to stdout",
+                        hint="send it to a file or a pipe, without --json")
+        doc = export_to(project, sys.stdout.buffer, prefix=options.prefix)
+        sys.stdout.buffer.flush()
+        remark(options, export_text(doc, "stdout"))
+        return
+    if os.path.lexists(options.path):
+        raise Conflict(f"{shown(options.path)} is there already",
+                       hint="choose a new name")
+    with NewFile(options.path) as temp:
+        with FileTrouble("write", options.path), open(temp, "wb") as file:
+            doc = export_to(project, file, prefix=options.prefix)
+            file.flush()
+            os.fsync(file.fileno())
+        with FileTrouble("write", options.path):
+            patiently(os.replace, temp, options.path)
+    answer(options, export_text(doc, options.path), {**doc, "file": options.path})
+
+
+def export_text(doc: dict, where: str) -> str:
+    """What export says when it is done."""
+    return f"Exported {doc['objects']} objects, {size_text(doc['bytes'])}, to" \
+           f" {shown(where)}"
+
+
+@command("import", "a tar of a project into this one; replaces nothing",
+         arg("path", metavar="FILE", help="what export wrote; - is stdin"),
+         arg("--dry-run", action="store_true", help="check it, write nothing"),
+         examples=("import shop.tar --dry-run", "import shop.tar --json"),
+         exits="0 2 3 7 8 10")
+def cmd_import(project: object, options: object) -> None:
+    with opened_archive(options.path) as file:
+        doc = import_from(project, file, dry_run=options.dry_run)
+    verb = "Would import" if options.dry_run else "Imported"
+    answer(options, f"{verb} {doc['written']} of {doc['objects']} objects"
+           f" ({doc['same']} there already, {doc['kept']} kept as they are here)", doc)
+
+
+def opened_archive(path: str) -> object:
+    """The file `path`, open and seekable; stdin (-) through a temporary file."""
+    import tempfile
+    if path != "-":
+        try:
+            return open(path, "rb")
+        except OSError as why:
+            raise Usage(f"cannot read {shown(path)}: {why.strerror}",
+                        hint="name a readable file") from why
+    file = tempfile.TemporaryFile(prefix="tracecraft-")
+    for piece in file_chunks(sys.stdin.buffer, total=0):
+        file.write(piece)
+    file.seek(0)
+    return file
+
+
+# == 43. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -13189,7 +13648,7 @@ GROUPS = (
     ("mail", (cmd_send, cmd_inbox, cmd_ack)),
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify)),
-    ("house", (cmd_timeline, cmd_watch, cmd_gc)),
+    ("house", (cmd_timeline, cmd_watch, cmd_gc, cmd_export, cmd_import)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
 TOP_HELP = (
@@ -13206,7 +13665,7 @@ TOP_HELP = (
     ("send", "message an agent, or _broadcast"),
     ("inbox", "read messages; --new once each      (ack)"),
     ("artifact", "upload / download / list / show / verify"),
-    ("timeline", "what happened                       (watch, gc)"),
+    ("timeline", "what happened; watch: what happens  (gc, export, import)"),
     ("doctor", "check store and objects; --fix      (config)"),
     ("demo", "see it work: real processes, two of them crash"),
     ("drill", "race your bucket                    (bench)"),
