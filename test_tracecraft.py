@@ -9396,6 +9396,34 @@ def test_gc_answers_as_a_command(sh):
     assert "--days" in sh.refused(2, "gc", "--days", "0")
 
 
+def test_doctor_says_how_much_gc_would_remove(lived_in, ada):
+    notes = t.diagnose(ada, fix=True)["notes"]
+    assert any("gc would remove" in note for note in notes)
+
+
+@pytest.mark.parametrize("key, doc, says", [
+    ("locks/l.json", {"token": 1}, "has no 'agent'"),
+    ("semaphores/g/0.json", {"agent": "a"}, "has no 'token'"),
+    ("semaphores/g/config.json", [], "not an object"),
+    ("barriers/b/g1/config.json", {"n": "2"}, "has a str as 'n'"),
+    ("reservations.json", {"entries": {}}, "has a dict as 'entries'"),
+    ("queues/q/items/i.json", {"state": "ready"}, "has no 'token'"),
+    ("messages/_channel.dev/1_a_b.json", {"from": "a"}, "has no 'to'"),
+])
+def test_doctor_knows_the_shape_of_every_new_record(ada, bucket, key, doc, says):
+    bucket.place(key, doc if isinstance(doc, dict) else b"[]")
+    said = t.diagnose(ada)
+    assert said["exit"] == 8 and says in said["problems"][0]["problem"]
+
+
+def test_no_marker_of_the_layout_is_strange_to_doctor(ada, bucket):
+    for key in ("ready/05/s.1", "active/s.1", "dependents/a/b", "queues/q/active/i.1",
+                "queues/q/ready/05/0000000000000000001_i.1"):
+        bucket.place(key, b"")
+    said = t.diagnose(ada)
+    assert said["ok"] and not any("layout" in note for note in said["notes"])
+
+
 # == Archive ===========================================================
 
 

@@ -10495,24 +10495,25 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
 
-# (key pattern, its required fields: text, or a number with '#'; None: not JSON).
+# (key pattern, its required fields: text, a number with '#', a list with '['; None:
+# not JSON).
 # '*' is one component, '**' one or more. The first match counts. protocol.md 3.
 SHAPES = (
     ("_project.json", ""), ("_probe/**", None), ("agents/*.json", "id"),
     ("memory/_history/**.json", "set_by set_at"),
     ("memory/**.json", "value set_by set_at"),
     ("messages/*/_cursor.json", ""), ("messages/*/_acks/*", ""),
-    ("messages/*/_ids/*.json", ""), ("messages/*/*.json", "from to message sent_at"),
+    ("messages/*/_ids/*.json", "key"), ("messages/*/*.json", "from to message sent_at"),
     ("steps/*/spec.json", ""), ("steps/*/claim.json", "agent claimed_at"),
     ("steps/*/status.json", "status"), ("steps/*/handoff.json", ""),
     ("ready/*/*", None), ("active/*", None), ("dependents/*/*", None),
-    ("locks/*.json", "agent"),
-    ("semaphores/*/*.json", ""), ("barriers/*/*/config.json", ""),
+    ("locks/*.json", "agent #token"), ("semaphores/*/config.json", ""),
+    ("semaphores/*/*.json", "agent #token"), ("barriers/*/*/config.json", "#n"),
     ("barriers/*/*/verdict.json", ""), ("barriers/*/*/arrive/*", None),
-    ("reservations.json", ""), ("queues/*/items/*.json", "state"),
+    ("reservations.json", "[entries"), ("queues/*/items/*.json", "state #token"),
     ("queues/*/ready/**", None), ("queues/*/active/**", None),
     ("artifacts/*/**", None), ("blobs/*", None), ("manifests/**/_head.json", "sha256"),
-    ("runs/*/meta.json", ""), ("runs/*/metrics/*.jsonl", None),
+    ("runs/*/meta.json", "agent started_at status"), ("runs/*/metrics/*.jsonl", None),
     ("sessions/*/*/meta.json", ""), ("sessions/*/*/_cursor.json", ""),
     ("sessions/*/*/part-*.jsonl", None),
 )
@@ -10534,7 +10535,8 @@ def compiled_shapes() -> list:
 def misfit(doc: dict, fields: str) -> str:
     """What is wrong with a document that must have `fields`; '' when nothing is."""
     for field in fields.split():
-        name, kind = field.lstrip("#"), (int, float) if field[0] == "#" else str
+        name = field.lstrip("#[")
+        kind = {"#": (int, float), "[": list}.get(field[0], str)
         if name not in doc:
             return f"has no {name!r}"
         if not isinstance(doc[name], kind) or isinstance(doc[name], bool):
@@ -10558,6 +10560,8 @@ def diagnose(project: Project, *, probe: bool = False, fix: bool = False) -> dic
         look.projections()
         look.leftovers()
         look.spellings()
+        if fix:
+            look.collectable()
     failed = [row for row in look.checks if row["ok"] is False]
     exits = [row["exit"] for row in failed]
     code = 8 if 8 in exits else exits[0] if exits else 0
@@ -10732,6 +10736,13 @@ class Checkup:
         count = len(left) + len(files)
         self.say("leftovers", self.fix or not count, f"{count} found" if count
                  else "none")
+
+    def collectable(self) -> None:
+        """A note of how much gc would remove; nothing of that is wrong."""
+        count = collect(self.project, dry_run=True)["count"]
+        if count:
+            self.notes.append(f"gc would remove {count} objects that have had their"
+                              " time")
 
     def spellings(self) -> None:
         """Steps whose names meet on one id, or lie there under another spelling."""
