@@ -42,10 +42,11 @@ Contents (grep -n '^# == ' prints them with line numbers):
   25 Mail                    26 Artifacts               27 Project
   28 Context                 29 Views                   30 Timeline
   31 Housekeeping            32 Archive                 33 Doctor
-  34 Trials                  35 Drill and bench         36 Rows
-  37 Commands under a lease  38 Step commands           39 Task commands
-  40 Commands of memory, mail and files  41 Commands of presence, views and set-up
-  42 House commands          43 Command line
+  34 Trials                  35 Drill                   36 Bench
+  37 Rows                    38 Commands under a lease  39 Step commands
+  40 Task commands           41 Commands of memory, mail and files
+  42 Commands of presence, views and set-up  43 House commands
+  44 Command line
 """
 
 from __future__ import annotations
@@ -11320,9 +11321,9 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 35. Drill and bench ===============================================
+# == 35. Drill =========================================================
 #
-# Races and measurements on a store of the user's choice.
+# Races on a store of the user's choice, counted.
 
 
 def timed(project: Project, verb: str, act: object) -> tuple:
@@ -11399,18 +11400,19 @@ class Drill:
         for at, name in enumerate(self.names):
             peer = self.names[(at + 1) % len(self.names)]
             self.crew.start("drill", name, peer=peer, **job)
-        self._gather("ready")
+        self.gather("ready")
 
     def race(self, mode: str, at: int) -> list:
         """One round: everybody at once. Their answers."""
         for name in self.names:
             self.crew.tell(name, f"{mode} {at}")
-        answers = self._gather("round")
+        answers = self.gather("round")
         for answer_of in answers:
             self.samples += answer_of["samples"]
         return answers
 
-    def _gather(self, kind: str) -> list:
+    def gather(self, kind: str) -> list:
+        """An event of that kind from each racer. TimedOut; Error when one fails."""
         answers = []
         while len(answers) < len(self.names):
             said = self.crew.next(DEADLINE * 2)
@@ -11541,11 +11543,15 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# -- bench -------------------------------------------------------------
+# == 36. Bench =========================================================
+#
+# Measurements on a store of the user's choice, beside another CLI if there is one.
 
 BENCH_STORE = "TRACECRAFT_BENCH_STORE"  # names a store when no flag does
-BENCH_SIZES = {"agents": 1000, "steps": 5000, "size": 256}  # size: MiB
-BENCH_QUICK = {"agents": 50, "steps": 200, "size": 8}
+BENCH_SIZES = {"agents": 1000, "steps": 5000, "size": 256, "ready": 10_000,
+               "workers": 50, "graph": 1000}  # size: MiB
+BENCH_QUICK = {"agents": 50, "steps": 200, "size": 8, "ready": 200, "workers": 8,
+               "graph": 60}
 # Runs a command and prints [seconds, KiB at its peak or null, exit code]. A process of
 # its own, because a child's peak counts its parent's size too, and this one is small.
 BENCH_RUN = """
@@ -11674,6 +11680,47 @@ class Bench:
         if self.peer:
             self.both("  as a command", "status", times=1)
 
+    def next_step(self) -> None:
+        """`next` by many workers at once, where very many steps are ready."""
+        count, workers = self.sizes["ready"], self.sizes["workers"]
+        seed_ready(self.project, count)
+        samples, _ = self._work(workers, claims=4)
+        what = f"next --claim, {count} ready steps, {workers} workers"
+        for q, word in ((0.5, "p50"), (0.95, "p95")):
+            self.add(f"{what}: {word}", quantile([s["ms"] for s in samples], q),
+                     unit="ms")
+            self.add(f"  its requests, {word}", unit="",
+                     ours=quantile([s["requests"] for s in samples], q))
+
+    def drain(self) -> None:
+        """A graph of steps of one millisecond, by 16 workers in 4 processes."""
+        count = self.sizes["graph"]
+        project = connect(fresh_url(self.project.settings, "drain"), agent="boss",
+                          environ=self.project.settings.environ)
+        with project:
+            project.init(probe=False, races=False)
+            project.plans.add(graph_plan(count))
+            samples, took = self._work(16, url=project.store.url, claims=0, work=0.001)
+            done = sum(sample["outcome"] == "ok" for sample in samples)
+            self.add(f"a graph of {count} steps, 16 workers", done / took,
+                     unit="steps/s")
+            remove_project(project)
+
+    def _work(self, workers: int, *, url: str = "", **job: object) -> tuple:
+        """(samples of `next`, seconds to the last end) of threads in 4 processes."""
+        crew = Crew(url or self.project.store.url, self.project.settings.environ)
+        run = Drill(crew, count=4, rounds=1)
+        try:
+            shares = [workers // 4 + (at < workers % 4) for at in range(4)]
+            for name, share in zip(run.names, shares):
+                crew.start("steps", name, threads=share, **job)
+            run.gather("ready")
+            began = time.time()
+            answers = run.race("go", 1)
+        finally:
+            crew.dismiss()
+        return run.samples, max(answer_of["last"] for answer_of in answers) - began
+
     def transfers(self) -> None:
         """One big artifact up and down."""
         mib = self.sizes["size"]
@@ -11738,6 +11785,61 @@ def seed_project(project: Project, agents: int, *, steps: int) -> None:
         list(pool.map(lambda item: project.ledger.put(*item), docs))
 
 
+def seed_ready(project: Project, count: int) -> None:
+    """Put that many ready steps there, as `step add` would have."""
+    from concurrent.futures import ThreadPoolExecutor
+    project.ledger.until = project.store.deadline = time.monotonic() + 600
+    docs = [(f"steps/r-{n}/spec.json", stamped(
+        {**spec_of(None), "title": f"step {n}", "created_by": "bench"}, None,
+        nonce=f"{n:032x}")) for n in range(count)]
+    docs += [(f"ready/{PRIORITY:02d}/r-{n}.1", {"by": "bench"}) for n in range(count)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda item: project.ledger.put(*item), docs))
+
+
+def graph_plan(count: int) -> str:
+    """A plan as JSON: each step waits for up to two of the 64 before it."""
+    import random
+    dice, steps = random.Random(count), []
+    for n in range(count):
+        before = range(max(0, n - 64), n if n >= 16 else 0)
+        needs = dice.sample(before, min(len(before), dice.randrange(3)))
+        steps.append({"id": f"g-{n}", "needs": [f"g-{m}" for m in needs]})
+    return json_line({"steps": steps})
+
+
+def steps_worker(project: Project, job: dict) -> int:
+    """Threads that take steps and end them; job: threads, claims (0: until nothing can
+    become ready), work (seconds a step takes)."""
+    import threading
+    samples, last = [], [0.0]
+
+    def live(number_of: int) -> None:
+        name = f"{job['agent']}-{number_of}"
+        with connect(project.store.url, agent=name) as mine:
+            left = job["claims"] or -1
+            while left:
+                left -= 1
+                claim, sample = timed(mine, "next", lambda: mine.tasks.take(wait=20))
+                if claim is None:
+                    return
+                samples.append(sample)
+                time.sleep(job.get("work", 0))
+                claim.complete()
+                last[0] = max(last[0], time.time())
+
+    tell("ready")
+    sys.stdin.readline()
+    threads = [threading.Thread(target=live, args=(at,)) for at in range(job["threads"])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tell("round", samples=samples, last=last[0])
+    sys.stdin.readline()  # until dismissed: the others may still be at work
+    return 0
+
+
 def bench(options: object, *, out: object) -> int:
     """Measure, and print what was measured; always 0 unless something fails.
 
@@ -11792,6 +11894,8 @@ def bench_run(run: Bench, *, quick: bool) -> None:
     run.claims((1, 8) if quick else (1, 8, 32))
     run.refused_commands(8 if quick else 32)
     run.status()
+    run.next_step()
+    run.drain()
     run.transfers()
     run.memory()
 
@@ -11812,7 +11916,7 @@ def peer_config(run: Bench) -> None:
 def worker(argv: list) -> int:
     """The hidden command `_worker KIND`, its job on stdin; the exit code."""
     import json
-    kinds = {"demo": demo_worker, "drill": drill_worker}
+    kinds = {"demo": demo_worker, "drill": drill_worker, "steps": steps_worker}
     if len(argv) != 1 or argv[0] not in kinds:
         raise Usage("_worker is for demo, drill and bench", hint="tracecraft demo")
     job = json.loads(sys.stdin.readline() or "{}")
@@ -11825,7 +11929,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 36. Rows ==========================================================
+# == 37. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -12048,7 +12152,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 37. Commands under a lease ========================================
+# == 38. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -12245,7 +12349,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 38. Step commands =================================================
+# == 39. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -12539,7 +12643,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 39. Task commands =================================================
+# == 40. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -12701,7 +12805,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 40. Commands of memory, mail and files ============================
+# == 41. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -12991,7 +13095,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 41. Commands of presence, views and set-up ========================
+# == 42. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -13462,7 +13566,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 42. House commands ================================================
+# == 43. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -13639,7 +13743,7 @@ def opened_archive(path: str) -> object:
     return file
 
 
-# == 43. Command line ==================================================
+# == 44. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
