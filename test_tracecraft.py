@@ -8677,6 +8677,231 @@ def test_what_other_agents_wrote_cannot_drive_the_terminal_of_who_reads_it(ada):
     ada.add_step("s", needs=["a"], title="\x1b[1m")
     text = tracecraft.render_context(tracecraft.gather_context(ada, "s"))
     assert all(line.isprintable() for line in text.split("\n"))
+# == Reservations ======================================================
+#
+# Patterns against an oracle and against brute force; entries of one document that
+# agents change side by side; what guard refuses, in real git repositories.
+
+# -- patterns ----------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A random pattern, the regular expression that says the same of `path + "/"`, and
+    what bounds the shortest path it shares with another."""
+
+    text: str
+    regex: str
+    fixed: int  # characters that are no star
+    names: int  # names that are no `**`
+    deep: bool
+
+
+def sample_chars(dice, letters, kinds="cccc**??[[{"):
+    """(text, regex, fixed) of a piece of a name."""
+    kind = dice.choice(kinds)
+    one = dice.choice(letters)
+    if kind == "[":
+        no = dice.choice(["", "", "!", "^"])
+        return f"[{no}{one}]", f"[{no and '^'}{re.escape(one)}{no and '/'}]", 1
+    if kind == "{":
+        (a, x, n), (b, y, m) = (sample_chars(dice, letters, "cc?[{")
+                                  for _ in range(2))
+        return f"{{{a},{b}}}", f"(?:{x}|{y})", max(n, m)
+    return {"c": (one, re.escape(one), 1), "*": ("*", "[^/]*", 0),
+            "?": ("?", "[^/]", 1)}[kind]
+
+
+def sample_name(dice, letters):
+    """A Sample of one name, of `**`, or of braces around names."""
+    roll = dice.random()
+    if roll < 0.2:
+        return Sample("**", "(?:[^/]+/)*", 0, 0, True)
+    if roll < 0.3:
+        some = [sample_path(dice, letters, inner=True) for _ in range(2)]
+        return Sample("{%s}" % ",".join(s.text for s in some),
+                      "(?:%s)" % "|".join(s.regex for s in some),
+                      max(s.fixed for s in some), max(s.names for s in some),
+                      any(s.deep for s in some))
+    parts = [sample_chars(dice, letters) for _ in range(dice.choice((1, 1, 2, 3)))]
+    text = re.sub(r"\*+", "*", "".join(part[0] for part in parts))
+    regex = "(?=[^/])" + "".join(part[1] for part in parts) + "/"
+    return Sample(text, regex, sum(part[2] for part in parts), 1, False)
+
+
+def sample_path(dice, letters, inner=False):
+    """A Sample of a whole pattern, or of what is inside of braces."""
+    count = dice.randint(1, 2 if inner else 3)
+    names = [sample_name(dice, letters) for _ in range(count)]
+    text = "/".join(name.text for name in names)
+    if dice.random() < 0.1 and names[-1].text != "**" and not inner:
+        names.append(Sample("", "(?:[^/]+/)*", 0, 0, True))
+        text += "/"
+    return Sample(text, "".join(name.regex for name in names),
+                  sum(name.fixed for name in names), sum(name.names for name in names),
+                  any(name.deep for name in names))
+
+
+def all_paths(letters, longest):
+    """Every path of at most that many characters."""
+    found = []
+    for size in range(1, longest + 1):
+        for chars in itertools.product(letters + "/", repeat=size):
+            path = "".join(chars)
+            if not {"", ".", ".."} & set(path.split("/")):
+                found.append(path)
+    return found
+
+
+def samples(dice, letters, count):
+    """Random patterns that are none of those refused, with the paths each matches."""
+    pool, longest = [], 7
+    paths = [(path, path + "/") for path in all_paths(letters + "z", longest)]
+    while len(pool) < count:
+        sample = sample_path(dice, letters)
+        try:
+            tracecraft.normal(sample.text)
+        except tracecraft.Usage:
+            continue  # a part is '..', or only '.' fits it
+        if any("." in text.split("/") for text in tracecraft._unbraced(sample.text)):
+            continue  # './' is left out, here or of {.,a}/b
+        fits = re.compile(sample.regex).fullmatch
+        pool.append((sample, frozenset(path for path, full in paths if fits(full))))
+    return pool, paths, longest
+
+
+def witness_length(a, b):
+    """No shorter path need be tried: one of this length matches both, or none does."""
+    names = [sample.names for sample in (a, b) if not sample.deep]
+    count = min(names) if names else a.names + b.names
+    return a.fixed + b.fixed + 2 * max(1, count) - 1
+
+
+def judged_pairs(dice, letters, *, pool, pairs):
+    """[(a, b, overlap says, brute force says)] where the two differ, and how many
+    pairs overlap."""
+    pool, _, longest = samples(dice, letters, pool)
+    wrong, met, tried = [], 0, 0
+    while tried < pairs:
+        (a, fits_a), (b, fits_b) = dice.choice(pool), dice.choice(pool)
+        if witness_length(a, b) > longest:
+            continue
+        tried += 1
+        says, truth = tracecraft.overlap(a.text, b.text), not fits_a.isdisjoint(fits_b)
+        met += truth
+        if says != truth:
+            wrong.append((a.text, b.text, says, truth))
+    return wrong, met
+
+
+@pytest.mark.parametrize("letters", ["ab", "a."])
+def test_overlap_agrees_with_trying_every_path(letters):
+    seed = random.randrange(10**9)
+    print("seed", seed)
+    wrong, met = judged_pairs(random.Random(seed), letters, pool=150, pairs=2500)
+    assert (wrong[:5], 250 < met < 2250) == ([], True), (seed, met)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("letters", ["ab", "a."])
+def test_soak_overlap_agrees_with_trying_every_path(letters):
+    seed = int(os.environ.get("TRACECRAFT_SEED") or random.randrange(10**9))
+    print("seed", seed)
+    wrong, met = judged_pairs(random.Random(seed), letters, pool=1500, pairs=50_000)
+    assert (wrong[:5], 5000 < met < 45_000) == ([], True), (seed, met)
+
+
+@pytest.mark.parametrize("letters", ["ab", "a."])
+def test_a_match_is_what_the_regular_expression_says(letters):
+    seed = random.randrange(10**9)
+    print("seed", seed)
+    dice = random.Random(seed)
+    pool, paths, _ = samples(dice, letters, 60)
+    for sample, fits in pool:
+        for path, _ in dice.sample(paths, 40) + [(p, "") for p in sorted(fits)[:10]]:
+            assert tracecraft.matches(sample.text, path) == (path in fits), (
+                sample.text, path, seed)
+
+
+def test_a_wrong_decision_about_patterns_is_caught():
+    """What ignores `**`, or judges by the beginnings alone, fails the brute force."""
+    dice = random.Random(1)
+    pool, _, longest = samples(dice, "ab", 100)
+    shallow = prefixes = 0
+    for (a, fits_a), (b, fits_b) in itertools.combinations(pool, 2):
+        truth = not fits_a.isdisjoint(fits_b)
+        if witness_length(a, b) <= longest:
+            flat = [s.text.replace("**", "*") for s in (a, b)]
+            shallow += tracecraft.overlap(*flat) != truth
+            starts = [re.split(r"[*?\[{]", s.text)[0] for s in (a, b)]
+            prefixes += (starts[0].startswith(starts[1]) or
+                         starts[1].startswith(starts[0])) != truth
+    assert shallow > 10 and prefixes > 10
+
+
+@pytest.mark.parametrize("pattern, yes, no", [
+    ("src/**", "src src/a src/a/b", "srcs a/src"),
+    ("src/", "src/a src/a/b", "srcs"),
+    ("**/*.py", "a.py a/b.py .py", "a.pyc a.py/b"),
+    ("a/**/b", "a/b a/x/b a/x/y/b", "a/xb ab"),
+    ("*", ".hidden a", "a/b"),
+    ("[a-cX]?", "ax Xx b.", "dx a a/"),
+    ("[!a]", "b ä", "a bb"),
+    ("[]x]", "] x", "a"),
+    ("[a-]", "a -", "b"),
+    ("[*]", "*", "a"),
+    ("{a,b/c}/d", "a/d b/c/d", "b/d c/d"),
+    ("{a,{b,c}d}{,e}", "a ae bd cde", "b d"),
+    ("docs/ä*.md", "docs/ä.md docs/äöü.md", "docs/a.md docs/Ä.md"),
+    ("./src//x", "src/x", "x"),
+    ("**", "a a/b .c", "")])
+def test_a_pattern_matches_these_and_not_those(pattern, yes, no):
+    for path in yes.split():
+        assert tracecraft.matches(pattern, path), path
+    for path in no.split():
+        assert not tracecraft.matches(pattern, path), path
+
+
+@pytest.mark.parametrize("a, b, meet", [
+    ("src/**", "src", True), ("src/**", "**/x", True), ("src/*", "src/*/x", False),
+    ("a*", "*b", True), ("a*b", "*c", False), ("[a-m]", "[m-z]", True),
+    ("[a-m]", "[n-z]", False), ("[!a]", "a", False), ("[!a]", "[!b]", True),
+    ("**/a/**", "**/b/**", True), ("*.py", "**/*.py", True), ("A", "a", False),
+    ("{a,b}", "{b,c}", True), ("{a,b}/x", "{c,d}/x", False), ("ä", "?", True),
+    ("[.a]", "[.b]", False), ("?[.]", "[.]?", False), ("?[.a]", "[.]?", True)])
+def test_two_patterns_overlap_or_do_not(a, b, meet):
+    assert (tracecraft.overlap(a, b), tracecraft.overlap(b, a)) == (meet, meet)
+
+
+@pytest.mark.parametrize("pattern, word", [
+    ("", "empty"), ("/etc/passwd", "absolute"), ("../x", "'..'"), ("a/../b", "'..'"),
+    ("src\\x", "means nothing"), ("a**", "'**' beside"), ("**.py", "'**' beside"),
+    ("[a", "not closed"), ("[]", "not closed"), ("[a/b]", "not closed"),
+    ("[z-a]", "backwards"), ("[[:alpha:]]", "[:alpha:]"), ("{a", "not closed"),
+    ("a}", "no {a,b}"), ("{id}", "no {a,b}"), ("{,a}", "nothing"),
+    ("{a,/b}", "absolute"), ("[.]", "only '.'"), ("a\0", "no text"),
+    ("{a,b}" * 7, "over 64"), ("x" * 1001, "1001 characters"),
+    ("x" * 300 + "{a,b,c,d,e,f,g}", "over 2000"), ("[!\1-\U0010ffff]", "no character")])
+def test_what_is_no_pattern_is_refused_in_one_sentence(pattern, word):
+    why = refused(tracecraft.Usage, tracecraft.normal, pattern)
+    assert word in why.message and why.hint and "\n" not in why.message
+
+
+@pytest.mark.parametrize("given, kept", [
+    ("./a", "a"), ("a//b", "a/b"), ("a/./b", "a/b"), ("src/", "src/**"), (".", "**"),
+    ("src/**/", "src/**"), ("{a,b/}", "{a,b/}"), ("a/.", "a"), ("ä", "ä")])
+def test_a_pattern_has_one_normal_form(given, kept):
+    assert tracecraft.normal(given) == kept == tracecraft.normal(kept)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("a*" * 100 + "b", "*a" * 100 + "c"), ("**/" * 200 + "x", "**/" * 200 + "y"),
+    ("**/a*a/" * 60 + "x", "**/*a?a/" * 60 + "y"), ("a*" * 100 + "b", "a" * 900),
+    ("{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}*" + "x", "{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}*y")])
+def test_no_pattern_is_slow_to_judge(a, b):
+    """A backtracking matcher takes longer than the universe for any of these."""
+    begun = time.process_time()
+    assert not tracecraft.overlap(a, b)
+    assert time.process_time() - begun < 3
 
 
 # == Events ============================================================

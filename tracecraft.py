@@ -32,21 +32,21 @@ tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
-  4 Plans                    5 Events                   6 Leftovers
-  7 Wire                     8 HTTP                     9 Stores
-  10 S3                      11 S3 store                12 Probe
-  13 Settings                14 Local state             15 Command settings
-  16 Credentials             17 Ledger                  18 Leases
-  19 Hints                   20 Step records            21 Frontier
-  22 Steps                   23 Tasks                   24 Memory
-  25 Mail                    26 Artifacts               27 Project
-  28 Context                 29 Views                   30 Timeline
-  31 Housekeeping            32 Archive                 33 Doctor
-  34 Trials                  35 Drill                   36 Bench
-  37 Rows                    38 Commands under a lease  39 Step commands
-  40 Task commands           41 Commands of memory, mail and files
-  42 Commands of presence, views and set-up  43 House commands
-  44 Command line
+  4 Plans                    5 Patterns                 6 Events
+  7 Leftovers                8 Wire                     9 HTTP
+  10 Stores                  11 S3                      12 S3 store
+  13 Probe                   14 Settings                15 Local state
+  16 Command settings        17 Credentials             18 Ledger
+  19 Leases                  20 Hints                   21 Step records
+  22 Frontier                23 Steps                   24 Tasks
+  25 Memory                  26 Mail                    27 Artifacts
+  28 Project                 29 Context                 30 Views
+  31 Timeline                32 Housekeeping            33 Archive
+  34 Doctor                  35 Trials                  36 Drill
+  37 Bench                   38 Rows                    39 Commands under a lease
+  40 Step commands           41 Task commands
+  42 Commands of memory, mail and files  43 Commands of presence, views and set-up
+  44 House commands          45 Command line
 """
 
 from __future__ import annotations
@@ -1288,9 +1288,279 @@ def _graph_line(row: dict) -> str:
     title = f"  {shown(row['title'])}" if row.get("title") else ""
     state = "" if box in "x " and row["state"] != "waiting" else f"  [{row['state']}]"
     return f"[{box}] {row['step']}{title}{needs}{state}"
+# == 5. Patterns =======================================================
+#
+# Glob patterns over paths: whether one matches a path, whether some path matches two.
+# Pure. A path is names joined by '/'; no name is empty, '.' or '..'.
+#
+#   **       alone between slashes: any number of names, also none
+#   *   ?    any characters, also none; one character
+#   [a-z]    one of these, [!a-z] or [^a-z] one of the others
+#   {a,b/c}  one of these texts, nested as you like
+#   dir/     everything below: dir/**
+#
+# '*', '?' and [...] never match '/'; a leading dot is a character like any other; case
+# counts. '\' is refused: on Windows it separates, elsewhere it escapes, and whoever
+# guesses wrong reserves something else. [*] is a literal star.
+#
+# Braces are spelled out first. Then both questions are one: two sequences of tokens
+# side by side, names within paths and characters within names. Each pair of positions
+# is visited once, so the work is the product of the lengths: nothing backtracks.
+
+RUN = None  # in place of a token: any number of them, also none
+ANY = ((1, 46), (48, 0x10FFFF))  # code points a name may have: no NUL, no '/'
+NO_DOT = ((1, 45), (47, 0x10FFFF))
+MAX_PATTERN = 1000  # characters
+MAX_SPELLINGS = 64  # that the braces of one pattern may stand for ...
+MAX_SPELLED = 2000  # ... and their characters in all: it bounds the work of a pair
 
 
-# == 5. Events =========================================================
+def matches(pattern: str, path: str) -> bool:
+    """Whether `path` is one of those that `pattern` stands for.
+
+    >>> matches("src/**/*.py", "src/a.py"), matches("*.py", "src/a.py")
+    (True, False)
+    """
+    return meet(spellings(pattern), literal(path))
+
+
+def overlap(a: str, b: str) -> bool:
+    """Whether some path matches both patterns: exactly, not only by their beginnings.
+
+    >>> overlap("src/**", "**/*.py"), overlap("src/a*b", "src/*c")
+    (True, False)
+    """
+    return meet(spellings(a), spellings(b))
+
+
+def normal(pattern: str) -> str:
+    """The pattern as it is stored and compared. Usage when it is none.
+
+    >>> normal("./src//api/")
+    'src/api/**'
+    """
+    if not isinstance(pattern, str) or not pattern or "\0" in pattern:
+        raise _no_pattern(pattern, "is empty or no text", "e.g. 'src/**'")
+    if len(pattern) > MAX_PATTERN:
+        raise _no_pattern(pattern, f"has {len(pattern)} characters; {MAX_PATTERN} is"
+                          " the most", "reserve a directory: src/")
+    if "\\" in pattern:
+        raise _no_pattern(pattern, "has a '\\', which means nothing here",
+                          "'/' separates; [*] is a literal star, [[] a bracket")
+    text = _tidied(pattern, pattern)
+    spellings(text)
+    return text
+
+
+def spellings(pattern: str) -> tuple:
+    """The pattern as tokens, one tuple for each way its braces can be spelled out.
+
+    In it RUN stands for `**`, a text for a plain name, a tuple for one with wildcards.
+    """
+    spelled = _unbraced(pattern)
+    if sum(map(len, spelled)) > MAX_SPELLED:
+        raise _no_pattern(pattern, f"stands for over {MAX_SPELLED} characters once its"
+                          " braces are spelled out", "use several patterns")
+    return tuple(tuple(_name(name, pattern)
+                       for name in _tidied(text, pattern).split("/"))
+                 for text in spelled)
+
+
+def literal(path: str, *, below: bool = False) -> tuple:
+    """A path in the form of spellings(): its characters stand for themselves.
+
+    below: and everything below it.
+    """
+    names = tuple(name for name in path.split("/") if name not in ("", "."))
+    return (names + (RUN,) if below else names,)
+
+
+def meet(some: tuple, others: tuple) -> bool:
+    """Whether a path fits one of `some` and one of `others`: see spellings()."""
+    return any(_abreast(a, b, _names_meet) for a in some for b in others)
+
+
+def _no_pattern(pattern: object, why: str, hint: str) -> Usage:
+    return Usage(f"pattern {shown(str(pattern)[:80])!r} {why}", hint=hint)
+
+
+def _tidied(text: str, pattern: str) -> str:
+    """Without './' and doubled slashes, 'dir/' as 'dir/**'. Usage if it leaves here."""
+    names = text.split("/")
+    if names[0] == "":
+        raise _no_pattern(pattern, "is absolute" if text else "may stand for nothing",
+                          "paths are relative to the top of the work tree")
+    if ".." in names:
+        raise _no_pattern(pattern, "has a '..'",
+                          "paths begin at the top of the work tree")
+    kept = [name for name in names if name not in ("", ".")]
+    if (names[-1] == "" or not kept) and kept[-1:] != ["**"]:
+        kept.append("**")
+    return "/".join(kept)
+
+
+def _unbraced(pattern: str) -> list:
+    """The texts that the braces of a pattern stand for, at most MAX_SPELLINGS."""
+    done, todo = [], [pattern]
+    while todo:
+        text = todo.pop()
+        group = _first_group(text, pattern)
+        if group is None:
+            done.append(text)
+            continue
+        start, end, parts = group
+        todo += [text[:start] + part + text[end:] for part in reversed(parts)]
+        if len(done) + len(todo) > MAX_SPELLINGS:
+            raise _no_pattern(pattern, f"stands for over {MAX_SPELLINGS} patterns",
+                              "use several, or a wider one")
+    return done
+
+
+def _first_group(text: str, pattern: str) -> tuple | None:
+    """(start, end, [parts]) of the first outermost {a,b}; None without one."""
+    depth, cuts = 0, []
+    for at, char in _marks(text, pattern):
+        depth += {"{": 1, "}": -1, ",": 0}[char]
+        if depth == 1 and char != "}":
+            cuts = [at] if char == "{" else [*cuts, at]
+        elif depth <= 0 and char == "}":
+            if depth < 0 or len(cuts) < 2:
+                raise _no_pattern(pattern, "has a brace that is no {a,b}",
+                                  "[{] is a literal brace")
+            cuts.append(at)
+            return cuts[0], at + 1, [text[a + 1:b] for a, b in zip(cuts, cuts[1:])]
+    if depth:
+        raise _no_pattern(pattern, "has a '{' that is not closed",
+                          "[{] is a literal brace")
+    return None
+
+
+def _marks(text: str, pattern: str) -> object:
+    """Yields (position, character) of braces and commas outside of [...]."""
+    at = 0
+    while at < len(text):
+        if text[at] == "[":
+            at = _bracket_end(text, at, pattern)
+        elif text[at] in "{,}":
+            yield at, text[at]
+        at += 1
+
+
+def _bracket_end(text: str, at: int, pattern: str) -> int:
+    """Where the [...] that begins at `at` ends; a ']' that comes first is in it."""
+    start = at + 2 if text[at + 1:at + 2] in ("!", "^") else at + 1
+    end = text.find("]", start + 1)
+    if end < 0 or "/" in text[at:end]:
+        raise _no_pattern(pattern, "has a '[' that is not closed",
+                          "[[] is a literal bracket; '/' is never inside one")
+    return end
+
+
+def _name(name: str, pattern: str) -> object:
+    """One name of a pattern: RUN, a text, or a tuple of character sets and RUNs."""
+    if name == "**":
+        return RUN
+    if "**" in name:
+        raise _no_pattern(pattern, "has '**' beside other characters",
+                          "it stands alone between slashes: '**/*.py', 'lib*/**'")
+    if not any(char in name for char in "*?["):
+        return name
+    tokens, at = [], 0
+    while at < len(name):
+        char, end = name[at], at
+        if char == "[":
+            end = _bracket_end(name, at, pattern)
+            tokens.append(_bracket(name[at + 1:end], pattern))
+        else:
+            tokens.append(RUN if char == "*" else ANY if char == "?"
+                          else ((ord(char), ord(char)),))
+        at = end + 1
+    if len(tokens) < 3 and not any(t is RUN or _common(t, NO_DOT) for t in tokens):
+        raise _no_pattern(pattern, "has a part that only '.' or '..' fits",
+                          "no path has such a name")
+    return tuple(tokens)
+
+
+def _bracket(inner: str, pattern: str) -> tuple:
+    """The code points of [inner] as ranges."""
+    if "[:" in "[" + inner and inner[-1] == ":":
+        raise _no_pattern(pattern, "has a class such as [:alpha:]",
+                          "write the characters, e.g. [a-zA-Z]")
+    others = inner[0] in "!^"
+    chars, ranges, at = inner[1:] if others else inner, [], 0
+    while at < len(chars):
+        last = at + 2 if chars[at + 1:at + 2] == "-" and at + 2 < len(chars) else at
+        ranges.append((ord(chars[at]), ord(chars[last])))
+        at = last + 1
+    if any(low > high for low, high in ranges):
+        raise _no_pattern(pattern, "has a range that runs backwards", "e.g. [a-z]")
+    found = _common(_all_but(ranges) if others else ranges, ANY)
+    if not found:
+        raise _no_pattern(pattern, "has a [...] that no character fits", "e.g. [a-z]")
+    return found
+
+
+def _all_but(ranges: list) -> tuple:
+    """The code points outside of all these ranges."""
+    free, gaps = 0, []
+    for low, high in sorted(ranges):
+        if low > free:
+            gaps.append((free, low - 1))
+        free = max(free, high + 1)
+    return (*gaps, (free, 0x10FFFF)) if free <= 0x10FFFF else tuple(gaps)
+
+
+def _common(some: tuple, others: tuple) -> tuple:
+    """The code points in both sets of ranges."""
+    return tuple((max(a, c), min(b, d)) for a, b in some for c, d in others
+                 if max(a, c) <= min(b, d))
+
+
+def _abreast(a: tuple, b: tuple, both: object) -> bool:
+    """Whether some sequence fits the token sequences `a` and `b`.
+
+    both(x, y): whether one item fits both tokens. Walks the product of the two.
+    """
+    todo, seen = [(0, 0)], set()
+    while todo:
+        at = i, j = todo.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        in_a, in_b = i < len(a), j < len(b)
+        run_a, run_b = in_a and a[i] is RUN, in_b and b[j] is RUN
+        if not (in_a or in_b):
+            return True
+        if run_a or (run_b and in_a):  # a RUN ends here, or takes what is beside it
+            todo.append((i + 1, j))
+        if run_b or (run_a and in_b):
+            todo.append((i, j + 1))
+        if in_a and in_b and not (run_a or run_b) and both(a[i], b[j]):
+            todo.append((i + 1, j + 1))
+    return False
+
+
+def _names_meet(x: object, y: object) -> bool:
+    """Whether one name fits both; each is a text or a tuple of tokens."""
+    if isinstance(x, str) and isinstance(y, str):
+        return x == y
+    return any(_abreast(a, b, _common) for a in _undotted(x) for b in _undotted(y))
+
+
+def _undotted(name: object) -> list:
+    """A name as token sequences that '.' and '..' do not fit, everything else as before.
+
+    Only without a RUN and so short can those two be all that fits two names at once.
+    """
+    tokens = tuple(((ord(char), ord(char)),) for char in name) \
+        if isinstance(name, str) else name
+    if RUN in tokens or len(tokens) > 2:
+        return [tokens]
+    return [(*tokens[:at], rest, *tokens[at + 1:]) for at, rest in enumerate(
+        _common(token, NO_DOT) for token in tokens) if rest]
+
+
+# == 6. Events =========================================================
 #
 # Pure: (key, document) -> what happened, as a list of plain dicts; one row of EVENTS
 # for each kind of key. Timeline, watch and every later view of the past read these.
@@ -1632,7 +1902,7 @@ def event_line(row: dict) -> str:
     return f"{str(row['at'])[:19]}Z  {row['kind']:<11} {shown(row['text'])}"
 
 
-# == 6. Leftovers ======================================================
+# == 7. Leftovers ======================================================
 #
 # Pure: which objects no rule needs any more (protocol.md 1.2), from what a listing and
 # the records say. Claims, locks, counters, verdicts, specs and heads never are.
@@ -1744,7 +2014,7 @@ def moved_cursor(doc: dict, streams: dict, entries: dict) -> dict:
     return new
 
 
-# == 7. Wire ===========================================================
+# == 8. Wire ===========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -1970,7 +2240,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 8. HTTP ===========================================================
+# == 9. HTTP ===========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -2625,7 +2895,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 9. Stores =========================================================
+# == 10. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -3472,7 +3742,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 10. S3 ============================================================
+# == 11. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -4141,7 +4411,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 11. S3 store ======================================================
+# == 12. S3 store ======================================================
 #
 # The interface of section 6 over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -4502,7 +4772,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 12. Probe =========================================================
+# == 13. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of section 6 alone.
@@ -4712,7 +4982,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 13. Settings ======================================================
+# == 14. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -5086,7 +5356,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 14. Local state ===================================================
+# == 15. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -5281,7 +5551,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 15. Command settings ==============================================
+# == 16. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -5493,7 +5763,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 16. Credentials ===================================================
+# == 17. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -5871,7 +6141,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 17. Ledger ========================================================
+# == 18. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -6238,7 +6508,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 18. Leases ========================================================
+# == 19. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of section 3.
@@ -6458,7 +6728,7 @@ class Leases:
             raise
 
 
-# == 19. Hints =========================================================
+# == 20. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -6586,7 +6856,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 20. Step records ==================================================
+# == 21. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -6839,7 +7109,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 21. Frontier ======================================================
+# == 22. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -6907,7 +7177,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 22. Steps =========================================================
+# == 23. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of section 3 carried out on records.
 
@@ -7264,7 +7534,7 @@ class Steps:
             tries += 1
 
 
-# == 23. Tasks =========================================================
+# == 24. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -7588,7 +7858,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 24. Memory ========================================================
+# == 25. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -7791,7 +8061,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 25. Mail ==========================================================
+# == 26. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -8062,7 +8332,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 26. Artifacts =====================================================
+# == 27. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -8764,7 +9034,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 27. Project =======================================================
+# == 28. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -9086,7 +9356,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 28. Context =======================================================
+# == 29. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -9237,7 +9507,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 29. Views =========================================================
+# == 30. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -9583,7 +9853,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 30. Timeline ======================================================
+# == 31. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -9850,7 +10120,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 31. Housekeeping ==================================================
+# == 32. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -10094,7 +10364,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 32. Archive =======================================================
+# == 33. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -10491,7 +10761,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 33. Doctor ========================================================
+# == 34. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -10807,7 +11077,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 34. Trials ========================================================
+# == 35. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -11321,7 +11591,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 35. Drill =========================================================
+# == 36. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -11543,7 +11813,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 36. Bench =========================================================
+# == 37. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -11929,7 +12199,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 37. Rows ==========================================================
+# == 38. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -12152,7 +12422,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 38. Commands under a lease ========================================
+# == 39. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -12349,7 +12619,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 39. Step commands =================================================
+# == 40. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -12643,7 +12913,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 40. Task commands =================================================
+# == 41. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -12805,7 +13075,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 41. Commands of memory, mail and files ============================
+# == 42. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -13095,7 +13365,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 42. Commands of presence, views and set-up ========================
+# == 43. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -13566,7 +13836,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 43. House commands ================================================
+# == 44. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -13743,7 +14013,7 @@ def opened_archive(path: str) -> object:
     return file
 
 
-# == 44. Command line ==================================================
+# == 45. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
