@@ -14670,6 +14670,18 @@ def test_sections_use_only_sections_above():
 
 
 @pytest.mark.brief
+def test_no_top_level_name_is_defined_twice():
+    """The second would silently take the place of the first, for its callers too."""
+    names = collections.Counter()
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names[node.name] += 1
+        elif isinstance(node, ast.Assign):
+            names.update(t.id for t in node.targets if isinstance(t, ast.Name))
+    assert [name for name, times in names.items() if times > 1] == []
+
+
+@pytest.mark.brief
 def test_no_line_is_longer_than_88():
     assert [at for at, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 88] == []
 
