@@ -9978,6 +9978,473 @@ def test_export_and_import_answer_as_commands(sh):
     assert "tar" in sh.refused(8, "import", "x.tar", *to)
     assert "cannot read" in sh.refused(2, "import", "none.tar")
     assert "stdout" in sh.refused(2, "export", "-", "--json")
+# -- decisions on the one document -------------------------------------
+
+
+BOOK = "reservations.json"
+
+
+def entry_ids(bucket):
+    return [entry["id"] for entry in (bucket.doc(BOOK) or {}).get("entries", [])]
+
+
+def test_a_refusal_names_holder_reason_time_globs_and_how_to_ask(ada, bob, bucket):
+    ada.reserve(["src/api/"], reason="new routes", ttl=900)
+    pass_time(bucket, 100)
+    why = refused(tracecraft.Held, bob.reserve, ["src/**/*.py"])
+    for word in ("src/**/*.py overlaps src/api/**", "by ada (r1, exclusive, 80",
+                 "s left): new routes"):
+        assert word in why.message
+    assert 'tracecraft send ada "please release r1"; --wait 8' in why.hint
+    assert why.details["overlaps"] == [["src/**/*.py", "src/api/**"]]
+    assert bucket.writes(BOOK) == 1
+
+
+@pytest.mark.parametrize("first, second, meet", [
+    (False, False, True), (True, False, True), (False, True, True),
+    (True, True, False)])
+def test_only_two_shared_reservations_may_overlap(ada, bob, first, second, meet):
+    ada.reserve(["src/**"], shared=first)
+    if meet:
+        refused(tracecraft.Held, bob.reserve, ["src/a"], shared=second)
+    else:
+        assert bob.reserve(["src/a"], shared=second)["id"] == "r2"
+
+
+def test_globs_that_share_no_path_are_reserved_side_by_side(ada, bob):
+    ada.reserve(["src/*.py"])
+    assert bob.reserve(["src/*/a.py", "docs/"])["globs"] == ["src/*/a.py", "docs/**"]
+
+
+def test_one_s_own_reservations_never_conflict(ada, bucket):
+    ada.reserve(["src/**"])
+    ada.reserve(["src/a"])
+    ada.reserve(["src/**"], shared=True)
+    assert entry_ids(bucket) == ["r1", "r2", "r3"]
+
+
+def test_another_instance_of_me_is_in_the_way_and_is_called_so(ada, bucket):
+    ada.reserve(["src/**"])
+    other = agent_on(bucket, "ada", instance="ada-2")
+    why = refused(tracecraft.Held, other.reserve, ["src/a"])
+    assert "another instance of you" in why.hint and "unreserve r1 --force" in why.hint
+
+
+def test_who_knows_the_token_is_the_same_holder(ada, bucket):
+    ada.reserve(["src/**"])
+    heir = agent_on(bucket, "ada", instance="ada-2")
+    heir.who.hold("reservation/r1", 1, ttl=9)
+    assert heir.reserve(["src/**"])["id"] == "r1"
+    thief = agent_on(bucket, "bob")
+    thief.who.hold("reservation/r1", 1, ttl=9)
+    refused(tracecraft.Held, thief.reserve, ["src/**"])
+
+
+def test_the_same_again_is_the_same_reservation_begun_anew(ada, bucket):
+    first = ada.reserve(["b", "a"], reason="x")
+    pass_time(bucket, 60)
+    again = ada.reserve(["a", "./b"], ttl=77)
+    assert (again["id"], again["token"], again["reason"]) == ("r1", 1, "x")
+    assert again["ttl"] == 77 and again["renewed_at"] > first["renewed_at"]
+    assert entry_ids(bucket) == ["r1"]
+
+
+@pytest.mark.parametrize("after, free", [
+    (tracecraft.TTL, False), (LEASE_OVER - 2, False), (LEASE_OVER + 1, True)])
+def test_a_reservation_ends_its_ttl_and_the_grace_after_its_renewal(
+        ada, bob, bucket, after, free):
+    ada.reserve(["a"])
+    pass_time(bucket, 1000)
+    ada.reservations.renew("r1")
+    pass_time(bucket, after)
+    if free:
+        assert bob.reserve(["a"])["token"] == 2
+        assert entry_ids(bucket) == ["r2"]
+    else:
+        refused(tracecraft.Held, bob.reserve, ["a"])
+
+
+def test_ttl_0_never_expires(ada, bob, bucket):
+    ada.reserve(["a"], ttl=0)
+    pass_time(bucket, 10**8)
+    why = refused(tracecraft.Held, bob.reserve, ["a"])
+    assert "never expires" in why.message and why.details["expires_in_s"] is None
+
+
+def test_the_next_writer_drops_what_has_expired_and_the_holder_is_fenced(
+        ada, bob, bucket):
+    ada.reserve(["a"])
+    pass_time(bucket)
+    bob.reserve(["b"])
+    assert entry_ids(bucket) == ["r2"]
+    why = refused(tracecraft.Fenced, ada.reservations.renew, "r1")
+    assert (why.exit, "r1 was lost" in why.message) == (4, True)
+    assert ada.whoami()["holds"] == {}
+
+
+def test_what_expired_unnoticed_is_renewed_under_its_token(ada, bucket):
+    ada.reserve(["a"])
+    pass_time(bucket)
+    assert ada.reservations.renew("r1")["token"] == 1
+    assert ada.reservations.list()[0]["expires_in_s"] == LEASE_OVER
+
+
+def test_a_renewal_dated_ahead_lasts_no_longer_than_one_of_now(ada, bob, bucket):
+    ada.reserve(["a"])
+    doc = bucket.doc(BOOK)
+    doc["entries"][0]["renewed_at"] = tracecraft.iso(bucket.clock_at + 10**6)
+    bucket.place(BOOK, doc)
+    why = refused(tracecraft.Held, bob.reserve, ["a"])
+    assert why.details["expires_in_s"] <= LEASE_OVER
+
+
+def test_tokens_grow_though_everything_was_given_back(ada, bob, bucket):
+    ada.reserve(["a"])
+    ada.unreserve(every=True)
+    assert (entry_ids(bucket), bucket.doc(BOOK)["token"]) == ([], 1)
+    assert bob.reserve(["a"])["token"] == 2
+
+
+def test_renewing_what_is_another_s_or_nobody_s_is_refused(ada, bob):
+    ada.reserve(["a"])
+    assert refused(tracecraft.Held, bob.reservations.renew, "r1").exit == 3
+    refused(tracecraft.Conflict, bob.reservations.renew, "r9")
+
+
+def test_waiting_takes_it_once_it_is_free(ada, bob, bucket):
+    ada.reserve(["a"])
+    later = threading.Timer(0.3, lambda: ada.unreserve(["a"]))
+    later.start()
+    assert bob.reserve(["a"], wait=20)["token"] == 2
+    later.join()
+    assert refused(tracecraft.TimedOut, ada.reserve, ["a"], wait=0.2).exit == 6
+
+
+def test_a_glob_an_id_or_all_is_given_back(ada, bucket):
+    ada.reserve(["a", "b"])
+    ada.reserve(["c"])
+    ada.reserve(["d"])
+    gone = ada.unreserve(["./a", "r2"])
+    assert [(e["id"], e["globs"]) for e in gone] == [("r1", ["a"]), ("r2", ["c"])]
+    assert [e["globs"] for e in bucket.doc(BOOK)["entries"]] == [["b"], ["d"]]
+    assert set(ada.whoami()["holds"]) == {"reservation/r1", "reservation/r3"}
+    assert [e["id"] for e in ada.unreserve(every=True)] == ["r1", "r3"]
+    assert (ada.unreserve(["a"]), ada.unreserve(every=True)) == ([], [])
+    assert ada.whoami()["holds"] == {}
+
+
+def test_nothing_is_given_back_when_a_word_names_another_s(ada, bob, bucket):
+    ada.reserve(["a"])
+    bob.reserve(["b"])
+    for word in ("r2", "b"):
+        why = refused(tracecraft.Held, ada.unreserve, ["a", word])
+        assert why.details["holder"] == "bob" and "--force" in why.hint
+    assert entry_ids(bucket) == ["r1", "r2"]
+
+
+def test_what_two_share_is_given_back_by_each_for_itself(ada, bob, bucket):
+    ada.reserve(["a"], shared=True)
+    bob.reserve(["a"], shared=True)
+    assert [e["id"] for e in ada.unreserve(["a"])] == ["r1"]
+    assert entry_ids(bucket) == ["r2"]
+
+
+def test_force_ends_another_s_which_its_holder_learns(ada, bob):
+    ada.reserve(["a"], ttl=0)
+    assert [e["id"] for e in bob.unreserve(["r1"], force=True)] == ["r1"]
+    refused(tracecraft.Fenced, ada.reservations.renew, "r1")
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda a: a.reserve([]), "0 patterns"), (lambda a: a.reserve(["/etc"]), "absolute"),
+    (lambda a: a.reserve(["a"], ttl=-1), "ttl"),
+    (lambda a: a.reserve([f"{n}" for n in range(101)]), "101 patterns"),
+    (lambda a: a.reserve(["a"], reason="x" * 501), "501 characters"),
+    (lambda a: a.unreserve(["../x"]), "'..'")])
+def test_nonsense_is_refused_before_any_request(ada, call, word):
+    assert word in refused(tracecraft.Usage, call, ada).message
+    assert ada.store.requests == 0
+
+
+@pytest.mark.parametrize("damage", [
+    {"ttl": "x"}, {"ttl": -1}, {"renewed_at": "soon"}, {"agent": 'x" & reboot'},
+    {"mode": "both"}, {"mode": []}, {"globs": ["/etc"]}, {"globs": []}, {"globs": [1]},
+    {"globs": "a"}, {"id": ["r1"]}, {"id": ""}, None, 7, [], {}], ids=str)
+def test_a_damaged_entry_is_passed_over_kept_and_reported(ada, bob, bucket, damage):
+    ada.reserve(["a"])
+    doc = bucket.doc(BOOK)
+    whole = isinstance(damage, dict) and damage
+    bad = {**doc["entries"][0], **damage} if whole else damage
+    bucket.place(BOOK, {**doc, "entries": [bad]})
+    assert bob.reserve(["a"])["id"] == "r2"
+    assert bucket.doc(BOOK)["entries"][0] == bad
+    assert [e["id"] for e in bob.reservations.list()] == ["r2"]
+    assert any("1 damaged" in line for line in bob.warned)
+
+
+def test_a_document_of_another_shape_is_corrupt_and_stays(ada, bucket):
+    for doc in ({"entries": {}}, b"[1]", b"{"):
+        bucket.place(BOOK, doc)
+        for act in (lambda: ada.reserve(["a"]), ada.reservations.list):
+            assert BOOK in refused(tracecraft.Corrupt, act).message
+    assert bucket.writes(BOOK) == 3
+
+
+def test_fields_that_are_not_ours_survive(ada, bob, bucket):
+    ada.reserve(["a"])
+    doc = bucket.doc(BOOK)
+    doc["note"], doc["entries"][0]["color"] = "x", "red"
+    bucket.place(BOOK, doc)
+    bob.reserve(["b"])
+    ada.reservations.renew("r1")
+    doc = bucket.doc(BOOK)
+    assert (doc["note"], doc["entries"][0]["color"]) == ("x", "red")
+
+
+def test_listing_is_by_agent_and_by_path(ada, bob):
+    ada.reserve(["src/**"])
+    bob.reserve(["docs/*.md"])
+    for how, ids in (({}, ["r1", "r2"]), ({"by": "bob"}, ["r2"]),
+                     ({"path": "src/a"}, ["r1"]), ({"path": "x"}, [])):
+        assert [e["id"] for e in ada.reservations.list(**how)] == ids
+
+
+def test_a_lost_answer_is_settled_by_the_operation(ada, bob, bucket):
+    ada.store.fault("drop")
+    ada.store.fault("dead", "GET", BOOK)
+    ada.store.faults.insert(0, ["ok", "GET", BOOK, None, None])
+    why = refused(tracecraft.Unknown, ada.reserve, ["a"], op="o1")
+    bob.reserve(["b"])
+    assert ada.reserve(["a"], op=why.details["op"])["id"] == "r2"
+    assert ada.reserve(["a"], op=why.details["op"])["id"] == "r2"
+    assert bucket.writes(BOOK) == 2
+    ada.unreserve(["a"])
+    refused(tracecraft.Fenced, ada.reserve, ["a"], op=why.details["op"])
+
+
+def test_what_another_agent_reserved_is_blocked_in_either_mode(ada, bob, bucket):
+    ada.reserve(["src/**"])
+    bob.reserve(["docs/**"], shared=True)
+    twin = agent_on(bucket, "ada", instance="hook")
+    ways = {path: tracecraft.literal(path) for path in ("src/a", "docs/b", "x")}
+    for who in (ada, twin):
+        found = who.reservations.blocking(ways)
+        assert {path: [e.id for e in some] for path, some in found.items()} == {
+            "docs/b": ["r2"]}
+    pass_time(bucket)
+    assert ada.reservations.blocking(ways) == {}
+
+
+@pytest.mark.parametrize("path, blocked", [
+    ("src", True), ("src/api", True), ("src/api/x", False), ("sr", False),
+    ("", True)])
+def test_a_directory_stands_for_everything_below_it(ada, bob, path, blocked):
+    ada.reserve(["src/api/*.py"])
+    ways = {path: tracecraft.literal(path, below=True)}
+    assert bool(bob.reservations.blocking(ways)) == blocked
+
+
+@pytest.mark.parametrize("prepare, act, cost", [
+    (None, lambda a: a.reserve(["a"]), "GET PUT"),
+    (lambda a, b: b.reserve(["a"]), lambda a: a.reserve(["a"]), "GET"),
+    (lambda a, b: a.reserve(["a"]), lambda a: a.reserve(["a"]), "GET PUT"),
+    (lambda a, b: a.reserve(["a"]), lambda a: a.reservations.renew("r1"), "GET PUT"),
+    (lambda a, b: a.reserve(["a"]), lambda a: a.unreserve(["a"]), "GET PUT"),
+    (None, lambda a: a.unreserve(["a"]), "GET"),
+    (None, lambda a: a.reservations.list(), "GET"),
+    (None, lambda a: a.reservations.blocking({"a": tracecraft.literal("a")}), "GET")])
+def test_what_a_reservation_costs(ada, bob, prepare, act, cost):
+    if prepare:
+        prepare(ada, bob)
+    assert spent(ada, act, ada) == {f"{what} {BOOK}": 1 for what in cost.split()}
+
+
+# -- crashes, races and variants that must be caught -------------------
+
+
+def is_reserved_once(bucket, ada, where):
+    [entry] = bucket.doc(BOOK)["entries"]
+    assert (entry["globs"], entry["agent"]) == (["src/**"], "ada"), where
+    assert ada.who.token_for(f"reservation/{entry['id']}") == entry["token"], where
+    refused(tracecraft.Held, agent_on(bucket, "bob").reserve, ["src/a"])
+
+
+def is_free(bucket, ada, where):
+    assert entry_ids(bucket) == [], where
+    assert agent_on(bucket, "bob").reserve(["src/a"])["token"] == 2, where
+
+
+def is_gone_from_state(bucket, ada, where):
+    is_free(bucket, ada, where)
+    assert ada.whoami()["holds"] == {}, where
+
+
+def src(project):
+    return project.reserve(["src/**"])
+
+
+RESERVATION_CRASHES = {  # verb: (before, act, what holds after the act was repeated)
+    "reserve": (None, src, is_reserved_once),
+    "reserve with op": (None, lambda a: a.reserve(["src/**"], op="o1"),
+                        is_reserved_once),
+    "reserve again": (lambda b, a: src(a), src, is_reserved_once),
+    "reserve over an expired one": (
+        lambda b, a: (agent_on(b, "eve").reserve(["src/**"]), pass_time(b)), src,
+        is_reserved_once),
+    "renew": (lambda b, a: src(a), lambda a: a.reservations.renew("r1"),
+              is_reserved_once),
+    "unreserve": (lambda b, a: src(a), lambda a: a.unreserve(["src/"]), is_free),
+    "unreserve all": (lambda b, a: src(a), lambda a: a.unreserve(every=True),
+                      is_gone_from_state),
+    "unreserve by force": (
+        lambda b, a: agent_on(b, "eve").reserve(["src/**"]),
+        lambda a: a.unreserve(["r1"], force=True), is_free),
+}
+
+
+@pytest.mark.parametrize("verb", RESERVATION_CRASHES)
+def test_a_reservation_verb_that_crashed_anywhere_can_be_repeated(verb):
+    prepare, act, check = RESERVATION_CRASHES[verb]
+    points = 0
+    for bucket, ada, where in crashes(prepare, act):
+        points += 1
+        agent_on(bucket, "bob").reservations.list()
+        act(ada)
+        check(bucket, ada, where)
+        assert chain_faults(bucket) == [], where
+        assert tracecraft.diagnose(ada)["problems"] == [], where
+    assert points >= 4
+
+
+RIVAL_GLOBS = ("src/**", "src/*", "src/a/*.py", "**/*.py", "docs/", "docs/*.md", "*",
+               "{src,docs}/a/**", "src/[ab]/x.py")
+
+
+def share_a_path(some, others):
+    """Whether a path matches one glob of each: an oracle that only tries paths."""
+    tried = ["src/x", "src/a/x.py", "src/b/x.py", "src/x.py", "docs/a/b", "docs/x.md",
+             "x.py", "x", "docs/a/x.py", "docs/x.py"]
+    rules = {"src/**": r"src(/.+)?", "src/*": r"src/[^/]+", "docs/**": r"docs(/.+)?",
+             "src/a/*.py": r"src/a/[^/]*\.py", "**/*.py": r"(.+/)?[^/]*\.py",
+             "docs/*.md": r"docs/[^/]*\.md", "*": r"[^/]+",
+             "{src,docs}/a/**": r"(src|docs)/a(/.+)?", "src/[ab]/x.py": r"src/[ab]/x\.py"}
+
+    def fits(globs, path):
+        return any(re.fullmatch(rules[glob], path) for glob in globs)
+    return any(fits(some, path) and fits(others, path) for path in tried + ["src", "docs"])
+
+
+class Tenant:
+    """An agent that reserves and gives back at random, and notes what it was told."""
+
+    def __init__(self, bucket, name, told, *, seed, ledger, faults):
+        self.bucket, self.name, self.told = bucket, name, told
+        self.dice, self.ledger, self.faults = random.Random(seed), ledger, faults
+        self.state = LocalState()
+        self.start()
+
+    def start(self):
+        self.agent = agent_on(self.bucket, self.name, ledger=self.ledger,
+                              state=self.state, deadline=0.5)
+        self.agent.store.chaos = (self.dice, self.faults)
+
+    def turn(self):
+        roll = self.dice.random()
+        try:
+            if roll < 0.1:
+                self.bucket.clock_at += 12
+            elif roll < 0.7:
+                self.reserve(self.dice.sample(RIVAL_GLOBS, self.dice.choice((1, 1, 2))))
+            else:
+                self.give_back()
+        except tracecraft.Error:
+            pass
+        except Crash:
+            self.start()
+
+    def reserve(self, globs):
+        shared, begun = self.dice.random() < 0.3, self.bucket.clock_at
+        entry = self.agent.reserve(globs, shared=shared, ttl=20)
+        # Told from now on; mine until ttl after I began to ask, or I give it back.
+        self.told.append({"who": self.name, "id": entry["id"], "globs": entry["globs"],
+                          "shared": shared, "from": self.bucket.clock_at,
+                          "until": begun + 20})
+
+    def give_back(self):
+        for held in self.told:
+            if held["who"] == self.name:
+                held["until"] = min(held["until"], self.bucket.clock_at)
+        self.agent.unreserve(every=True)
+
+
+def reservation_faults(told):
+    """Pairs that two agents were told to have at one time (invariant 5)."""
+    return [(a, b) for a, b in itertools.combinations(told, 2)
+            if a["who"] != b["who"] and not (a["shared"] and b["shared"])
+            and max(a["from"], b["from"]) < min(a["until"], b["until"])
+            and share_a_path(a["globs"], b["globs"])]
+
+
+def race_for_paths(seed, ledger=tracecraft.Ledger, *, faults=0.1, turns=25):
+    """Four tenants in threads; what broke."""
+    bucket, told = MemoryStore(), []
+    some = [Tenant(bucket, f"a{n}", told, seed=seed * 10 + n, ledger=ledger,
+                   faults=faults) for n in range(4)]
+    together(*(lambda tenant=tenant: [tenant.turn() for _ in range(turns)]
+               for tenant in some))
+    assert len(told) > 2
+    return reservation_faults(told) + chain_faults(bucket) * (
+        ledger is tracecraft.Ledger)
+
+
+@pytest.mark.parametrize("faults", [0, 0.15, 0.4])
+def test_no_two_live_exclusive_reservations_overlap(faults):
+    """Invariant 5 of protocol.md 11."""
+    seed = random.randrange(10**8)
+    print("seed", seed)
+    for at in range(4):
+        assert race_for_paths(seed + at, faults=faults) == [], seed + at
+
+
+@pytest.mark.parametrize("name, faults", [
+    ("CheckThenPut", 0), ("OwnClock", 0), ("Believing", 0.4)])
+def test_a_ledger_that_lets_two_have_one_path_is_caught(name, faults):
+    ledger = {"CheckThenPut": CheckThenPut, "OwnClock": OwnClock,
+              "Believing": Believing}[name]
+    assert any(race_for_paths(seed, ledger, faults=faults) for seed in range(60))
+
+
+@pytest.mark.parametrize("broken", ["ignores **", "judges by the text", "ignores shared"])
+def test_a_decision_that_lets_two_have_one_path_is_caught(broken, monkeypatch):
+    right, spelled = tracecraft.reserve, tracecraft.spellings
+
+    def by_text(doc, wish, me, **how):
+        globs = [f"{glob}#" for glob in wish["globs"]]
+        new = right(doc, {**wish, "globs": globs}, me, **how)
+        new["entries"][-1]["globs"] = wish["globs"]
+        return new
+
+    def always_shared(doc, wish, me, **how):
+        new = right(doc, {**wish, "mode": "shared"}, me, **how)
+        new["entries"][-1]["mode"] = wish["mode"]
+        return new
+    if broken == "ignores **":
+        monkeypatch.setattr(tracecraft, "spellings",
+                            lambda glob: spelled(glob.replace("**", "*")))
+    else:
+        monkeypatch.setattr(tracecraft, "reserve", {
+            "judges by the text": by_text, "ignores shared": always_shared}[broken])
+    assert any(race_for_paths(seed, faults=0) for seed in range(20))
+
+
+def test_a_thousand_paths_are_judged_in_no_time(ada, bob):
+    for n in range(60):
+        ada.reserve([f"pkg{n}/**/*.py", f"lib/{{a,b}}{n}*/[a-f]*"])
+    ways = {path: tracecraft.literal(path) for path in (
+        f"pkg{n % 70}/x/y/file{n}.py" for n in range(1000))}
+    begun = time.process_time()
+    assert len(bob.reservations.blocking(ways)) > 800
+    assert time.process_time() - begun < 4
 
 
 # == Requests per command ==============================================

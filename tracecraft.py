@@ -33,20 +33,21 @@ tracecraft-ai 0.2.x; both can share a bucket.
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
   4 Plans                    5 Patterns                 6 Events
-  7 Leftovers                8 Wire                     9 HTTP
-  10 Stores                  11 S3                      12 S3 store
-  13 Probe                   14 Settings                15 Local state
-  16 Command settings        17 Credentials             18 Ledger
-  19 Leases                  20 Hints                   21 Step records
-  22 Frontier                23 Steps                   24 Tasks
-  25 Memory                  26 Mail                    27 Artifacts
-  28 Project                 29 Context                 30 Views
-  31 Timeline                32 Housekeeping            33 Archive
-  34 Doctor                  35 Trials                  36 Drill
-  37 Bench                   38 Rows                    39 Commands under a lease
-  40 Step commands           41 Task commands
-  42 Commands of memory, mail and files  43 Commands of presence, views and set-up
-  44 House commands          45 Command line
+  7 Leftovers                8 Reservation records      9 Wire
+  10 HTTP                    11 Stores                  12 S3
+  13 S3 store                14 Probe                   15 Settings
+  16 Local state             17 Command settings        18 Credentials
+  19 Ledger                  20 Leases                  21 Hints
+  22 Step records            23 Frontier                24 Steps
+  25 Tasks                   26 Memory                  27 Mail
+  28 Artifacts               29 Reservations            30 Project
+  31 Context                 32 Views                   33 Timeline
+  34 Housekeeping            35 Archive                 36 Doctor
+  37 Trials                  38 Drill                   39 Bench
+  40 Rows                    41 Commands under a lease  42 Step commands
+  43 Task commands           44 Commands of memory, mail and files
+  45 Commands of presence, views and set-up  46 House commands
+  47 Command line
 """
 
 from __future__ import annotations
@@ -1339,6 +1340,15 @@ def normal(pattern: str) -> str:
     >>> normal("./src//api/")
     'src/api/**'
     """
+    spellings(pattern)
+    return _tidied(pattern, pattern)
+
+
+def spellings(pattern: str) -> tuple:
+    """The pattern as tokens, one tuple for each way its braces can be spelled out.
+
+    In it RUN stands for `**`, a text for a plain name, a tuple for one with wildcards.
+    """
     if not isinstance(pattern, str) or not pattern or "\0" in pattern:
         raise _no_pattern(pattern, "is empty or no text", "e.g. 'src/**'")
     if len(pattern) > MAX_PATTERN:
@@ -1347,16 +1357,6 @@ def normal(pattern: str) -> str:
     if "\\" in pattern:
         raise _no_pattern(pattern, "has a '\\', which means nothing here",
                           "'/' separates; [*] is a literal star, [[] a bracket")
-    text = _tidied(pattern, pattern)
-    spellings(text)
-    return text
-
-
-def spellings(pattern: str) -> tuple:
-    """The pattern as tokens, one tuple for each way its braces can be spelled out.
-
-    In it RUN stands for `**`, a text for a plain name, a tuple for one with wildcards.
-    """
     spelled = _unbraced(pattern)
     if sum(map(len, spelled)) > MAX_SPELLED:
         raise _no_pattern(pattern, f"stands for over {MAX_SPELLED} characters once its"
@@ -1373,6 +1373,15 @@ def literal(path: str, *, below: bool = False) -> tuple:
     """
     names = tuple(name for name in path.split("/") if name not in ("", "."))
     return (names + (RUN,) if below else names,)
+
+
+def only(path: str) -> str:
+    """A pattern that only this path matches.
+
+    >>> only("app/[id].tsx")
+    'app/[[]id].tsx'
+    """
+    return "".join(f"[{char}]" if char in "*?[{}" else char for char in path)
 
 
 def meet(some: tuple, others: tuple) -> bool:
@@ -1548,7 +1557,7 @@ def _names_meet(x: object, y: object) -> bool:
 
 
 def _undotted(name: object) -> list:
-    """A name as token sequences that '.' and '..' do not fit, everything else as before.
+    """A name as token sequences that all it fits do fit, but neither '.' nor '..'.
 
     Only without a RUN and so short can those two be all that fits two names at once.
     """
@@ -2012,9 +2021,216 @@ def moved_cursor(doc: dict, streams: dict, entries: dict) -> dict:
         new[name] = {"watermark": stream["watermark"],
                      "seen": sorted(stream["seen"] | done)}
     return new
+# == 8. Reservation records ============================================
+#
+# Pure: (reservations.json, event, the store's time) -> its successor or a refusal.
+# One document holds them all, so that "no two overlap" is one compare-and-swap
+# (protocol.md 6). Damaged entries stay as they are and stand in nobody's way.
+
+RESERVATIONS = "reservations.json"
+MODES = ("exclusive", "shared")
+MAX_GLOBS = 100  # of one reservation: every other writer compares with each of them
+MAX_REASON = 500  # characters
 
 
-# == 8. Wire ===========================================================
+class Booked:
+    """A sound entry of reservations.json.
+
+    doc: as it is stored. ways: spellings() of each glob. left: seconds until it
+    expires, None for never; 0 or less: another writer drops it.
+    """
+
+    __slots__ = ("doc", "id", "ways", "left")
+
+    def __init__(self, doc: dict, ways: list, left: float | None) -> None:
+        self.doc, self.id, self.ways, self.left = doc, doc["id"], ways, left
+
+    @property
+    def live(self) -> bool:
+        """Whether it still stands in the way of others."""
+        return self.left is None or self.left > 0
+
+    def shared_with(self, globs: list) -> list:
+        """The [theirs of `globs`, mine] that some path matches both of."""
+        ours = list(zip(self.doc["globs"], self.ways))
+        return [[glob, own] for glob in globs for ways in [spellings(glob)]
+                for own, has in ours if meet(ways, has)]
+
+    def covers(self, way: tuple) -> bool:
+        """Whether a path, given as literal(), is among those it reserves."""
+        return any(meet(way, ways) for ways in self.ways)
+
+
+def booked(entry: object, now: float) -> Booked | None:
+    """The entry, or None when it is none of ours: records come from anywhere."""
+    if not isinstance(entry, dict) or entry.get("mode") not in MODES:
+        return None
+    names, globs = [entry.get("id"), entry.get("agent")], entry.get("globs")
+    if not all(isinstance(n, str) and n and NAME_CHARS.issuperset(n) for n in names):
+        return None
+    ttl, since = number(entry, "ttl", -1), parse_iso(entry.get("renewed_at"))
+    if ttl < 0 or (ttl and since is None):
+        return None
+    if not globs or globs != texts(entry, "globs"):
+        return None
+    try:
+        ways = [spellings(glob) for glob in globs]
+    except Usage:
+        return None
+    # A renewal that is dated ahead lasts no longer than one of now.
+    left = min(since, now) + ttl + GRACE - now if ttl else None
+    return Booked(entry, ways, left)
+
+
+def entries_of(doc: dict | None, now: float) -> list:
+    """[(entry as stored, Booked or None)] of reservations.json. Raises Corrupt."""
+    entries = (doc or {}).get("entries", [])
+    if not isinstance(entries, list):
+        raise Corrupt(f"{RESERVATIONS}: entries is no list", key=RESERVATIONS,
+                      hint="mend it in the bucket; an empty list frees everything")
+    return [(entry, booked(entry, now)) for entry in entries]
+
+
+def is_mine(entry: Booked, me: Me, known: dict) -> bool:
+    """Whether `me` holds it: this instance, or its token is in `known` {id: token}."""
+    same = entry.doc.get("instance") in (None, me.instance)
+    token = number(entry.doc, "token")
+    return entry.doc["agent"] == me.agent and (same or known.get(entry.id) == token)
+
+
+def like(rows: list, wish: dict, me: Me, *, known: dict) -> Booked | None:
+    """The entry that is mine with the globs and the mode of `wish`, if there is one."""
+    return next((entry for _, entry in rows if entry is not None
+                 and entry.doc["mode"] == wish["mode"]
+                 and set(entry.doc["globs"]) == set(wish["globs"])
+                 and is_mine(entry, me, known)), None)
+
+
+def reserve(doc: dict | None, wish: dict, me: Me, *, at: str, now: float,
+            known: dict) -> dict:
+    """The document with my reservation in it, new or renewed. Raises Held.
+
+    wish: {globs, mode, ttl, reason}. Two reservations conflict unless both are shared
+    or no path matches both; one's own never do.
+    """
+    rows = entries_of(doc, now)
+    rivals = [(entry, pairs) for _, entry in rows if entry is not None and entry.live
+              and "exclusive" in (wish["mode"], entry.doc["mode"])
+              and not is_mine(entry, me, known)
+              for pairs in [entry.shared_with(wish["globs"])] if pairs]
+    if rivals:
+        raise _clash(rivals, me)
+    last = max([number(doc, "token")] + [
+        number(entry, "token") for entry, _ in rows if isinstance(entry, dict)])
+    old = like(rows, wish, me, known=known)
+    if old is None:
+        last += 1
+        new = {"id": f"r{last}", "globs": wish["globs"], "mode": wish["mode"],
+               "agent": me.agent, "instance": me.instance, "token": last,
+               "ttl": wish["ttl"], "renewed_at": at, "reason": wish["reason"]}
+    else:
+        new = {**old.doc, "ttl": wish["ttl"], "renewed_at": at,
+               "reason": wish["reason"] or old.doc.get("reason", "")}
+    kept = [entry for entry, sound in rows if sound is None
+            or (sound.live and sound is not old)]
+    return {**(doc or {}), "token": last, "entries": [*kept, new]}
+
+
+def _clash(rivals: list, me: Me) -> Held:
+    """The refusal: who holds what, why, how long yet, and how to ask."""
+    entry, pairs = rivals[0]
+    more = f" (and {len(rivals) - 1} more)" if rivals[1:] else ""
+    ours, theirs = map(shown, pairs[0])
+    held = told(entry)
+    hint = f"to ask: {asking(entry)}"
+    if entry.doc["agent"] == me.agent:
+        hint = "another instance of you holds it; tracecraft unreserve" \
+               f" {entry.id} --force ends that"
+    elif entry.left is not None:
+        hint += f"; --wait {int(entry.left) + 5} waits"
+    return Held(f"{ours} overlaps {theirs}, {held}{more}", hint=hint,
+                **facts_of(entry), overlaps=pairs,
+                conflicts=[rival.id for rival, _ in rivals])
+
+
+def told(entry: Booked) -> str:
+    """reserved by bob (r3, exclusive, 900s left): the reason"""
+    left = "never expires" if entry.left is None else f"{max(0, int(entry.left))}s left"
+    reason = shown(str(entry.doc.get("reason") or "")[:MAX_REASON])
+    return f"reserved by {entry.doc['agent']} ({entry.id}, {entry.doc['mode']}," \
+           f" {left})" + (f": {reason}" if reason else "")
+
+
+def asking(entry: Booked) -> str:
+    """The literal command that asks the holder: only names in it, nothing to quote."""
+    return f'tracecraft send {entry.doc["agent"]} "please release {entry.id}"'
+
+
+def facts_of(entry: Booked) -> dict:
+    """What an error's details say of it."""
+    left = None if entry.left is None else max(0, int(entry.left))
+    return {"holder": entry.doc["agent"], "id": entry.id, "mode": entry.doc["mode"],
+            "globs": entry.doc["globs"], "reason": entry.doc.get("reason", ""),
+            "expires_in_s": left}
+
+
+def renew_entry(doc: dict | None, name: str, me: Me, *, at: str, now: float,
+                known: dict) -> dict:
+    """The document with my reservation `name` begun anew.
+
+    Raises Fenced when it was mine and is there no more, Conflict when it never was.
+    """
+    rows = entries_of(doc, now)
+    found = next((e for _, e in rows if e is not None and e.id == name), None)
+    if found is None or not is_mine(found, me, known):
+        if name in known:
+            raise Fenced(f"reservation {name} was lost: it had expired, or was ended by"
+                         " force", hint="look at what changed, then reserve it again")
+        if found is None:
+            raise Conflict(f"there is no reservation {name}", hint="reserve it first")
+        raise Held(f"{name} is {told(found)}", hint=asking(found), **facts_of(found))
+    return {**doc, "entries": [
+        {**entry, "renewed_at": at} if sound is found else entry
+        for entry, sound in rows if sound is None or sound.live or sound is found]}
+
+
+def unreserve(doc: dict | None, words: dict, me: Me, *, now: float, known: dict,
+              every: bool = False, force: bool = False) -> tuple:
+    """(the document without these, [what went]); the same document when nothing did.
+
+    words: {as given, perhaps an id: the glob it stands for}. A glob goes out of the
+    entries that have it. every: all that is mine. force: also what is another's;
+    without it Held, and nothing goes, if a word names only what is another's.
+    """
+    rows = entries_of(doc, now)
+    mine = [e for _, e in rows if e is not None and (force or is_mine(e, me, known))]
+    named = {word for entry in mine for word in words if _names(word, words, entry)}
+    for _, entry in rows:
+        if entry is not None and entry.live and entry not in mine and any(
+                _names(word, words, entry) for word in words if word not in named):
+            raise Held(f"{entry.id} is {told(entry)}", **facts_of(entry),
+                       hint=f"to ask: {asking(entry)}; if it is gone: --force")
+    kept, gone = [], []
+    for entry, sound in rows:
+        going = []
+        if sound in mine:
+            whole = every or sound.id in words
+            going = [glob for glob in entry["globs"] if whole or glob in words.values()]
+        left = [glob for glob in entry["globs"] if glob not in going] if going else []
+        if going:
+            gone.append({**entry, "globs": going})
+        if left:
+            kept.append({**entry, "globs": left})
+        elif not going and (sound is None or sound.live):
+            kept.append(entry)
+    return ({**doc, "entries": kept} if gone else doc), gone
+
+
+def _names(word: str, words: dict, entry: Booked) -> bool:
+    return word == entry.id or words[word] in entry.doc["globs"]
+
+
+# == 9. Wire ===========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -2240,7 +2456,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 9. HTTP ===========================================================
+# == 10. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -2895,7 +3111,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 10. Stores ========================================================
+# == 11. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -3742,7 +3958,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 11. S3 ============================================================
+# == 12. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -4411,7 +4627,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 12. S3 store ======================================================
+# == 13. S3 store ======================================================
 #
 # The interface of section 6 over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -4772,7 +4988,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 13. Probe =========================================================
+# == 14. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of section 6 alone.
@@ -4982,7 +5198,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 14. Settings ======================================================
+# == 15. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -5356,7 +5572,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 15. Local state ===================================================
+# == 16. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -5551,7 +5767,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 16. Command settings ==============================================
+# == 17. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -5763,7 +5979,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 17. Credentials ===================================================
+# == 18. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -6141,7 +6357,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 18. Ledger ========================================================
+# == 19. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -6491,6 +6707,12 @@ class Who:
         if kept is not None and resource not in self.lent:
             self.hold(resource, kept, ttl=0)
 
+    def forget(self, resource: str) -> None:
+        """Keep nothing about a resource whose name is never used again."""
+        self.held.pop(resource, None)
+        if self.state is not None:
+            self.state.drop(resource)
+
     def holds(self) -> dict:
         """{resource: {token, ttl, at}} of everything remembered."""
         return {**(self.state.holds() if self.state is not None else {}), **self.held}
@@ -6508,7 +6730,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 19. Leases ========================================================
+# == 20. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of section 3.
@@ -6728,7 +6950,7 @@ class Leases:
             raise
 
 
-# == 20. Hints =========================================================
+# == 21. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -6856,7 +7078,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 21. Step records ==================================================
+# == 22. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -7109,7 +7331,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 22. Frontier ======================================================
+# == 23. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -7177,7 +7399,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 23. Steps =========================================================
+# == 24. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of section 3 carried out on records.
 
@@ -7534,7 +7756,7 @@ class Steps:
             tries += 1
 
 
-# == 24. Tasks =========================================================
+# == 25. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -7858,7 +8080,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 25. Memory ========================================================
+# == 26. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -8061,7 +8283,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 26. Mail ==========================================================
+# == 27. Mail ==========================================================
 #
 # Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
 # after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
@@ -8332,7 +8554,7 @@ def event_uuid(leaf: str) -> str:
     return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
 
 
-# == 27. Artifacts =====================================================
+# == 28. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -9034,7 +9256,155 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 28. Project =======================================================
+# == 29. Reservations ==================================================
+#
+# The decisions of "Reservation records" carried out. Keys: CAS reservations.json
+
+
+class Reservations:
+    """Paths that agents announce they will change, as patterns. who: see Who.
+
+    Advice among agents that ask: nothing stops a program from writing a file. Patterns
+    and paths are relative to the top of the work tree.
+    """
+
+    def __init__(self, ledger: Ledger, who: Who) -> None:
+        self.ledger, self.who = ledger, who
+        self.me = Me(who.agent, who.instance)
+
+    def reserve(self, globs: list, *, shared: bool = False, reason: str = "",
+                ttl: int | None = None, wait: float = 0, op: str = "") -> dict:
+        """Reserve all of `globs`, or none; the entry {id, globs, token, …}.
+
+        The same again begins it anew. shared: overlaps with other shared ones are no
+        conflict. wait: seconds to wait for who is in the way. Raises Held, TimedOut,
+        Usage, Unknown. Keys: CAS reservations.json"""
+        kept = list(dict.fromkeys(normal(glob) for glob in globs))
+        if not 0 < len(kept) <= MAX_GLOBS:
+            raise Usage(f"{len(kept)} patterns: one reservation has 1 to {MAX_GLOBS}",
+                        hint="reserve a directory: src/")
+        if len(reason) > MAX_REASON:
+            raise Usage(f"the reason has {len(reason)} characters; {MAX_REASON} is the"
+                        " most", hint="send the rest as a message")
+        wish = {"globs": kept, "mode": MODES[shared], "ttl": checked_ttl(ttl),
+                "reason": reason}
+        return waiting(self.ledger, wait, lambda: self._reserve(wish, op))
+
+    def _reserve(self, wish: dict, op: str) -> dict:
+        known = self._known()
+
+        def decide(record: Record) -> dict:
+            return reserve(record.doc, wish, self.me, at=self.ledger.at(),
+                           now=self._now(record), known=known)
+        after = self._change(decide, op).after
+        found = like(self._rows(after), wish, self.me, known=known)
+        if found is None:
+            raise Fenced("the reservation was made, but had ended before its answer was"
+                         " settled", hint="reserve it again")
+        self.who.hold(self._resource(found.id), number(found.doc, "token"),
+                      ttl=number(found.doc, "ttl"))
+        return found.doc
+
+    def renew(self, name: str) -> dict:
+        """Push the end of my reservation `name` to now + its ttl; the entry.
+
+        Raises Fenced when it expired and another writer dropped it, Conflict when it
+        is not mine. Keys: CAS reservations.json"""
+        known = self._known()
+
+        def decide(record: Record) -> dict:
+            return renew_entry(record.doc, name, self.me, at=self.ledger.at(),
+                               now=self._now(record), known=known)
+        try:
+            after = self._change(decide).after
+            found = self._sound(after, name)
+            if found is None:  # it landed, and was dropped before that was known
+                decide(after)
+        except Fenced:
+            self.who.forget(self._resource(name))
+            raise
+        self.who.hold(self._resource(name), number(found, "token"),
+                      ttl=number(found, "ttl"))
+        return found
+
+    def unreserve(self, words: list = (), *, every: bool = False, force: bool = False,
+                  as_glob: object = normal, op: str = "") -> list:
+        """Give back what `words` (ids or globs) name: [the entries, with what went].
+
+        every: all that is mine. force: another's too, whose holder is gone. as_glob:
+        callable(word) -> the glob it stands for. Nothing there: []. Raises Held.
+        Keys: CAS reservations.json"""
+        names, known, gone = {word: as_glob(word) for word in words}, self._known(), []
+
+        def decide(record: Record) -> dict:
+            new, gone[:] = unreserve(record.doc, names, self.me, known=known,
+                                     now=self._now(record), every=every, force=force)
+            return new
+        after = self._change(decide, op).after
+        there = {entry.id for _, entry in self._rows(after) if entry is not None}
+        ended = known.keys() & (known if every else {*names, *(e["id"] for e in gone)})
+        for name in ended - there:
+            self.who.forget(self._resource(name))
+        return list(gone)
+
+    def list(self, *, by: str = "", path: str | None = None) -> list:
+        """The live entries, each with `expires_in_s` (None: never).
+
+        by: only of this agent. path: only those it is reserved by. One request."""
+        way = None if path is None else literal(path)
+        return [{**entry.doc, "expires_in_s": facts_of(entry)["expires_in_s"]}
+                for entry in self._live()
+                if by in ("", entry.doc["agent"])
+                and (way is None or entry.covers(way))]
+
+    def blocking(self, ways: dict, *, seconds: float | None = None) -> dict:
+        """{path: [Booked]} of the paths that other agents reserved, in either mode.
+
+        ways: {path: literal(path)}. Every instance of my agent counts as me: a hook
+        often runs without what tells instances apart. seconds: how long to retry. One
+        request."""
+        live = [e for e in self._live(seconds) if e.doc["agent"] != self.who.agent]
+        found = {path: [entry for entry in live if entry.covers(way)]
+                 for path, way in ways.items()}
+        return {path: entries for path, entries in found.items() if entries}
+
+    def _live(self, seconds: float | None = None) -> list:
+        self.ledger.restart(seconds)
+        rows = self._rows(self.ledger.read(RESERVATIONS))
+        return [entry for _, entry in rows if entry is not None and entry.live]
+
+    def _rows(self, record: Record) -> list:
+        """entries_of a record; says so when some are damaged."""
+        rows = entries_of(record.doc, self._now(record))
+        odd = sum(entry is None for _, entry in rows)
+        if odd:
+            self.ledger.warn(f"{RESERVATIONS}: {odd} damaged entries are ignored")
+        return rows
+
+    def _sound(self, record: Record, name: str) -> dict | None:
+        return next((entry.doc for _, entry in self._rows(record)
+                     if entry is not None and entry.id == name
+                     and is_mine(entry, self.me, self._known())), None)
+
+    def _now(self, record: Record) -> float:
+        """The time of the very answer that the record came in (protocol.md 6)."""
+        return self.ledger.now() if record.now is None else record.now
+
+    def _change(self, decide: object, op: str = "") -> Change:
+        # Everybody's operations pass through this one record: many must be remembered.
+        return self.ledger.change(RESERVATIONS, decide, keep=RECENT_OPS, op=op)
+
+    def _known(self) -> dict:
+        """{id: token} of the reservations in local state."""
+        return {name.partition("/")[2]: number(kept, "token")
+                for name, kept in self.who.holds().items()
+                if name.startswith("reservation/")}
+
+    def _resource(self, name: str) -> str:
+        return f"reservation/{name}"
+
+
+# == 30. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -9115,6 +9485,7 @@ class Project:
         self.mail = Mail(ledger, who, self.artifacts)
         self.steps = Steps(ledger, who, self._tell)
         self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
+        self.reservations = Reservations(ledger, who)
         self.renewers = {"step": self.steps.renew}  # how each kind of lease is renewed
 
     def _tell(self, agent: str, text: str, step: str) -> None:
@@ -9179,6 +9550,16 @@ class Project:
     def wait_for(self, steps: list, **how: object) -> list:
         """Steps.wait_for: until all (any_=True: one) are complete."""
         return self.steps.wait_for(steps, **how)
+
+    # -- reservations
+
+    def reserve(self, globs: list, **how: object) -> dict:
+        """Reservations.reserve: announce that I will change what these match."""
+        return self.reservations.reserve(globs, **how)
+
+    def unreserve(self, words: list = (), **how: object) -> list:
+        """Reservations.unreserve: give globs or ids back; every=True: all of mine."""
+        return self.reservations.unreserve(words, **how)
 
     # -- mail and presence
 
@@ -9356,7 +9737,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 29. Context =======================================================
+# == 31. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -9507,7 +9888,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 30. Views =========================================================
+# == 32. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -9853,7 +10234,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 31. Timeline ======================================================
+# == 33. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -10120,7 +10501,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 32. Housekeeping ==================================================
+# == 34. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -10364,7 +10745,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 33. Archive =======================================================
+# == 35. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -10761,7 +11142,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 34. Doctor ========================================================
+# == 36. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -11077,7 +11458,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 35. Trials ========================================================
+# == 37. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -11591,7 +11972,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 36. Drill =========================================================
+# == 38. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -11813,7 +12194,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 37. Bench =========================================================
+# == 39. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -12199,7 +12580,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 38. Rows ==========================================================
+# == 40. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -12422,7 +12803,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 39. Commands under a lease ========================================
+# == 41. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -12619,7 +13000,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 40. Step commands =================================================
+# == 42. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -12913,7 +13294,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 41. Task commands =================================================
+# == 43. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -13075,7 +13456,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 42. Commands of memory, mail and files ============================
+# == 44. Commands of memory, mail and files ============================
 #
 # As section 25: rows and words, no rules.
 
@@ -13365,7 +13746,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 43. Commands of presence, views and set-up ========================
+# == 45. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -13836,7 +14217,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 44. House commands ================================================
+# == 46. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -14013,7 +14394,7 @@ def opened_archive(path: str) -> object:
     return file
 
 
-# == 45. Command line ==================================================
+# == 47. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
