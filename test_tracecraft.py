@@ -10209,6 +10209,17 @@ def test_listing_is_by_agent_and_by_path(ada, bob):
         assert [e["id"] for e in ada.reservations.list(**how)] == ids
 
 
+def test_checkin_renews_reservations_and_says_which_were_lost(ada, bob, bucket):
+    ada.reserve(["a"], ttl=60)
+    ada.reserve(["b"])
+    pass_time(bucket, 100)
+    bob.reserve(["c"])
+    seen = ada.checkin()
+    assert seen["renewed"] == ["reservation r2"]
+    assert seen["lost"] == ["reservation r1"]
+    assert ada.checkin()["lost"] == []
+
+
 def test_a_lost_answer_is_settled_by_the_operation(ada, bob, bucket):
     ada.store.fault("drop")
     ada.store.fault("dead", "GET", BOOK)

@@ -9487,6 +9487,7 @@ class Project:
         self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
         self.reservations = Reservations(ledger, who)
         self.renewers = {"step": self.steps.renew}  # how each kind of lease is renewed
+        self.renewers["reservation"] = self.reservations.renew
 
     def _tell(self, agent: str, text: str, step: str) -> None:
         """A notice beside an act that already succeeded: its failure is a warning."""
