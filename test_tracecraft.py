@@ -10448,6 +10448,322 @@ def test_a_decision_that_lets_two_have_one_path_is_caught(broken, monkeypatch):
     assert any(race_for_paths(seed, faults=0) for seed in range(20))
 
 
+# -- commands, and what guard makes of real git repositories -----------
+
+
+NOBODY_THERE = "s3://bucket/p?endpoint=http://127.0.0.1:9"
+
+
+class Tree:
+    """A git repository with a commit, in which ada works and bob has reserved."""
+
+    def __init__(self, shell):
+        self.shell, self.top = shell, shell.cwd
+        self.git("init", "-q", "-b", "main")
+        for name, value in (("user.name", "ada"), ("user.email", "a@example.com"),
+                            ("protocol.file.allow", "always")):
+            self.git("config", "--global", name, value)
+        shell.ok("whoami")
+
+    def git(self, *words, cwd=None, **more):
+        done = subprocess.run(["git", *words], cwd=cwd or self.top, env=self.shell.env(
+            more), stdin=subprocess.DEVNULL, capture_output=True, timeout=SLOW)
+        return done.returncode, (done.stdout + done.stderr).decode()
+
+    def write(self, path, text="x\n", top=None):
+        full = os.path.join(top or self.top, path)
+        os.makedirs(os.path.dirname(full), exist_ok=True)
+        with open(full, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def commit(self, path, text="x\n", why="c"):
+        self.write(path, text)
+        self.git("add", "-A")
+        code, said = self.git("commit", "-q", "-m", why)
+        assert code == 0, said
+
+    def reserve(self, *globs, by="bob", **more):
+        return self.shell.ok("reserve", *globs, TRACECRAFT_AGENT=by, **more)
+
+    def refused(self, *words, **more):
+        """The paths that guard refuses."""
+        done = self.shell.run("-q", "--json", "guard", *(words or ("--staged",)), **more)
+        assert done.returncode in (0, 3), done.err
+        if done.returncode == 0:
+            assert json.loads(done.out)["refused"] == []
+            return []
+        assert done.out == ""
+        return sorted({row["path"] for row in json.loads(done.err)["error"]["refused"]})
+
+
+@pytest.fixture
+def tree(tmp_path):
+    if not shutil.which("git"):
+        pytest.skip("no git here")
+    return Tree(Shell(tmp_path))
+
+
+@pytest.fixture
+def worked(tree):
+    """The same with a commit of src/a.py and docs/a.md in it."""
+    tree.write("docs/a.md")
+    tree.commit("src/a.py")
+    return tree
+
+
+def test_reserving_and_giving_back_on_the_command_line(sh):
+    said = sh.ok("reserve", "src/", "**/*.py", "--reason", "new\x1b[2J", "--ttl", "60")
+    assert said == "Reserved src/**, **/*.py as ada (r1, exclusive, for 60s)\n"
+    why = sh.refused(3, "reserve", "src/a.c", TRACECRAFT_AGENT="bob")
+    assert "src/a.c overlaps src/**, reserved by ada (r1, exclusive, " in why
+    assert "\x1b" not in why and 'tracecraft send ada "please release r1"' in why
+    assert "by ada, " in sh.ok("reservations")
+    assert sh.json("reservations", "--path", "a.py")["items"][0]["token"] == 1
+    assert sh.json("reservations", "--by", "bob")["items"] == []
+    assert sh.ok("unreserve", "src/") == "Unreserved src/** (r1)\n"
+    assert sh.ok("unreserve", "r1") == "Unreserved **/*.py (r1)\n"
+    assert sh.ok("unreserve", "--all") == "Nothing of yours is reserved there.\n"
+    assert sh.ok("reservations") == "Nothing is reserved.\n"
+
+
+@pytest.mark.parametrize("words", [
+    ["reserve", "/etc/"], ["reserve", "../x"], ["reserve", "a", "--ttl", "-1"],
+    ["reserve"], ["unreserve"], ["unreserve", "a", "--all"],
+    ["unreserve", "--all", "--force"], ["guard"], ["guard", "a", "--staged"],
+    ["guard", ""], ["guard", "--staged"], ["reservations", "--path", "/etc/x"]])
+def test_a_reservation_command_that_cannot_be_is_usage(sh, words):
+    why = sh.refused(2, *words)
+    assert why.startswith("Error: ") and len(why.splitlines()) == 2
+    assert "reservations.json" not in str(list(sh.objects()))
+
+
+def test_the_same_operation_settles_a_reservation(sh):
+    assert sh.json("reserve", "a", "--op", "o1")["id"] == "r1"
+    assert sh.json("reserve", "a", "--op", "o1@1")["token"] == 1
+    assert "reservations.json" in str(list(sh.objects()))
+    assert [e["id"] for e in sh.json("unreserve", "a", "--op", "o2")["items"]] == ["r1"]
+
+
+def test_a_path_is_called_from_the_top_wherever_it_is_given(worked):
+    sh = worked.shell
+    worked.write("app/[id]/page.tsx")
+    sh.cwd = os.path.join(worked.top, "src")
+    for given, kept in (("a.py", "src/a.py"), ("../docs", "docs/**"), (".", "src/**"),
+                        ("*.py", "src/*.py"), ("../docs/*.x", "docs/*.x"),
+                        ("./new/", "src/new/**"), (worked.top, "**"),
+                        (f"{worked.top}/lib/*", "lib/*"),
+                        ("../app/[id]/page.tsx", "app/[[]id]/page.tsx"),
+                        ("../app/[ab]/*", "app/[ab]/*")):
+        assert sh.json("reserve", given)["globs"] == [kept]
+        assert sh.json("unreserve", given)["items"][0]["globs"] == [kept]
+
+
+def test_guard_refuses_what_another_reserved_and_says_how_to_ask(worked):
+    worked.reserve("src/", "--reason", "new routes")
+    why = worked.shell.refused(3, "guard", "src/a.py", "docs/a.md")
+    assert "src/a.py: reserved by bob (r1, exclusive, " in why
+    assert "s left): new routes\n" in why and "docs" not in why
+    assert 'to ask: tracecraft send bob "please release r1"\n' in why
+    said = worked.shell.ok("guard", "docs/a.md", TRACECRAFT_AGENT="eve")
+    assert said == "Not reserved by others: docs/a.md\n"
+
+
+def test_one_s_own_reservation_and_what_is_outside_pass(worked, tmp_path):
+    worked.reserve("src/**", by="ada")
+    assert worked.refused("src/a.py", TRACECRAFT_INSTANCE="another") == []
+    worked.reserve("docs/**")
+    assert worked.refused(str(tmp_path / "elsewhere"), "../x", "/etc/passwd") == []
+    assert worked.refused(f"{worked.top}/docs/a.md", "docs") == ["docs", "docs/a.md"]
+
+
+def test_guard_follows_links_of_directories_but_not_of_files(worked):
+    os.symlink("docs", os.path.join(worked.top, "manual"))
+    os.symlink("docs/a.md", os.path.join(worked.top, "link"))
+    worked.reserve("docs/**")
+    assert worked.refused("manual/a.md", "manual", "link") == ["docs/a.md"]
+
+
+def test_outside_of_git_paths_begin_where_the_store_lies(sh):
+    os.makedirs(os.path.join(sh.cwd, "src"))
+    sh.ok("reserve", "src/", TRACECRAFT_AGENT="bob")
+    sh.cwd = os.path.join(sh.cwd, "src")
+    assert "src/x: reserved by bob" in sh.refused(3, "guard", "x")
+
+
+def test_guard_reads_what_is_staged_before_the_first_commit(tree):
+    names = ["with space", "ä/ö", "new\nline", "-dash", "tab\t", 'q"uote', "free"]
+    for name in names:
+        tree.write(name)
+    tree.git("add", "-A")
+    tree.reserve("[!f]*", "ä/")
+    assert tree.refused() == sorted(set(names) - {"free"})
+
+
+def test_guard_counts_both_names_of_a_rename_and_a_deletion(worked):
+    worked.git("mv", "src/a.py", "src/b.py")
+    worked.git("rm", "-q", "docs/a.md")
+    worked.git("config", "diff.renames", "copies")
+    for glob, path in (("src/a.py", "src/a.py"), ("src/b.py", "src/b.py"),
+                       ("docs/", "docs/a.md")):
+        worked.reserve(glob)
+        assert worked.refused() == [path]
+        worked.shell.ok("unreserve", "--all", TRACECRAFT_AGENT="bob")
+
+
+def test_guard_judges_what_is_staged_not_what_lies_about(worked):
+    worked.reserve("src/")
+    worked.write("src/a.py", "changed\n")
+    worked.write("src/untracked")
+    assert worked.refused() == []
+    worked.git("add", "src/a.py")
+    assert worked.refused() == ["src/a.py"]
+
+
+def test_guard_names_staged_paths_from_the_top_in_any_directory(worked):
+    worked.reserve("src/", "docs/")
+    worked.git("config", "diff.relative", "true")
+    worked.write("src/a.py", "changed\n")
+    worked.write("docs/a.md", "changed\n")
+    worked.git("add", "-A")
+    worked.shell.cwd = os.path.join(worked.top, "src")
+    assert worked.refused() == ["docs/a.md", "src/a.py"]
+
+
+def test_guard_works_in_a_linked_work_tree(worked, tmp_path):
+    other = str(tmp_path / "other")
+    worked.git("worktree", "add", "-q", other)
+    worked.reserve("src/")
+    worked.write("src/a.py", "changed\n", top=other)
+    worked.git("add", "-A", cwd=other)
+    assert worked.refused() == []
+    worked.shell.cwd = other
+    assert worked.refused() == worked.refused("src/a.py") == ["src/a.py"]
+
+
+def test_a_submodule_stands_for_all_that_is_in_it(worked, tmp_path):
+    sub = str(tmp_path / "library")
+    os.makedirs(sub)
+    worked.git("init", "-q", cwd=sub)
+    worked.git("commit", "-q", "--allow-empty", "-m", "x", cwd=sub)
+    code, said = worked.git("submodule", "add", "-q", sub, "lib")
+    assert code == 0, said
+    worked.git("config", "-f", ".gitmodules", "submodule.lib.ignore", "all")
+    worked.reserve("lib/x.c")
+    assert worked.refused() == ["lib"]
+
+
+def diverged(tree, theirs, ours):
+    """Two branches, each with its version of some files; main is checked out."""
+    tree.git("checkout", "-q", "-b", "side")
+    for path, text in theirs.items():
+        tree.write(path, text)
+    tree.git("add", "-A")
+    tree.git("commit", "-q", "-m", "theirs")
+    tree.git("checkout", "-q", "main")
+    for path, text in ours.items():
+        tree.write(path, text)
+    tree.git("add", "-A")
+    tree.git("commit", "-q", "-m", "ours")
+
+
+def test_in_a_merge_only_what_differs_from_every_parent_counts(worked):
+    """What bob committed in his files is merged, what the merge itself changes is not.
+    """
+    diverged(worked, {"src/a.py": "theirs\n", "src/new": "theirs\n"},
+             {"src/a.py": "ours\n"})
+    code, said = worked.git("merge", "side")
+    assert code == 1 and "CONFLICT" in said
+    worked.write("src/a.py", "both\n")
+    worked.git("add", "-A")
+    worked.reserve("src/new")
+    assert worked.refused() == []
+    worked.reserve("src/a.py")
+    assert worked.refused() == ["src/a.py"]
+    worked.write("src/new", "sneaked in\n")
+    worked.git("add", "-A")
+    assert worked.refused() == ["src/a.py", "src/new"]
+    worked.git("checkout", "side", "--", "src/a.py", "src/new")
+    assert worked.refused() == []
+
+
+def hook(tree, name="pre-commit"):
+    """The hook of the README, for ada."""
+    path = os.path.join(tree.top, ".git", "hooks", name)
+    tree.write(f".git/hooks/{name}", "#!/bin/sh\nexec " + " ".join(
+        shlex.quote(word) for word in RUN) + " guard --staged\n")
+    os.chmod(path, 0o755)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the hook is a shell script")
+def test_a_commit_hook_lets_pass_what_is_free_and_stops_what_is_not(worked):
+    hook(worked)
+    worked.reserve("src/")
+    worked.write("src/a.py", "changed\n")
+    worked.write("docs/a.md", "changed\n")
+    worked.git("add", "-A")
+    code, said = worked.git("commit", "-q", "-m", "all")
+    assert code == 1 and "src/a.py: reserved by bob" in said
+    # Only part of the index: git hands the hook an index of its own for that.
+    assert worked.git("commit", "-q", "-m", "docs", "docs/a.md") == (0, "")
+    assert worked.git("commit", "-q", "-m", "src", "src/a.py")[0] == 1
+    worked.shell.ok("unreserve", "--all", TRACECRAFT_AGENT="bob")
+    assert worked.git("commit", "-q", "-m", "src") == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the hook is a shell script")
+def test_a_merge_hook_lets_pass_what_others_have_committed(worked):
+    """It runs before git has written MERGE_HEAD."""
+    diverged(worked, {"src/new": "theirs\n"}, {"docs/a.md": "ours\n"})
+    hook(worked, "pre-merge-commit")
+    worked.reserve("src/")
+    code, said = worked.git("merge", "-q", "side", "-m", "merged")
+    assert code == 0, said
+    assert worked.git("rev-list", "--count", "--merges", "HEAD") == (0, "1\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the hook is a shell script")
+def test_a_merge_hook_stops_what_the_merge_itself_changes(worked):
+    lines = [f"{n}\n" for n in range(20)]
+    worked.commit("src/both", "".join(lines))
+    diverged(worked, {"src/both": "".join(["theirs\n", *lines[1:]])},
+             {"src/both": "".join([*lines[:-1], "ours\n"])})
+    hook(worked, "pre-merge-commit")
+    worked.reserve("src/")
+    code, said = worked.git("merge", "-q", "side", "-m", "merged")
+    assert code != 0 and "src/both: reserved by bob" in said
+
+
+def test_guard_fails_open_when_the_store_is_unreachable_unless_strict(worked):
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
+            "TRACECRAFT_STORE": NOBODY_THERE}
+    begun = time.monotonic()
+    done = worked.shell.run("guard", "src/a.py", **keys)
+    assert time.monotonic() - begun < 10
+    assert (done.returncode, done.out) == (0, "")
+    assert "reservations were not checked" in done.err and "--strict" in done.err
+    done = worked.shell.run("--json", "guard", "src/a.py", **keys)
+    assert json.loads(done.out)["checked"] is False
+    worked.shell.refused(7, "guard", "src/a.py", "--strict", "--deadline", "0.5", **keys)
+
+
+def test_guard_does_not_fail_open_on_a_damaged_document(worked):
+    worked.reserve("src/")
+    [path] = [p for p in worked.shell.objects() if p.endswith(BOOK)]
+    pathlib.Path(path).write_text("{")
+    assert BOOK in worked.shell.refused(8, "guard", "src/a.py")
+
+
+def test_guard_asks_the_store_once_whatever_the_number_of_paths(worked):
+    """And not at all when nothing is staged."""
+    with S3Server() as server:
+        keys = {**server.env(), "TRACECRAFT_STORE": "s3://bucket/p"}
+        worked.shell.ok("heartbeat", **keys)
+        for words, times in ((["a", "b", "c"], 1), (["--staged"], 0)):
+            said = worked.shell.run("-v", "guard", *words, **keys).err
+            assert len(re.findall(r"reservations\.json", said)) == times, said
+            assert len(said.splitlines()) == times, said
+
+
 def test_a_thousand_paths_are_judged_in_no_time(ada, bob):
     for n in range(60):
         ada.reserve([f"pkg{n}/**/*.py", f"lib/{{a,b}}{n}*/[a-f]*"])

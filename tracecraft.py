@@ -46,8 +46,8 @@ Contents (grep -n '^# == ' prints them with line numbers):
   37 Trials                  38 Drill                   39 Bench
   40 Rows                    41 Commands under a lease  42 Step commands
   43 Task commands           44 Commands of memory, mail and files
-  45 Commands of presence, views and set-up  46 House commands
-  47 Command line
+  45 Reservation commands    46 Commands of presence, views and set-up
+  47 House commands          48 Command line
 """
 
 from __future__ import annotations
@@ -5920,7 +5920,7 @@ def _choose_numbers(found: Settings, flags: dict) -> None:
 def _choose_identity(found: Settings, flags: dict) -> None:
     """Set agent, instance and state (protocol 1, Who I am)."""
     environ, parts = found.environ, found.store
-    fallback, worktree = _home_of_state(found)
+    fallback, worktree = home_of_state(found)
     root = found.state_root = state_root(environ, fallback)
     named = flags.get("instance") or environ.get("TRACECRAFT_INSTANCE") or ""
     session = named or next((environ[n] for n in SESSION_NAMES if environ.get(n)), "")
@@ -5948,7 +5948,7 @@ def _instance(state: State | None) -> str:
     return str(state.settle("instance", made)) if state else made
 
 
-def _home_of_state(found: Settings) -> tuple:
+def home_of_state(found: Settings) -> tuple:
     """(where state may go beside the config, the work tree state belongs to).
 
     Outside git the directory of the config stands for the work tree, never the current
@@ -13747,7 +13747,239 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 45. Commands of presence, views and set-up ========================
+# == 45. Reservation commands ==========================================
+#
+# Rows and words over Reservations; and what a path is here: given relative to the
+# current directory or absolute, kept relative to the top of the work tree.
+
+GUARD_PATIENCE = 3  # seconds guard may retry: it stands before every edit and commit
+
+
+def top_of(settings: Settings) -> str:
+    """The top of the work tree; outside git where the config or the store lies."""
+    return home_of_state(settings)[1] or os.path.realpath(settings.cwd)
+
+
+def tree_path(path: str, settings: Settings) -> str | None:
+    """A path as it is called from the top of the work tree; None when it is outside.
+
+    Directories are followed through links, the last name is not: a link is a file.
+    """
+    top, full = top_of(settings), os.path.join(settings.cwd, path)
+    folder, name = os.path.split(full.rstrip("/" + os.sep) or full)
+    full = os.path.realpath(full) if name in ("", ".", "..") else \
+        os.path.join(os.path.realpath(folder), name)
+    if full == top:
+        return ""
+    lead = os.path.join(top, "")
+    return full[len(lead):].replace(os.sep, "/") if full.startswith(lead) else None
+
+
+def tree_glob(glob: str, settings: Settings) -> str:
+    """A pattern as it is stored. Usage when it is none or leads out of the work tree.
+
+    What names something that is there stands for that, a directory for all below it:
+    a shell spells its own patterns out, and app/[id] may be a directory.
+    """
+    inside = tree_path(glob, settings) if glob else None
+    if inside is not None and os.path.lexists(os.path.join(settings.cwd, glob)):
+        below = "/" if inside and is_folder(inside, settings) else ""
+        return normal(only(inside or ".") + below)
+    top, here = os.path.join(top_of(settings), ""), tree_path(".", settings) or ""
+    if glob.startswith(top):
+        return normal(glob[len(top):])
+    while here and (glob == ".." or glob.startswith(("../", "./"))):
+        first, _, glob = glob.partition("/")
+        here = here.rpartition("/")[0] if first == ".." else here
+    return normal(f"{only(here)}/{glob}" if here and glob[:1] != "/" else glob)
+
+
+def is_folder(path: str, settings: Settings) -> bool:
+    """Whether this path of the work tree is a directory and no link to one."""
+    full = os.path.join(top_of(settings), path)
+    return os.path.isdir(full) and not os.path.islink(full)
+
+
+@command(
+    "reserve", "announce that I will change these paths",
+    arg("globs", nargs="+", metavar="glob", help="src/api/, 'src/**/*.py', a file"),
+    arg("--shared", action="store_true", help="others may share it, none own it"),
+    arg("--reason", default="", metavar="TEXT", help="shown to whoever is refused"),
+    arg("--ttl", type=int, metavar="SECONDS", help="how long (1800); 0: never ends"),
+    arg("--wait", type=finite, default=0, metavar="SECONDS", help="while it is held"),
+    examples=('reserve src/api/ --reason "new routes"',
+              "reserve '**/*.lock' --shared --ttl 600"),
+    exits="0 2 3 4 6 7 9 10", op=True)
+def cmd_reserve(project: object, options: object) -> None:
+    ttl = project.settings.ttl if options.ttl is None else options.ttl
+    entry = project.reserve(
+        [tree_glob(glob, project.settings) for glob in options.globs], ttl=ttl,
+        shared=options.shared, reason=options.reason, wait=options.wait, op=options.op)
+    how = "for ever" if not entry["ttl"] else f"for {entry['ttl']}s"
+    answer(options, f"Reserved {globs_text(entry)} as {project.agent} ({entry['id']},"
+           f" {entry['mode']}, {how})", entry)
+
+
+def globs_text(entry: dict) -> str:
+    """The globs of an entry in a few words."""
+    globs = entry["globs"]
+    more = f" +{len(globs) - 3} more" if globs[3:] else ""
+    return ", ".join(short(glob) for glob in globs[:3]) + more
+
+
+@command(
+    "reservations", "who has reserved which paths",
+    arg("--by", metavar="AGENT", default="", help="only these"),
+    arg("--path", metavar="PATH", help="only those this path is reserved by"),
+    LIMIT_ARG, examples=("reservations", "reservations --path src/api/app.py --json"),
+    exits="0 7 8")
+def cmd_reservations(project: object, options: object) -> None:
+    path = options.path
+    if path is not None:
+        path = tree_path(path, project.settings)
+        if path is None:
+            raise Usage(f"{shown(options.path)} is outside of the work tree",
+                        hint="name a path below its top")
+    rows = project.reservations.list(by=options.by, path=path)
+    answer_list(options, rows, [reservation_line(row) for row in rows],
+                empty="Nothing is reserved.")
+
+
+def reservation_line(entry: dict) -> str:
+    """An entry on one line."""
+    left = entry["expires_in_s"]
+    ends = "never expires" if left is None else f"{left}s left"
+    reason = f": {short(entry['reason'])}" if entry.get("reason") else ""
+    return f"{entry['id']:<5} {globs_text(entry)} ({entry['mode']}) by" \
+           f" {entry['agent']}, {ends}{reason}"
+
+
+@command(
+    "unreserve", "give reserved paths back",
+    arg("names", nargs="*", metavar="glob-or-id", help="as reserved, or r7"),
+    arg("--all", action="store_true", help="everything I reserved"),
+    arg("--force", action="store_true", help="another's too, whose holder is gone"),
+    examples=("unreserve src/api/", "unreserve --all"), exits="0 2 3 7 9", op=True)
+def cmd_unreserve(project: object, options: object) -> None:
+    if bool(options.names) == options.all or (options.all and options.force):
+        raise Usage("say what: globs, ids, or --all (of mine, without --force)",
+                    hint="reservations lists them")
+    gone = project.unreserve(
+        options.names, every=options.all, force=options.force, op=options.op,
+        as_glob=lambda word: tree_glob(word, project.settings))
+    lines = [f"Unreserved {globs_text(entry)} ({entry['id']})" for entry in gone]
+    answer(options, "\n".join(lines) or "Nothing of yours is reserved there.",
+           {"items": gone, "truncated": False, "cursor": None})
+
+
+@command(
+    "guard", "refuse paths that another agent reserved",
+    arg("paths", nargs="*", metavar="path", help="about to be changed"),
+    arg("--staged", action="store_true", help="what git is about to commit"),
+    arg("--strict", action="store_true", help="refuse when the store is unreachable"),
+    examples=("guard src/api/app.py", "guard --staged"), exits="0 2 3 7 8")
+def cmd_guard(project: object, options: object) -> None:
+    if bool(options.paths) == options.staged or "" in options.paths:
+        raise Usage("name paths, or --staged", hint="tracecraft guard --help")
+    settings = project.settings
+    paths = staged_paths() if options.staged else [
+        path for path in (tree_path(p, settings) for p in options.paths)
+        if path is not None]
+    ways = {path: literal(path, below=is_folder(path, settings)) for path in paths}
+    seconds = None if options.strict else min(GUARD_PATIENCE, settings.deadline)
+    checked = bool(ways)
+    try:
+        found = project.reservations.blocking(ways, seconds=seconds) if ways else {}
+    except Unavailable as why:
+        if options.strict:
+            raise
+        remark(options, f"warning: reservations were not checked ({why.message});"
+               " --strict refuses then")
+        found, checked = {}, False
+    if found:
+        raise guarded(found)
+    free = "" if options.staged or not checked else "Not reserved by others: " + \
+        ", ".join(short(path or ".") for path in paths)
+    if free or options.as_json:
+        answer(options, free, {"checked": checked, "paths": paths, "refused": []})
+
+
+def guarded(found: dict) -> Held:
+    """The refusal of {path: [Booked]}: a line for each path, a command for each entry.
+    """
+    lines = [f"{short(path or '.')}: {told(entries[0])}"
+             for path, entries in found.items()]
+    more = [f"+{len(lines) - LINES} more"] if lines[LINES:] else []
+    ask = list(dict.fromkeys(asking(e) for entries in found.values() for e in entries))
+    return Held("\n  ".join([f"{len(lines)} path(s) reserved by others",
+                             *lines[:LINES], *more]),
+                hint="\n  ".join(f"to ask: {line}" for line in ask[:LINES]),
+                refused=[{"path": path, **facts_of(entry)}
+                         for path, entries in found.items() for entry in entries])
+
+
+# -- what git is about to commit
+
+
+def staged_paths() -> list:
+    """Paths from the top that the commit being made changes, both names of a rename.
+
+    In a merge only those that differ from every parent: what is as one of them was
+    committed there already, by whoever might, and is not changed by merging it.
+    """
+    found = staged_against()
+    for parent in merge_parents():
+        other = set(staged_against(parent))
+        found = [path for path in found if path in other]
+    return found
+
+
+def staged_against(*commit: str) -> list:
+    """Paths whose staged state is not that of `commit`; HEAD, or nothing, by default.
+
+    No renames: then the old name counts as deleted, the new one as added.
+    """
+    said = git_says("-c", "diff.relative=false", "diff", "--cached", "--name-only",
+                    "-z", "--no-renames", "--no-ext-diff", "--ignore-submodules=none",
+                    *commit, "--")
+    return list(dict.fromkeys(path for path in said.split("\0") if path))
+
+
+def merge_parents() -> list:
+    """What is being merged into HEAD; [] outside of a merge.
+
+    A hook that runs before git has written MERGE_HEAD (pre-merge-commit) has it in the
+    environment, as GITHEAD_<commit>.
+    """
+    path = git_says("rev-parse", "--git-path", "MERGE_HEAD").rstrip("\n")
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().split()
+    except OSError:
+        return [name[len("GITHEAD_"):] for name in os.environ
+                if name.startswith("GITHEAD_")]
+
+
+def git_says(*words: str) -> str:
+    """What a git command prints, bytes that are not UTF-8 kept. Usage if it fails.
+
+    It gets our environment: a hook's tells which index is about to be committed.
+    """
+    import subprocess
+    try:
+        done = subprocess.run(["git", *words], timeout=60, check=False,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
+    except (OSError, subprocess.SubprocessError) as why:
+        raise Usage(f"git cannot be asked: {short(why)}", hint="name paths") from why
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
+        raise Usage(f"git cannot say what is staged: {short(said)}",
+                    hint="run it in a git work tree, or name paths")
+    return os.fsdecode(done.stdout)
+
+
+# == 46. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -14218,7 +14450,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 46. House commands ================================================
+# == 47. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -14395,7 +14627,7 @@ def opened_archive(path: str) -> object:
     return file
 
 
-# == 47. Command line ==================================================
+# == 48. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -14413,6 +14645,7 @@ GROUPS = (
                 cmd_memory_delete, cmd_memory_incr, cmd_memory_append,
                 cmd_memory_merge, cmd_memory_watch)),
     ("mail", (cmd_send, cmd_inbox, cmd_ack)),
+    ("reservations", (cmd_reserve, cmd_reservations, cmd_unreserve, cmd_guard)),
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify)),
     ("house", (cmd_timeline, cmd_watch, cmd_gc, cmd_export, cmd_import)),
@@ -14431,6 +14664,7 @@ TOP_HELP = (
     ("memory", "set / get / list / history / delete / incr / append / merge / watch"),
     ("send", "message an agent, or _broadcast"),
     ("inbox", "read messages; --new once each      (ack)"),
+    ("reserve", "files, by pattern       (reservations, unreserve, guard)"),
     ("artifact", "upload / download / list / show / verify"),
     ("timeline", "what happened; watch: what happens  (gc, export, import)"),
     ("doctor", "check store and objects; --fix      (config)"),
