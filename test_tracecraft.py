@@ -10016,6 +10016,11 @@ def test_globs_that_share_no_path_are_reserved_side_by_side(ada, bob):
     assert bob.reserve(["src/*/a.py", "docs/"])["globs"] == ["src/*/a.py", "docs/**"]
 
 
+def test_one_glob_may_be_given_as_a_text(ada):
+    assert ada.reserve("src/")["globs"] == ["src/**"]
+    assert ada.unreserve("src/")[0]["id"] == "r1"
+
+
 def test_one_s_own_reservations_never_conflict(ada, bucket):
     ada.reserve(["src/**"])
     ada.reserve(["src/a"])

@@ -9276,9 +9276,10 @@ class Reservations:
                 ttl: int | None = None, wait: float = 0, op: str = "") -> dict:
         """Reserve all of `globs`, or none; the entry {id, globs, token, …}.
 
-        The same again begins it anew. shared: overlaps with other shared ones are no
-        conflict. wait: seconds to wait for who is in the way. Raises Held, TimedOut,
-        Usage, Unknown. Keys: CAS reservations.json"""
+        globs: a list, or one as a text. The same again begins it anew. shared: overlaps
+        with other shared ones are no conflict. wait: seconds to wait for who is in the
+        way. Raises Held, TimedOut, Usage, Unknown. Keys: CAS reservations.json"""
+        globs = [globs] if isinstance(globs, str) else globs
         kept = list(dict.fromkeys(normal(glob) for glob in globs))
         if not 0 < len(kept) <= MAX_GLOBS:
             raise Usage(f"{len(kept)} patterns: one reservation has 1 to {MAX_GLOBS}",
@@ -9334,6 +9335,7 @@ class Reservations:
         every: all that is mine. force: another's too, whose holder is gone. as_glob:
         callable(word) -> the glob it stands for. Nothing there: []. Raises Held.
         Keys: CAS reservations.json"""
+        words = [words] if isinstance(words, str) else words
         names, known, gone = {word: as_glob(word) for word in words}, self._known(), []
 
         def decide(record: Record) -> dict:
