@@ -12468,7 +12468,7 @@ def steps_worker(project: Project, job: dict) -> int:
     import threading
     samples, last = [], [0.0]
 
-    def live(number_of: int) -> None:
+    def take_turns(number_of: int) -> None:
         name = f"{job['agent']}-{number_of}"
         with connect(project.store.url, agent=name) as mine:
             left = job["claims"] or -1
@@ -12484,7 +12484,8 @@ def steps_worker(project: Project, job: dict) -> int:
 
     tell("ready")
     sys.stdin.readline()
-    threads = [threading.Thread(target=live, args=(at,)) for at in range(job["threads"])]
+    threads = [threading.Thread(target=take_turns, args=(at,))
+               for at in range(job["threads"])]
     for thread in threads:
         thread.start()
     for thread in threads:
