@@ -9339,11 +9339,12 @@ def test_a_marker_s_name_says_what_it_stands_for(key, parts):
 
 def test_only_lapsed_reservations_are_dropped_and_odd_entries_stay():
     def entry(**fields):
-        return {"ttl": 60, "renewed_at": tracecraft.iso(1000), **fields}
+        return {"id": "r1", "agent": "a", "mode": "shared", "globs": ["x"], "ttl": 60,
+                "renewed_at": tracecraft.iso(1000), **fields}
     doc = {"entries": [entry(), entry(ttl=0), entry(ttl=600), "odd", {"ttl": 5},
                        entry(renewed_at="?")], "rev": 3}
-    assert t.unexpired(doc, 1065) is doc  # not before the grace is over
-    left = t.unexpired(doc, 1066)
+    assert t.unexpired(doc, 1064) is doc  # not before the grace is over
+    left = t.unexpired(doc, 1065)
     assert left == {**doc, "entries": doc["entries"][1:]}
     assert t.unexpired({"entries": 5}, 1e9) == {"entries": 5}
 

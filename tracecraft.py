@@ -32,22 +32,23 @@ tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
-  4 Plans                    5 Patterns                 6 Events
-  7 Leftovers                8 Reservation records      9 Wire
-  10 HTTP                    11 Stores                  12 S3
-  13 S3 store                14 Probe                   15 Settings
-  16 Local state             17 Command settings        18 Credentials
-  19 Ledger                  20 Leases                  21 Hints
-  22 Step records            23 Frontier                24 Steps
-  25 Tasks                   26 Memory                  27 Mail
-  28 Artifacts               29 Reservations            30 Project
-  31 Context                 32 Views                   33 Timeline
-  34 Housekeeping            35 Archive                 36 Doctor
-  37 Trials                  38 Drill                   39 Bench
-  40 Rows                    41 Commands under a lease  42 Step commands
-  43 Task commands           44 Commands of memory, mail and files
-  45 Reservation commands    46 Commands of presence, views and set-up
-  47 House commands          48 Command line
+  4 Messages                 5 Plans                    6 Patterns
+  7 Events                   8 Leftovers                9 Reservation records
+  10 Wire                    11 HTTP                    12 Stores
+  13 S3                      14 S3 store                15 Probe
+  16 Settings                17 Local state             18 Command settings
+  19 Credentials             20 Ledger                  21 Leases
+  22 Hints                   23 Step records            24 Frontier
+  25 Steps                   26 Tasks                   27 Memory
+  28 Mailboxes               29 Mail                    30 Channels and threads
+  31 Artifacts               32 Reservations            33 Project
+  34 Context                 35 Views                   36 Timeline
+  37 Housekeeping            38 Archive                 39 Doctor
+  40 Trials                  41 Drill                   42 Bench
+  43 Rows                    44 Commands under a lease  45 Step commands
+  46 Task commands           47 Commands of memory and files
+  48 Reservation commands    49 Commands of presence, views and set-up
+  50 House commands          51 Commands of mail        52 Command line
 """
 
 from __future__ import annotations
@@ -888,59 +889,6 @@ def merge_patch(target: object, patch: object) -> object:
     return merged
 
 
-# -- mail --------------------------------------------------------------
-
-
-def stream_of(cursor: dict | None, name: str) -> dict:
-    """One stream of a read cursor: {floor (seconds or None), watermark, seen (set)}.
-
-    Takes 0.2's bare watermark and malformed values as 0.2 does: read all again.
-    """
-    raw = (cursor or {}).get(name)
-    if isinstance(raw, str):
-        raw = {"watermark": raw}
-    if not isinstance(raw, dict):
-        raw = {}
-    floor = raw.get("floor")
-    if isinstance(floor, bool) or not isinstance(floor, (int, float)):
-        floor = None
-    mark = raw.get("watermark") if isinstance(raw.get("watermark"), str) else None
-    return {"floor": floor, "watermark": mark, "seen": set(texts(raw, "seen"))}
-
-
-def unseen(entries: list, stream: dict) -> list:
-    """The (key, modified) of `entries` that this cursor has not shown, oldest first.
-
-    New is what the *store* received after the floor: a sender's clock, and a put that
-    took its time, cannot hide a message (facts 7.7).
-    """
-    floor = stream["floor"]
-    return [(key, at) for key, at in entries
-            if key not in stream["seen"] and (floor is None or at > floor)]
-
-
-def advance(stream: dict, entries: list, displayed: set, *, now: float,
-            prefix: str) -> dict:
-    """The stream after `displayed` keys were shown out of what was listed.
-
-    The floor trails the newest arrival by MAIL_GRACE and stays below anything withheld;
-    it never falls. `seen` keeps every shown key that the floor or 0.2's watermark does
-    not cover. 0.2 reads watermark and seen.
-    """
-    seen = stream["seen"] | displayed
-    newest = max((at for _, at in entries), default=now)
-    floor = min(newest, now) - MAIL_GRACE
-    withheld = [at for key, at in unseen(entries, stream) if key not in displayed]
-    if withheld:
-        floor = min(floor, min(withheld) - 1)
-    floor = max(floor, stream["floor"] or 0)
-    mark = f"{prefix}{max(0, int(floor * 1e9)):019d}"
-    mark = max(mark, stream["watermark"] or "")
-    # A key that this listing does not show may be in a newer reader's: it stays.
-    covered = {key for key, at in entries if at <= floor and key <= mark}
-    return {"watermark": mark, "floor": floor, "seen": sorted(seen - covered)}
-
-
 # -- artifacts ---------------------------------------------------------
 
 
@@ -1010,7 +958,265 @@ def waited(views: list, names: list, *, any_: bool) -> bool:
     return False
 
 
-# == 4. Plans ==========================================================
+# == 4. Messages =======================================================
+#
+# Pure: where mail goes, what a read cursor has shown, whether a message is genuine,
+# where the newest page of a mailbox begins. Knows no store and no clock.
+# Rules: protocol.md 5.
+#
+# A message's `hmac` is HMAC-SHA256 in hexadecimal, with TRACECRAFT_KEY as UTF-8, over
+# one JSON array, ASCII, keys sorted, no spaces: ["tracecraft mail 1", its key below
+# the project, the message without hmac, rev, nonce, prev and recent]. So every field
+# counts, unknown ones too, and a copy in another mailbox or under another name fails.
+
+BROADCAST = "_broadcast"
+CHANNEL = "_channel."
+MEMBER = "messages/_channel/"  # of a membership inside a cursor; no object is there
+IMPORTANCE = ("low", "normal", "high")
+LIST_PAGE = 1000  # keys of one LIST page on S3; a mailbox with more is large
+LATE = 86400  # seconds a sender's clock may lag and a partial listing still shows it
+CHAIN = frozenset(("hmac", "rev", "nonce", "prev", "recent"))  # outside the signature
+
+
+def channel_box(name: str) -> str:
+    """The mailbox of a channel that a user wrote as ops, #ops or _channel.ops.
+
+    >>> channel_box("#ops")
+    '_channel.ops'
+    """
+    name = name.strip()
+    for lead in ("#", CHANNEL):
+        if name.startswith(lead):
+            name = name[len(lead):]
+    return CHANNEL + check_name("channel", name)
+
+
+def box_of(to: str) -> str:
+    """The mailbox of a recipient: an agent, _broadcast, #channel or _channel.NAME."""
+    to = to.strip()
+    if to == BROADCAST:
+        return to
+    if to.startswith(("#", CHANNEL)):
+        return channel_box(to)
+    return check_name("recipient", to)
+
+
+def box_word(box: str) -> str:
+    """A mailbox as people write it: #ops, all, or the agent's name."""
+    if box.startswith(CHANNEL):
+        return "#" + box[len(CHANNEL):]
+    return "all" if box == BROADCAST else box
+
+
+def cursor_key(agent: str) -> str:
+    """The key of an agent's read cursor."""
+    return f"messages/{agent}/_cursor.json"
+
+
+def ns_key(prefix: str, seconds: float) -> str:
+    """Where in a mailbox the messages of a time begin."""
+    return f"{prefix}{max(0, int(seconds * 1e9)):019d}"
+
+
+def event_uuid(leaf: str) -> str:
+    """The uuid8 at the end of an event key's leaf."""
+    return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
+
+
+# -- read cursors ------------------------------------------------------
+#
+# A channel I joined is a stream like the others, but it lives inside broadcast.seen:
+# its keys, and "messages/_channel/<name>/<floor, ns>" for the membership. 0.2 writes
+# its whole cursor anew and keeps of ours only that list, in which all of these sort
+# above its watermark and last: so neither membership nor position is lost.
+
+
+def stream_of(cursor: dict | None, name: str) -> dict:
+    """One stream of a read cursor: {floor (seconds or None), watermark, seen (set)}.
+
+    name: direct, broadcast, or the mailbox of a channel. Takes 0.2's bare watermark and
+    malformed values as 0.2 does: read all again.
+    """
+    if name.startswith(CHANNEL):
+        return _channel_stream(cursor, name)
+    raw = (cursor or {}).get(name)
+    if isinstance(raw, str):
+        raw = {"watermark": raw}
+    if not isinstance(raw, dict):
+        raw = {}
+    floor = raw.get("floor")
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)):
+        floor = None
+    mark = raw.get("watermark") if isinstance(raw.get("watermark"), str) else None
+    return {"floor": floor, "watermark": mark, "seen": set(texts(raw, "seen"))}
+
+
+def _channel_stream(cursor: dict | None, box: str) -> dict:
+    seen = stream_of(cursor, "broadcast")["seen"]
+    floors = [ns for name, ns in _members(seen) if name == box]
+    return {"floor": min(floors) / 1e9 if floors else None, "watermark": None,
+            "seen": {key for key in seen if key.startswith(f"messages/{box}/")}}
+
+
+def _members(seen: set) -> list:
+    """[(mailbox, floor in ns)] of the memberships among the keys `seen`."""
+    found = []
+    for key in seen:
+        name, _, ns = key[len(MEMBER):].partition("/")
+        if key.startswith(MEMBER) and name and ns.isascii() and ns.isdigit() \
+                and len(ns) <= 19:
+            found.append((CHANNEL + name, int(ns)))
+    return found
+
+
+def channels_of(cursor: dict | None) -> list:
+    """The mailboxes of the channels that this cursor's agent has joined, sorted."""
+    return sorted({box for box, _ in _members(stream_of(cursor, "broadcast")["seen"])})
+
+
+def with_streams(cursor: dict | None, streams: dict) -> dict:
+    """The cursor with these streams in place of what it had; None: channel left."""
+    new = dict(cursor or {})
+    for name, stream in streams.items():
+        if not name.startswith(CHANNEL):
+            new[name] = {**stream, "seen": sorted(stream["seen"])}
+    seen = stream_of(new, "broadcast")["seen"]
+    for box, stream in streams.items():
+        if box.startswith(CHANNEL):
+            own = (f"messages/{box}/", f"{MEMBER}{box[len(CHANNEL):]}/")
+            seen = {key for key in seen if not key.startswith(own)}
+            if stream is not None:
+                seen |= {*stream["seen"], ns_key(own[1], stream["floor"] or 0)}
+    if seen or "broadcast" in new:
+        new["broadcast"] = {**stream_of(new, "broadcast"), "seen": sorted(seen)}
+    return new
+
+
+def unseen(entries: list, stream: dict) -> list:
+    """The (key, modified) of `entries` that this cursor has not shown, oldest first.
+
+    New is what the *store* received after the floor: a sender's clock, and a put that
+    took its time, cannot hide a message (facts 7.7).
+    """
+    floor = stream["floor"]
+    return [(key, at) for key, at in entries
+            if key not in stream["seen"] and (floor is None or at > floor)]
+
+
+def advance(stream: dict, entries: list, displayed: set, *, now: float | None,
+            prefix: str) -> dict:
+    """The stream after `displayed` keys were shown out of what was listed.
+
+    now: when the listing was made; None: it was not of the whole mailbox, and the floor
+    stays, because what it left out may still be new. The floor trails the newest
+    arrival by MAIL_GRACE and stays below anything withheld; it never falls. `seen`
+    keeps every shown key that the floor or 0.2's watermark does not cover.
+    """
+    seen = stream["seen"] | displayed
+    floor = stream["floor"] or 0
+    if now is not None:
+        newest = max((at for _, at in entries), default=now)
+        withheld = [at - 1 for key, at in unseen(entries, stream)
+                    if key not in displayed]
+        floor = max(floor, min([min(newest, now) - MAIL_GRACE, *withheld]))
+    mark = max(ns_key(prefix, floor), stream["watermark"] or "")
+    # A key that this listing does not show may be in a newer reader's: it stays.
+    covered = {key for key, at in entries if at <= floor and key <= mark}
+    return {"watermark": mark, "floor": floor, "seen": sorted(seen - covered)}
+
+
+# -- what a message says -----------------------------------------------
+
+
+def signature(secret: str, key: str, doc: dict) -> str:
+    """The hmac of the message `doc` stored under `key`; the form is above."""
+    import hashlib
+    import hmac
+    import json
+    fields = {name: value for name, value in doc.items() if name not in CHAIN}
+    text = json.dumps(["tracecraft mail 1", key, fields], ensure_ascii=True,
+                      sort_keys=True, separators=(",", ":"))
+    return hmac.new(secret.encode("utf-8", "surrogateescape"), text.encode(),
+                    hashlib.sha256).hexdigest()
+
+
+def genuine(secret: str, key: str, doc: dict) -> str:
+    """'verified', 'forged', or 'unverified': unsigned, or there is no secret here."""
+    import hmac
+    given = doc.get("hmac")
+    if not secret or given is None:
+        return "unverified"
+    good = isinstance(given, str) and given.isascii() and hmac.compare_digest(
+        given, signature(secret, key, doc))
+    return "verified" if good else "forged"
+
+
+def message_of(key: str, doc: dict, *, secret: str, target: str) -> dict:
+    """A stored message as readers get it: key, id, target, verified, signature added.
+
+    A forged one is from "?", and claimed_from says who it claims to be from.
+    """
+    word = genuine(secret, key, doc)
+    new = {**doc, "key": key, "target": target, "signature": word,
+           "verified": word == "verified"}
+    for field in ("from", "sent_at", "message"):
+        new[field] = str(doc.get(field, "?" if field != "message" else ""))
+    if not isinstance(doc.get("id"), str):  # 0.2 gave none; the key has one
+        new["id"] = event_uuid(key.rpartition("/")[2])
+    if word == "forged":
+        new["claimed_from"], new["from"] = new["from"], "?"
+    return new
+
+
+def lapsed(doc: dict, now: float) -> bool:
+    """Whether a message said that it expires, and has."""
+    ends = parse_iso(doc["expires_at"]) if doc.get("expires_at") else None
+    return ends is not None and now >= ends
+
+
+def thread_of(message: dict) -> str:
+    """The thread a message is in: the one it names, else the one its own id names."""
+    thread = message.get("thread")
+    return thread if isinstance(thread, str) and thread else str(message.get("id"))
+
+
+def answers(message: dict, question: dict, agent: str) -> bool:
+    """Whether `message` answers the question that `agent` asked; never a forged one."""
+    return (message.get("reply_to") == question["id"] and message["from"] != agent
+            and message["signature"] != "forged")
+
+
+def context(text: str, wanted: str, *, width: int = 100) -> str:
+    """The part of `text` around the first `wanted` (casefolded), on one line; ''.
+
+    >>> context("see  api.md\\nfor the API", "for")
+    'see api.md for the API'
+    """
+    flat = " ".join(text.split())
+    at = flat.casefold().find(wanted)
+    if at < 0:
+        return ""
+    begin = max(0, min(at - (width - len(wanted)) // 2, len(flat) - width))
+    cut = flat[begin:begin + width]
+    return ("…" if begin else "") + cut + ("…" if begin + width < len(flat) else "")
+
+
+# -- pages -------------------------------------------------------------
+
+
+def leap(keys: list, end_ns: int) -> int | None:
+    """Where (ns) to go on listing, after one page of `keys`, to be near its end.
+
+    Keys begin with times, so their density says where half a page before `end_ns`
+    begins. None: that is not further on. A wrong guess costs requests, never a message.
+    """
+    times = [event_parts(key.rpartition("/")[2])[0] for key in keys]
+    times = [ns for ns in times if ns is not None]
+    if len(times) < 2:
+        return None
+    goal = end_ns - (times[-1] - times[0]) * (LIST_PAGE // 2) // len(times)
+    return goal if goal > times[-1] else None
+# == 5. Plans ==========================================================
 #
 # Pure: a plan as text -> specs of steps, everything that is wrong with it, what is
 # ready, and drawings of it. Knows no store. Rules: protocol.md 4, next.
@@ -1289,7 +1495,7 @@ def _graph_line(row: dict) -> str:
     title = f"  {shown(row['title'])}" if row.get("title") else ""
     state = "" if box in "x " and row["state"] != "waiting" else f"  [{row['state']}]"
     return f"[{box}] {row['step']}{title}{needs}{state}"
-# == 5. Patterns =======================================================
+# == 6. Patterns =======================================================
 #
 # Glob patterns over paths: whether one matches a path, whether some path matches two.
 # Pure. A path is names joined by '/'; no name is empty, '.' or '..'.
@@ -1569,7 +1775,7 @@ def _undotted(name: object) -> list:
         _common(token, NO_DOT) for token in tokens) if rest]
 
 
-# == 6. Events =========================================================
+# == 7. Events =========================================================
 #
 # Pure: (key, document) -> what happened, as a list of plain dicts; one row of EVENTS
 # for each kind of key. Timeline, watch and every later view of the past read these.
@@ -1911,7 +2117,7 @@ def event_line(row: dict) -> str:
     return f"{str(row['at'])[:19]}Z  {row['kind']:<11} {shown(row['text'])}"
 
 
-# == 7. Leftovers ======================================================
+# == 8. Leftovers ======================================================
 #
 # Pure: which objects no rule needs any more (protocol.md 1.2), from what a listing and
 # the records say. Claims, locks, counters, verdicts, specs and heads never are.
@@ -1970,22 +2176,6 @@ def ended_record(doc: dict | None, *, queue: bool) -> bool:
     return doc is not None and state_of(doc) in ENDED
 
 
-def unexpired(doc: dict, now: float | None) -> dict:
-    """reservations.json without the entries whose time is over; `doc` if all stand."""
-    entries = doc.get("entries")
-    if not isinstance(entries, list) or now is None:
-        return doc
-    kept = [entry for entry in entries if not _lapsed(entry, now)]
-    return doc if len(kept) == len(entries) else {**doc, "entries": kept}
-
-
-def _lapsed(entry: object, now: float) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    ttl, since_s = number(entry, "ttl"), parse_iso(entry.get("renewed_at"))
-    return bool(ttl) and since_s is not None and now > since_s + ttl + GRACE
-
-
 def outdated(doc: dict, now: float) -> bool:
     """Whether a message expired over a day ago."""
     ends = parse_iso(doc["expires_at"]) if doc.get("expires_at") else None
@@ -2014,14 +2204,13 @@ def moved_cursor(doc: dict, streams: dict, entries: dict) -> dict:
     streams: {name: stream_of …} as read in the old store. entries: {name: [(key,
     modified there)]}. What the floor covered is named one by one instead.
     """
-    new = dict(doc)
+    moved = {}
     for name, stream in streams.items():
         fresh = {key for key, _ in unseen(entries[name], stream)}
         done = {key for key, _ in entries[name]} - fresh
-        new[name] = {"watermark": stream["watermark"],
-                     "seen": sorted(stream["seen"] | done)}
-    return new
-# == 8. Reservation records ============================================
+        moved[name] = {**stream, "floor": None, "seen": stream["seen"] | done}
+    return with_streams(doc, moved)
+# == 9. Reservation records ============================================
 #
 # Pure: (reservations.json, event, the store's time) -> its successor or a refusal.
 # One document holds them all, so that "no two overlap" is one compare-and-swap
@@ -2089,6 +2278,15 @@ def entries_of(doc: dict | None, now: float) -> list:
         raise Corrupt(f"{RESERVATIONS}: entries is no list", key=RESERVATIONS,
                       hint="mend it in the bucket; an empty list frees everything")
     return [(entry, booked(entry, now)) for entry in entries]
+
+
+def unexpired(doc: dict, now: float | None) -> dict:
+    """reservations.json without the entries whose time is over; `doc` if all stand."""
+    if now is None or not isinstance(doc.get("entries"), list):
+        return doc
+    rows = entries_of(doc, now)
+    kept = [entry for entry, sound in rows if sound is None or sound.live]
+    return doc if len(kept) == len(rows) else {**doc, "entries": kept}
 
 
 def is_mine(entry: Booked, me: Me, known: dict) -> bool:
@@ -2230,7 +2428,7 @@ def _names(word: str, words: dict, entry: Booked) -> bool:
     return word == entry.id or words[word] in entry.doc["globs"]
 
 
-# == 9. Wire ===========================================================
+# == 10. Wire ==========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -2456,7 +2654,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 10. HTTP ==========================================================
+# == 11. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -3111,7 +3309,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 11. Stores ========================================================
+# == 12. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -3958,7 +4156,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 12. S3 ============================================================
+# == 13. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -4627,7 +4825,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 13. S3 store ======================================================
+# == 14. S3 store ======================================================
 #
 # The interface of section 6 over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -4988,7 +5186,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 14. Probe =========================================================
+# == 15. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of section 6 alone.
@@ -5198,7 +5396,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 15. Settings ======================================================
+# == 16. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -5572,7 +5770,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 16. Local state ===================================================
+# == 17. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -5767,7 +5965,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 17. Command settings ==============================================
+# == 18. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -5979,7 +6177,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 18. Credentials ===================================================
+# == 19. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -6357,7 +6555,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 19. Ledger ========================================================
+# == 20. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -6730,7 +6928,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 20. Leases ========================================================
+# == 21. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of section 3.
@@ -6950,7 +7148,7 @@ class Leases:
             raise
 
 
-# == 21. Hints =========================================================
+# == 22. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -7078,7 +7276,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 22. Step records ==================================================
+# == 23. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -7331,7 +7529,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 23. Frontier ======================================================
+# == 24. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -7399,7 +7597,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 24. Steps =========================================================
+# == 25. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of section 3 carried out on records.
 
@@ -7756,7 +7954,7 @@ class Steps:
             tries += 1
 
 
-# == 25. Tasks =========================================================
+# == 26. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -8080,7 +8278,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 26. Memory ========================================================
+# == 27. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -8283,110 +8481,578 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 27. Mail ==========================================================
+# == 28. Mailboxes =====================================================
 #
-# Messages are create-once objects; a reader has a cursor per agent id, moved by CAS
-# after its output was flushed. Keys: messages/<to>/<ns>_<from>_<uuid8>.json,
-# messages/<agent>/_cursor.json, messages/<agent>/_acks/<leaf>.
+# Reading one's own mail. Messages are create-once objects; a reader has a cursor per
+# agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
+# _<uuid8>.json, messages/<agent>/_cursor.json, messages/<agent>/_acks/<leaf>.
 
-BROADCAST = "_broadcast"
-IMPORTANCE = ("low", "normal", "high")
-
-
-def cursor_key(agent: str) -> str:
-    """The key of an agent's read cursor."""
-    return f"messages/{agent}/_cursor.json"
+FULL_EVERY = 3600  # seconds between whole listings of a large mailbox (protocol 5)
+TAIL = 200  # newest messages that the next look at a large mailbox begins with
+AT_A_TIME = 200  # messages held at a time while many are looked through
 
 
 def read_stream(cursor: Record, name: str) -> dict:
     """A stream of a stored cursor; 0.2's has no floor, so its own time makes one."""
     stream = stream_of(cursor.doc, name)
-    if cursor.doc is not None and "rev" not in cursor.doc:
+    rewritten = cursor.doc is not None and "rev" not in cursor.doc
+    if rewritten and not name.startswith(CHANNEL):
         stream["floor"] = (cursor.modified or 0) - MAIL_GRACE
     return stream
 
 
+class Box:
+    """What a listing of a mailbox showed: entries [(key, modified)] in key order.
+
+    whole_at: the store's time when it was of the whole mailbox, else None. cursor: the
+    Entry of the owner's read cursor, or None. older: whether it left older ones out.
+    """
+
+    __slots__ = ("entries", "whole_at", "cursor", "older")
+
+    def __init__(self, prefix: str, listed: list, *, now: float,
+                 whole_at: float | None = None, older: bool = False) -> None:
+        self.entries = [(e.key, e.modified or now) for e in listed
+                        if is_leaf(e.key[len(prefix):])]
+        marks = [e for e in listed if e.key == prefix + "_cursor.json"]
+        self.cursor = marks[0] if marks else None
+        self.whole_at, self.older = whole_at, older
+
+
+class Boxes:
+    """Listings of mailboxes, of which a large one is not read from its beginning.
+
+    Local state keeps, for large ones only, when they were listed as a whole and where
+    their newest TAIL messages begin. Losing that costs requests.
+    """
+
+    def __init__(self, ledger: Ledger, who: Who) -> None:
+        self.ledger, self.who = ledger, who
+
+    def _known(self, prefix: str) -> dict:
+        kept = self.who.recall("large")
+        mine = kept.get(prefix) if isinstance(kept, dict) else None
+        return mine if isinstance(mine, dict) else {}
+
+    def _note(self, prefix: str, keys: list, *, large: bool, **facts: object) -> None:
+        old = self._known(prefix)
+        if not large and not old:
+            return
+        kept = self.who.recall("large")
+        kept = dict(kept) if isinstance(kept, dict) else {}
+        kept.pop(prefix, None)
+        if large:
+            kept[prefix] = {**old, **facts, "tail": keys[-TAIL] if len(keys) > TAIL
+                            else old.get("tail", "")}
+        self.who.remember("large", kept)
+
+    def look(self, prefix: str, *, floor: float | None = None) -> Box:
+        """A mailbox; a large one from LATE before `floor`, but whole once an hour."""
+        known, after = self._known(prefix), ""
+        age = self.ledger.now() - number(known, "whole_at")
+        if floor is not None and known and 0 <= age < FULL_EVERY:
+            after = ns_key(prefix, floor - LATE)
+        found = self.ledger.list(prefix, delimiter="/", start_after=after)
+        box = Box(prefix, found.entries, now=found.now, older=bool(after),
+                  whole_at=None if after else found.now)
+        if not after:
+            self._note(prefix, [key for key, _ in box.entries],
+                       large=len(box.entries) > LIST_PAGE, whole_at=int(found.now))
+        return box
+
+    def newest(self, prefix: str, *, count: int, end: str = "",
+               wanted: object = None) -> Box:
+        """The newest messages of a mailbox, or those whose leaf sorts before `end`.
+
+        At least `count` for which wanted(key) holds, if there are so many. A page tells
+        how dense the keys are and the next begins near the end (leap); a guess that
+        went too far is taken back, then every page is read.
+        """
+        def enough() -> bool:
+            return sum(e.key < last and is_leaf(e.key[len(prefix):])
+                       and (wanted is None or wanted(e.key)) for e in kept) >= count
+        last = prefix + (end or "\U0010ffff")
+        end_ns = event_parts(end)[0] or int(self.ledger.now() * 1e9)
+        after = "" if end else str(self._known(prefix).get("tail") or "")
+        back, leaps, kept, skipped, large = "", 2, [], bool(after), bool(after)
+        while True:
+            page = self.ledger.list(prefix, delimiter="/", start_after=after,
+                                    limit=LIST_PAGE)
+            kept += page.entries
+            keys = [e.key for e in page.entries]
+            goal = leap(keys, end_ns) if leaps else None
+            large = large or page.truncated
+            if page.truncated and keys and keys[-1] < last:
+                back, leaps = keys[-1] if goal else back, leaps - 1 if goal else leaps
+                after = ns_key(prefix, goal / 1e9) if goal else keys[-1]
+                kept, skipped = ([], True) if goal else (kept, skipped)
+            elif skipped and not enough():
+                after, skipped, kept, back = back, bool(back), [], ""
+            else:
+                break
+        box = Box(prefix, kept, now=page.now, older=skipped)
+        if not end:
+            self._note(prefix, [key for key, _ in box.entries], large=large)
+        box.entries = [(key, at) for key, at in box.entries if key < last]
+        return box
+
+
 class Batch:
-    """What a read of the inbox found. commit() moves the cursor over what was shown."""
+    """What a read of the inbox found. commit() moves the cursor over what was shown.
 
-    def __init__(self, messages: list, *, truncated: bool, commit: object) -> None:
+    count: how many messages wait. cursor: what `before` takes for the next older page.
+    """
+
+    def __init__(self, messages: list, *, truncated: bool, commit: object,
+                 count: int = 0, cursor: str | None = None) -> None:
         self.messages, self.truncated, self.commit = messages, truncated, commit
+        self.count, self.cursor = count, cursor
 
 
-class Mail:
-    """Sending to agents and reading one's own mailbox."""
+def sender_in(key: str) -> str | None:
+    """The sender that a message's key names; None if it names none (0.2 allows it)."""
+    return event_parts(key.rpartition("/")[2])[1]
 
-    def __init__(self, ledger: Ledger, who: object, artifacts: object) -> None:
-        self.ledger, self.who, self.artifacts = ledger, who, artifacts
+
+def leaf_of(item: tuple) -> str:
+    """What messages of several mailboxes are ordered by; item: (key, …)."""
+    return item[0].rpartition("/")[2]
+
+
+class Mailbox:
+    """One agent's mail: direct, broadcasts of others, and the channels it joined.
+
+    secret: TRACECRAFT_KEY, or ''.
+    """
+
+    def __init__(self, ledger: Ledger, who: Who, *, secret: str = "") -> None:
+        self.ledger, self.who, self.secret = ledger, who, secret
+        self.boxes = Boxes(ledger, who)
+
+    def inbox(self, new: bool = False, *, wait: float = 0, limit: int | None = None,
+              by: str | None = None, thread: str | None = None,
+              before: str = "") -> Batch:
+        """My messages, oldest first; limit: the newest so many, with new the oldest.
+
+        new: only what the cursor has not shown and has not expired; call commit() once
+        they were shown. before: the cursor of a batch; what is older than it.
+        wait: seconds to wait for the first one; raises TimedOut when none came."""
+        def look() -> Batch | None:
+            batch = self._read_new(limit=limit, by=by, thread=thread) if new else \
+                self._read_last(limit=limit, by=by, thread=thread, before=before)
+            return batch if batch.messages or wait <= 0 else None
+        return self.until(look, wait, lambda: TimedOut(f"no mail within {wait:g}s",
+                                                       hint="wait again"))
+
+    def until(self, look: object, wait: float, late: object) -> object:
+        """What look() returns once that is not None; after `wait` seconds late() is
+        raised."""
+        until, tries = time.monotonic() + wait, 0
+        while True:
+            self.ledger.restart()
+            found = look()
+            left = until - time.monotonic()
+            if found is not None:
+                return found
+            if left <= 0:
+                raise late()
+            time.sleep(min(left, poll_pause(tries)))
+            tries += 1
+
+    def prefix_of(self, name: str) -> str:
+        """Where the messages of a stream lie."""
+        box = {"direct": self.who.agent, "broadcast": BROADCAST}.get(name, name)
+        return f"messages/{box}/"
+
+    def _read_new(self, *, limit: int | None, by: str | None,
+                  thread: str | None) -> Batch:
+        boxes, cursor = self._look(strict=True)
+        wanted = self._wanted(boxes, lambda name, entries: unseen(
+            entries, read_stream(cursor, name)))
+        messages, rest, passed = self._fetch(wanted, limit, by=by, thread=thread,
+                                             skip_lapsed=True)
+        own = {key for name, box in boxes.items() for key, _ in box.entries
+               if self._mine(key, name)}
+        displayed = {m["key"] for m in messages} | passed | own
+
+        def commit() -> None:
+            if messages or passed:
+                self._commit(cursor, boxes, displayed)
+        return Batch(messages, truncated=rest, commit=commit, count=len(wanted))
+
+    def _read_last(self, *, limit: int | None, by: str | None, thread: str | None,
+                   before: str) -> Batch:
+        filtered = bool(by or thread)
+
+        def look(prefix: str, *, floor: float | None = None) -> Box:
+            if limit is None or filtered:
+                return self._whole(prefix)
+            own = prefix == self.prefix_of("direct")
+            return self.boxes.newest(
+                prefix, count=limit, end=before,
+                wanted=lambda key: own or sender_in(key) != self.who.agent)
+        boxes = self._look(look)[0]
+        # Before the first that a box lists it may have more: those come a page later,
+        # and what other boxes have from then with them.
+        first = max((leaf_of(box.entries[0]) for box in boxes.values()
+                     if box.older and box.entries), default="")
+        wanted = [item for item in self._wanted(boxes) if first <= leaf_of(item)
+                  and (not before or leaf_of(item) < before)]
+        wanted.reverse()
+        messages, rest, _ = self._fetch(wanted, limit, by=by, thread=thread)
+        messages.reverse()
+        cut = rest or bool(first)
+        last = leaf_of((messages[0]["key"],)) if messages and rest else first
+        return Batch(messages, truncated=cut, commit=lambda: None, count=len(wanted),
+                     cursor=last if cut else None)
+
+    def _look(self, look: object = None, *, strict: bool = False) -> tuple:
+        """({stream: Box} of all my streams, my cursor as a Record).
+
+        strict: a damaged cursor raises Corrupt; else it warns, and no channel is read.
+        """
+        look = look or self.boxes.look
+        kept, boxes = self._kept(), {}
+        for name in ("direct", "broadcast"):
+            floor = stream_of(kept.get("doc"), name)["floor"]
+            boxes[name] = look(self.prefix_of(name), floor=floor)
+        cursor = self._cursor(boxes["direct"].cursor)
+        if cursor.fault and strict:
+            raise cursor.fault
+        if cursor.fault:
+            self.ledger.warn(f"no channel is read: {cursor.fault.message}")
+        for name in channels_of(cursor.doc):
+            boxes[name] = look(self.prefix_of(name),
+                               floor=stream_of(cursor.doc, name)["floor"])
+        return boxes, cursor
+
+    def _whole(self, prefix: str, *, floor: float | None = None) -> Box:
+        return self.boxes.look(prefix)
+
+    def _wanted(self, boxes: dict, choose: object = None) -> list:
+        """[(key, modified, stream)] of messages of others, in order of their keys."""
+        wanted = []
+        for name, box in boxes.items():
+            entries = choose(name, box.entries) if choose else box.entries
+            wanted += [(key, at, name) for key, at in entries
+                       if not self._mine(key, name)]
+        return sorted(wanted, key=leaf_of)
+
+    def _mine(self, key: str, name: str) -> bool:
+        return name != "direct" and sender_in(key) == self.who.agent
+
+    def _fetch(self, wanted: list, limit: int | None, *, by: str | None,
+               thread: str | None, skip_lapsed: bool = False) -> tuple:
+        """(messages, whether there are more, keys not to be shown at all)."""
+        if by:
+            wanted = [item for item in wanted if sender_in(item[0]) in (by, None)]
+        messages, passed, now = [], set(), self.ledger.now()
+        size = limit or len(wanted)
+        while wanted and len(messages) < size:
+            count = max(size - len(messages), AT_A_TIME if thread else 0)
+            batch, wanted = wanted[:count], wanted[count:]
+            for record, (key, _, name) in zip(
+                    self.ledger.read_many([key for key, _, _ in batch]), batch):
+                message = self.message(record, name)
+                if not message or (skip_lapsed and lapsed(message, now)):
+                    passed.add(key)
+                elif by in (None, message["from"]) and \
+                        thread in (None, thread_of(message)):
+                    messages.append(message)
+        return messages[:size], bool(wanted) or len(messages) > size, passed
+
+    def message(self, record: Record, name: str) -> dict:
+        """A message as readers get it; {} when it is gone, or a broadcast of mine."""
+        target = box_word(name) if name.startswith(CHANNEL) else name
+        if record.fault:
+            return {"key": record.key, "from": "?", "sent_at": "?", "target": target,
+                    "message": f"(unreadable: {record.fault.message})", "id": "",
+                    "verified": False, "signature": "unverified"}
+        if record.doc is None:
+            return {}
+        if name == "broadcast" and record.doc.get("from") == self.who.agent \
+                and sender_in(record.key) is None:
+            return {}
+        return message_of(record.key, record.doc, secret=self.secret, target=target)
+
+    # -- the cursor
+
+    def _kept(self) -> dict:
+        kept = self.who.recall("cursor")
+        sound = isinstance(kept, dict) and isinstance(kept.get("doc"), dict)
+        return kept if sound else {}
+
+    def _cursor(self, entry: object) -> Record:
+        """My cursor; from local state when the listing shows the same version of it."""
+        key = cursor_key(self.who.agent)
+        if entry is None:
+            return Record(key)
+        kept = self._kept()
+        if kept and (kept.get("etag") == entry.etag if entry.etag
+                     else kept.get("modified") == entry.modified):
+            return Record(key, kept["doc"], etag=kept["put_etag"],
+                          modified=entry.modified)
+        return self.ledger.peek(key)
+
+    def change_cursor(self, decide: object, *, first: Record | None = None,
+                      op: str = "") -> Change:
+        """Ledger.change of my cursor; decide(record) -> {stream: stream} to put in.
+
+        None: no change. A plain overwrite would let two readers undo each other's
+        progress. Of a cursor that 0.2 wrote the floors are kept, which its age says."""
+        def deciding(record: Record) -> dict | None:
+            streams = decide(record)
+            if streams is None:
+                return record.doc
+            olds = {name: read_stream(record, name) for name in ("direct", "broadcast")}
+            new = with_streams(record.doc, {**olds, **streams})
+            return {**new, "updated_at": self.ledger.at()}
+        change = self.ledger.change(cursor_key(self.who.agent), deciding, first=first,
+                                    op=op)
+        after = change.after
+        self.who.remember("cursor", {"doc": after.doc, "etag": after.etag,
+                                     "put_etag": after.etag,
+                                     "modified": after.modified})
+        return change
+
+    def _commit(self, cursor: Record, boxes: dict, displayed: set) -> None:
+        def decide(record: Record) -> dict:
+            joined = ("direct", "broadcast", *channels_of(record.doc))
+            return {name: advance(read_stream(record, name), box.entries,
+                                  {key for key, _ in box.entries if key in displayed},
+                                  now=box.whole_at, prefix=self.prefix_of(name))
+                    for name, box in boxes.items() if name in joined}
+        self.change_cursor(decide, first=cursor)
+
+    def notice(self, message: dict) -> None:
+        """Count a message as read that was shown otherwise than by inbox(new=True)."""
+        box = message["key"].split("/")[1]
+        name = {self.who.agent: "direct", BROADCAST: "broadcast"}.get(box, box)
+
+        def decide(record: Record) -> dict | None:
+            stream = read_stream(record, name)
+            if message["key"] in stream["seen"] or (
+                    box.startswith(CHANNEL) and box not in channels_of(record.doc)):
+                return None
+            return {name: {**stream, "seen": stream["seen"] | {message["key"]}}}
+        self.change_cursor(decide)
+
+    def listen(self, wait: float = 0) -> Batch:
+        """The first message that is new and that no listen() here has told of yet.
+
+        Reads nothing away: what was told of is kept in local state, apart from the read
+        cursor, so each session that listens is told once. count: how many are so new.
+        Call commit() once it was shown. Raises TimedOut after `wait` seconds."""
+        def look() -> Batch | None:
+            boxes, cursor = self._look(strict=True)
+            told = self.who.recall("heard")
+            told = told if isinstance(told, dict) else {}
+            wanted = self._wanted(boxes, lambda name, entries: unseen(
+                unseen(entries, read_stream(cursor, name)), stream_of(told, name)))
+            if not wanted:
+                return None
+            messages = self._fetch(wanted, 1, by=None, thread=None,
+                                   skip_lapsed=True)[0]
+            if not messages:
+                self._heard(boxes)
+                return None
+            return Batch(messages, truncated=len(wanted) > 1, count=len(wanted),
+                         commit=lambda: self._heard(boxes))
+        return self.until(look, wait, lambda: TimedOut(f"no mail within {wait:g}s",
+                                                       hint="listen again"))
+
+    def _heard(self, boxes: dict) -> None:
+        told = self.who.recall("heard")
+        told = told if isinstance(told, dict) else {}
+        streams = {name: {"floor": 0, **stream_of(told, name)} for name in boxes}
+        self.who.remember("heard", with_streams(told, {
+            name: advance(streams[name], box.entries, {key for key, _ in box.entries},
+                          now=box.whole_at, prefix=self.prefix_of(name))
+            for name, box in boxes.items()}))
+
+    # -- after reading
+
+    def delete(self, key: str) -> None:
+        """Remove a direct message of mine (0.2's inbox --delete)."""
+        if not key.startswith(f"messages/{self.who.agent}/"):
+            raise Usage(f"{key} is not in my mailbox")
+        self.ledger.store.delete(key)
+
+    def ack(self, message: str) -> dict:
+        """Acknowledge a message by its id (or a unique beginning) or its key.
+
+        Keys: create messages/<me>/_acks/<leaf>. Twice is once."""
+        boxes, found = self._look()[0], []
+        while not found:
+            found = named_by(message, [item[0] for item in self._wanted(boxes)])
+            if found or not any(box.older for box in boxes.values()):
+                break
+            boxes = self._look(self._whole)[0]
+        if len(found) != 1:
+            raise NotFound(f"no message {shown(message)!r} in my mailbox",
+                           hint="inbox --json shows ids")
+        leaf = found[0].rpartition("/")[2]
+        key = f"messages/{self.who.agent}/_acks/{leaf}"
+        doc = {"message": found[0], "by": self.who.agent, "at": self.ledger.at()}
+        if self.secret:
+            doc["hmac"] = signature(self.secret, key, doc)
+        self.ledger.create(key, doc, op=f"ack {leaf}")
+        return doc
+
+
+def named_by(message: str, keys: list) -> list:
+    """Those of `keys` that a user can mean: by leaf or key, else by 8 digits of id."""
+    leaf = message.rpartition("/")[2]
+    return [key for key in keys if key.rpartition("/")[2] == leaf] or \
+        [key for key in keys if message[:8] and event_uuid(leaf_of((key,)))
+         == message[:8]]
+
+
+# == 29. Mail ==========================================================
+#
+# Sending: each message under an id once, answers and acknowledgements waited for.
+# Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
+# reads messages/<agent>/_acks/<leaf>.
+
+
+class Mail(Mailbox):
+    """Sending to agents and channels, and reading one's own mailbox."""
+
+    def __init__(self, ledger: Ledger, who: Who, artifacts: object, *,
+                 secret: str = "") -> None:
+        super().__init__(ledger, who, secret=secret)
+        self.artifacts = artifacts
 
     def send(self, to: str, text: str, *, step: str | None = None,
              thread: str | None = None, reply_to: str | None = None,
              kind: str | None = None, subject: str | None = None,
-             importance: str | None = None, ack: bool = False, op: str = "") -> dict:
-        """Send to an agent, or to _broadcast; the message as stored, with its key.
+             importance: str | None = None, ack: bool = False,
+             expires_in: float | None = None, attach: tuple = (),
+             op: str = "") -> dict:
+        """Send to an agent, _broadcast or a #channel; the message as stored, its key.
 
-        Warns about recipients nobody has seen. Over 8 KiB the text becomes an artifact
-        and the message carries its digest and the beginning."""
-        to = to.strip()
-        if to != BROADCAST:
-            check_name("recipient", to)
-            self._know(to)
-        op = op.partition("@")[0]
-        name = nonce_of(f"{self.who.agent} {op}", f"messages/{to}") if op \
-            else self.ledger.hex(32)
-        doc = {"from": self.who.agent, "to": to, "message": text,
+        op: an id; sent again under it, it is one message. reply_to: id of the message
+        answered, whose thread it joins unless `thread` is given. expires_in: seconds.
+        attach: files, uploaded, or names of artifacts. Over 8 KiB the text becomes an
+        artifact and the message carries its digest and the beginning.
+        Warns about agents nobody has seen. Conflict: other text under the same op."""
+        box, op = box_of(to), op.partition("@")[0]
+        if importance not in (None, *IMPORTANCE):
+            raise Usage(f"importance {shown(importance)!r} is none of"
+                        f" {', '.join(IMPORTANCE)}", hint="leave it out for normal")
+        if not box.startswith("_"):
+            self._know(box)
+        name, key, sent = self._named(box, op)
+        if sent is not None:
+            return _same_text(sent, text, op)
+        doc = {"from": self.who.agent, "to": box, "message": text,
                "sent_at": self.ledger.at(), "id": name[:16]}
+        if reply_to:
+            reply_to, thread = self._answered(box, reply_to, thread)
         more = {"step": step and step_id(step), "thread": thread, "reply_to": reply_to,
                 "kind": kind, "subject": subject, "importance": importance,
-                "ack": ack or None}
+                "ack": ack or None,
+                "expires_at": self.ledger.at(expires_in) if expires_in else None}
         doc.update({k: v for k, v in more.items() if v is not None})
+        self._attach(doc, attach)
         if len(text.encode("utf-8", "surrogatepass")) > MAX_MESSAGE:
             self._offload(doc, text)
-        key = event_key(f"messages/{to}/", agent=self.who.agent, uuid8=name[:8],
-                        at_ns=int(self.ledger.now() * 1e9))
-        if op:
-            fresh, key = key, self._once(to, op, key)
-            if key != fresh and self._was_read(to, key):
-                return {"key": key, **doc}
+        if self.secret:
+            doc["hmac"] = signature(self.secret, key, doc)
         self.ledger.create(key, doc, op=op)
         return {"key": key, **doc}
 
-    def _was_read(self, to: str, key: str) -> bool:
+    def _named(self, box: str, op: str) -> tuple:
+        """(32 hex digits the id begins, key, message) for a message sent under `op`.
+
+        message: as stored, if it was sent before. What exit 9 printed is the leaf of
+        the key itself; another id is written down first, naming the key.
+        Keys: create messages/<box>/_ids/<sha256>.json"""
+        name = nonce_of(f"{self.who.agent} {op}", f"messages/{box}") if op \
+            else self.ledger.hex(32)
+        if event_parts(op + ".json")[1] == self.who.agent:
+            key = f"messages/{box}/{op}.json"
+            name = event_uuid(op + ".json") + name[8:]
+            return name, key, self._sent(key)
+        made = event_key(f"messages/{box}/", agent=self.who.agent, uuid8=name[:8],
+                         at_ns=int(self.ledger.now() * 1e9))
+        if not op:
+            return name, made, None
+        import hashlib
+        mark = hashlib.sha256(f"{self.who.agent}\n{op}".encode()).hexdigest()
+        mark = f"messages/{box}/_ids/{mark}.json"
+        self.ledger.create(mark, {"key": made, "from": self.who.agent})
+        key = self.ledger.read(mark).doc.get("key")
+        if key == made or not isinstance(key, str) or \
+                not key.startswith(f"messages/{box}/"):
+            return name, made, None
+        sent = self._sent(key)
+        if sent is None and self._was_read(box, key):
+            sent = {"key": key, "from": self.who.agent, "to": box, "id": name[:16]}
+        return name, key, sent
+
+    def _sent(self, key: str) -> dict | None:
+        doc = self.ledger.read(key).doc
+        return None if doc is None else {"key": key, **doc}
+
+    def _was_read(self, box: str, key: str) -> bool:
         """Whether a message sent before was acknowledged: gc may have removed it since.
 
         Unknown for one that is not there though it may have been read and removed.
         """
         leaf = key.rpartition("/")[2]
-        if self.ledger.read(f"messages/{to}/_acks/{leaf}").doc is not None:
+        if self.ledger.read(f"messages/{box}/_acks/{leaf}").doc is not None:
             return True
         sent = (event_parts(leaf)[0] or 0) / 1e9
-        if self.ledger.now() - sent > DAY and self.ledger.read(key).doc is None:
-            raise Unknown(f"the message to {shown(to)} was first sent over a day ago"
-                          " and is not there; it may have been read and removed since",
-                          hint="ask, or send it under another id", key=key)
+        if self.ledger.now() - sent > DAY:
+            raise Unknown(f"the message to {box_word(box)} was first sent over a day"
+                          " ago and is not there; it may have been read and removed"
+                          " since", hint="ask, or send it under another id", key=key)
         return False
 
-    def _once(self, to: str, op: str, key: str) -> str:
-        """The key for a message sent under `op`: the same whenever it is sent again.
+    def _answered(self, box: str, reply_to: str, thread: str | None) -> tuple:
+        """(id, thread) of the message that is answered, as far as I can see it."""
+        boxes = [*self._look(self._whole)[0].values(), self._whole(f"messages/{box}/")]
+        keys = sorted({key for one in boxes for key, _ in one.entries})
+        for record in self.ledger.read_many(named_by(reply_to, keys)):
+            message = self.message(record, "direct")
+            if message and reply_to in (message["id"], message["id"][:8],
+                                        record.key, leaf_of((record.key,))):
+                return message["id"], thread or thread_of(message)
+        return reply_to, thread or reply_to
 
-        What exit 9 printed is the leaf of the key itself; another id is written down
-        first, naming the key. Keys: create messages/<to>/_ids/<sha256>.json"""
-        if event_parts(op + ".json")[1] == self.who.agent:
-            return f"messages/{to}/{op}.json"
-        import hashlib
-        mark = hashlib.sha256(f"{self.who.agent}\n{op}".encode()).hexdigest()
-        mark = f"messages/{to}/_ids/{mark}.json"
-        self.ledger.create(mark, {"key": key, "from": self.who.agent})
-        return str(self.ledger.read(mark).doc.get("key") or key)
+    def _attach(self, doc: dict, attach: tuple) -> None:
+        """Put what was attached into doc["artifacts"]: name, step, sha256, size."""
+        for what in attach:
+            if os.path.isfile(what):
+                name = f"messages/{doc['id']}/{os.path.basename(what)}"
+                head = self.artifacts.upload(what, name=name)
+            else:
+                head = self._shared(what)
+            part = {"name": head["name"], "step": head.get("step"),
+                    "sha256": head.get("sha256"), "size": head.get("size")}
+            doc.setdefault("artifacts", []).append(
+                {k: v for k, v in part.items() if v is not None})
+
+    def _shared(self, what: str) -> dict:
+        """The artifact NAME, or STEP/NAME. Usage when it is neither that nor a file."""
+        step, _, name = what.partition("/")
+        for place in ((what, None), (name, step)):
+            try:
+                if place[0]:
+                    return self.artifacts.show(*place)
+            except (NotFound, Usage):
+                continue
+        raise Usage(f"--attach {shown(what[:80])!r} is neither a file here nor an"
+                    " artifact", hint="artifact list names those; of a step: STEP/NAME")
 
     def _offload(self, doc: dict, text: str) -> None:
-        head = self.artifacts.put_bytes(f"messages/{doc['id']}.txt",
-                                        text.encode("utf-8", "surrogatepass"))
+        name = f"messages/{doc['id']}.txt"
+        head = self.artifacts.put_bytes(name, text.encode("utf-8", "surrogatepass"))
         doc["message"] = text[:1000] + (
-            f"…\n({size_text(head['size'])}; the whole text: artifact download"
-            f" messages/{doc['id']}.txt)")
-        doc["artifacts"] = [{"name": f"messages/{doc['id']}.txt",
-                             "sha256": head["sha256"], "size": head["size"]}]
+            f"…\n({size_text(head['size'])}; the whole text: artifact download {name})")
+        part = {"name": name, "sha256": head["sha256"], "size": head["size"]}
+        doc["artifacts"] = [part, *doc.get("artifacts", ())]
 
     def _know(self, to: str) -> None:
         """Warn once about a recipient that never registered: a typing slip?"""
@@ -8400,161 +9066,304 @@ class Mail:
             self.ledger.warn(f"no agent {shown(to)!r} has registered yet; the"
                              f" message waits for it{nearest(to, known)}")
 
-    # -- reading
+    # -- waiting for what comes back
 
-    def inbox(self, new: bool = False, *, wait: float = 0, limit: int | None = None,
-              by: str | None = None, thread: str | None = None) -> Batch:
-        """My messages, oldest first, and broadcasts of others.
+    def ask(self, to: str, text: str, *, wait: float = 60, op: str = "",
+            **how: object) -> dict:
+        """Send a question and wait for the message that replies to it.
 
-        new: only what the cursor has not shown; call commit() once they were shown.
-        wait: seconds to wait for the first one; raises TimedOut when none came."""
-        until, tries = time.monotonic() + wait, 0
-        while True:
-            self.ledger.restart()
-            batch = self._read(new, limit=limit, by=by, thread=thread)
-            left = until - time.monotonic()
-            if batch.messages or wait <= 0:
-                return batch
-            if left <= 0:
-                raise TimedOut(f"no mail within {wait:g}s", hint="wait again")
-            time.sleep(min(left, poll_pause(tries)))
-            tries += 1
+        The same ask with the same op sends nothing again and finds what came meanwhile.
+        Nothing is read away: notice() the answer once it was used. Raises TimedOut with
+        `id`, the op to go on waiting with; the question stays."""
+        question = self.send(to, text, kind="question", op=op, **how)
+        leaf, box = leaf_of((question["key"],)), box_of(to)
+        since = (event_parts(leaf)[0] or 0) / 1e9 - LATE  # the answerer's clock may lag
+        names, seen, again = ["direct"], set(), op or leaf[:-len(".json")]
+        if box.startswith("_"):
+            names.append("broadcast" if box == BROADCAST else box)
 
-    def _prefixes(self) -> dict:
-        return {"direct": f"messages/{self.who.agent}/",
-                "broadcast": f"messages/{BROADCAST}/"}
+        def look() -> dict | None:
+            for name in names:
+                for message in self._since(name, since, seen):
+                    if answers(message, question, self.who.agent):
+                        return message
+            return None
+        return self.until(look, wait, lambda: TimedOut(
+            f"no answer from {shown(to)} within {wait:g}s", id=again, question=question,
+            hint=f"go on waiting: the same ask with --id {again}"))
 
-    def _read(self, new: bool, *, limit: int | None, by: str | None,
-              thread: str | None) -> Batch:
-        listed, now, mark = self._list()
-        cursor = self._cursor(mark) if new else Record(cursor_key(self.who.agent))
-        streams = {name: read_stream(cursor, name) for name in listed}
-        wanted = []
-        for name, entries in listed.items():
-            fresh = unseen(entries, streams[name]) if new else entries
-            wanted += [(key, at, name) for key, at in fresh
-                       if not self._mine(key, name)]
-        wanted.sort(key=lambda item: item[0].rsplit("/", 1)[1])
-        messages, truncated = self._fetch(wanted, limit=limit, by=by, thread=thread)
-        own = {key for name, entries in listed.items() for key, _ in entries
-               if self._mine(key, name)}
-        shown_keys = {m["key"] for m in messages} | own
+    def _since(self, name: str, since: float, seen: set) -> list:
+        """Messages of a stream from a time on; their keys are added to `seen`, and
+        what is in it already is not read again."""
+        prefix = self.prefix_of(name)
+        listed = self.ledger.list(prefix, delimiter="/",
+                                  start_after=ns_key(prefix, since))
+        fresh = [e.key for e in listed.entries
+                 if is_leaf(e.key[len(prefix):]) and e.key not in seen]
+        seen.update(fresh)
+        records = self.ledger.read_many(fresh)
+        found = [self.message(record, name) for record in records]
+        return [message for message in found if message]
 
-        def commit() -> None:
-            if new and messages:
-                self._commit(cursor, listed, shown_keys, now)
-        return Batch(messages, truncated=truncated, commit=commit)
+    def wait_acks(self, sent: dict, *, wait: float, agents: list) -> list:
+        """`agents`, once each has acknowledged the message `sent`.
 
-    def _list(self) -> tuple:
-        """({stream: [(key, modified)]}, server time, Entry of my cursor or None)."""
-        listed, mark, now = {}, None, self.ledger.now()
-        for name, prefix in self._prefixes().items():
-            listing = self.ledger.list(prefix)
-            now = listing.now or now
-            listed[name] = [(e.key, e.modified or now) for e in listing.entries
-                            if is_leaf(e.key[len(prefix):])]
-            for entry in listing.entries:
-                if entry.key == cursor_key(self.who.agent):
-                    mark = entry
-        return listed, now, mark
+        Raises TimedOut naming those that have not; a forged ack does not count."""
+        leaf, missing = leaf_of((sent["key"],)), list(agents)
+        again = leaf[:-len(".json")]
 
-    def _mine(self, key: str, name: str) -> bool:
-        sender = event_parts(key.rsplit("/", 1)[1])[1]
-        return name == "broadcast" and sender == self.who.agent
-
-    def _cursor(self, entry: object) -> Record:
-        """My cursor; from local state when the listing shows the same version of it."""
-        key = cursor_key(self.who.agent)
-        if entry is None:
-            return Record(key)
-        kept = self.who.recall("cursor")
-        same = isinstance(kept, dict) and isinstance(kept.get("doc"), dict) and (
-            kept.get("etag") == entry.etag if entry.etag
-            else kept.get("modified") == entry.modified)
-        if same:
-            return Record(key, kept["doc"], etag=kept["put_etag"],
-                          modified=entry.modified)
-        return self.ledger.read(key)
-
-    def _fetch(self, wanted: list, *, limit: int | None, by: str | None,
-               thread: str | None) -> tuple:
-        messages, size, filtered = [], limit or len(wanted), bool(by or thread)
-        while wanted and len(messages) < size:
-            count = len(wanted) if filtered else size - len(messages)
-            batch, wanted = wanted[:count], wanted[count:]
-            for record, (key, _, name) in zip(
-                    self.ledger.read_many([key for key, _, _ in batch]), batch):
-                message = self._message(record, name)
-                if by and message.get("from") != by:
-                    continue
-                if message and (not thread or message.get("thread") == thread):
-                    messages.append(message)
-        return messages[:size], bool(wanted) or len(messages) > size
-
-    def _message(self, record: Record, name: str) -> dict:
-        if record.fault:
-            return {"key": record.key, "from": "?", "sent_at": "?", "target": name,
-                    "message": f"(unreadable: {record.fault.message})"}
-        if record.doc is None:
-            return {}
-        if name == "broadcast" and record.doc.get("from") == self.who.agent:
-            return {}
-        doc = {**record.doc, "target": name, "verified": False, "key": record.key}
-        for field in ("from", "sent_at", "message"):
-            doc[field] = str(doc.get(field, "?" if field != "message" else ""))
-        return doc
-
-    def _commit(self, cursor: Record, listed: dict, displayed: set, now: float) -> None:
-        prefixes = self._prefixes()
-
-        def decide(record: Record) -> dict:
-            new = dict(record.doc or {})
-            for name, entries in listed.items():
-                new[name] = advance(read_stream(record, name), entries,
-                                    {k for k in displayed
-                                     if k.startswith(prefixes[name])},
-                                    now=now, prefix=prefixes[name])
-            new["updated_at"] = self.ledger.at()
-            return new
-        # A plain overwrite would let two readers undo each other's progress.
-        change = self.ledger.change(cursor.key, decide, first=cursor)
-        self.who.remember("cursor", {
-            "doc": change.after.doc, "etag": change.after.etag,
-            "put_etag": change.after.etag, "modified": change.after.modified})
-
-    # -- after reading
-
-    def delete(self, key: str) -> None:
-        """Remove a direct message of mine (0.2's inbox --delete)."""
-        if not key.startswith(f"messages/{self.who.agent}/"):
-            raise Usage(f"{key} is not in my mailbox")
-        self.ledger.store.delete(key)
-
-    def ack(self, message: str) -> dict:
-        """Acknowledge a direct message by its id (or a unique beginning) or its key.
-
-        Keys: create messages/<me>/_acks/<leaf>. Twice is once."""
-        prefix = f"messages/{self.who.agent}/"
-        leaf = message.rsplit("/", 1)[-1]
-        leaves = [key[len(prefix):] for key, _ in self._list()[0]["direct"]]
-        if leaf not in leaves:
-            found = [name for name in leaves
-                     if message[:8] and event_uuid(name) == message[:8]]
-            if len(found) != 1:
-                raise NotFound(f"no message {shown(message)!r} in my mailbox",
-                               hint="inbox --json shows ids")
-            leaf = found[0]
-        doc = {"message": prefix + leaf, "by": self.who.agent, "at": self.ledger.at()}
-        self.ledger.create(f"{prefix}_acks/{leaf}", doc, op=f"ack {leaf}")
-        return doc
+        def look() -> list | None:
+            keys = [f"messages/{agent}/_acks/{leaf}" for agent in missing]
+            for agent, record in zip(list(missing), self.ledger.read_many(keys)):
+                if record.doc is not None and \
+                        genuine(self.secret, record.key, record.doc) != "forged":
+                    missing.remove(agent)
+            return None if missing else agents
+        return self.until(look, wait, lambda: TimedOut(
+            f"{', '.join(map(shown, missing))} did not acknowledge within {wait:g}s",
+            id=again, missing=missing,
+            hint=f"go on waiting: the same send with --id {again}"))
 
 
-def event_uuid(leaf: str) -> str:
-    """The uuid8 at the end of an event key's leaf."""
-    return leaf[:-len(".json")].rsplit("_", 1)[-1] if leaf.endswith(".json") else ""
+def _same_text(sent: dict, text: str, op: str) -> dict:
+    """The message `sent` earlier under `op`, if it said `text`; else Conflict."""
+    if str(sent.get("message", text))[:1000] != text[:1000]:
+        raise Conflict(f"another text was sent under the id {shown(op)}",
+                       hint="give each message an id of its own", key=sent["key"])
+    return sent
 
 
-# == 28. Artifacts =====================================================
+# == 30. Channels and threads ==========================================
+#
+# Groups of agents, conversations, and finding words in what one may read. Knows mail,
+# memory and the layout of hand-offs.
+
+AT_MOST = 2000  # messages or records looked through by one call before its cursor
+
+
+class Channels:
+    """Channels: mailboxes that whoever joined reads. Membership is in one's cursor."""
+
+    def __init__(self, ledger: Ledger, mail: Mail) -> None:
+        self.ledger, self.mail = ledger, mail
+
+    def join(self, name: str, *, history: bool = False, op: str = "") -> dict:
+        """Read a channel from now on; history: from its beginning. Twice is once.
+
+        {channel, joined, changed}. Keys: CAS messages/<me>/_cursor.json"""
+        box = channel_box(name)
+        prefix = f"messages/{box}/"
+        found = None if history else self.mail.boxes.look(prefix)
+
+        def decide(record: Record) -> dict | None:
+            if box in channels_of(record.doc):
+                return None
+            if found is None:
+                return {box: {"floor": 0, "seen": set()}}
+            # All that is there counts as read. Not "later than now": a message that
+            # arrives in the second of this listing must still be new.
+            return {box: advance(stream_of(None, box), found.entries,
+                                 {key for key, _ in found.entries},
+                                 now=found.whole_at, prefix=prefix)}
+        change = self.mail.change_cursor(decide, op=op)
+        return {"channel": box_word(box)[1:], "joined": True, "changed": change.wrote}
+
+    def leave(self, name: str, *, op: str = "") -> dict:
+        """Read a channel no more. Twice is once. {channel, joined, changed}"""
+        box = channel_box(name)
+        change = self.mail.change_cursor(
+            lambda record: {box: None} if box in channels_of(record.doc) else None,
+            op=op)
+        return {"channel": box_word(box)[1:], "joined": False, "changed": change.wrote}
+
+    def list(self) -> list:
+        """[{channel, members, joined}] of every channel with a message or a member."""
+        self.ledger.restart()
+        listing = self.ledger.list("messages/", delimiter="/")
+        boxes = [prefix.split("/")[1] for prefix in listing.prefixes]
+        channels = {box: [] for box in boxes if box.startswith(CHANNEL)}
+        agents = [box for box in boxes if not box.startswith("_")]
+        for agent, record in zip(agents, self.ledger.read_many(
+                [cursor_key(agent) for agent in agents])):
+            for box in channels_of(record.doc):
+                channels.setdefault(box, []).append(agent)
+        me = self.mail.who.agent
+        return [{"channel": box[len(CHANNEL):], "members": members,
+                 "joined": me in members} for box, members in sorted(channels.items())]
+
+    def readers(self, box: str) -> list:
+        """The agents that a message to `box` reaches: whose acks can be waited for."""
+        if box == BROADCAST:
+            raise Usage("nobody knows who reads a broadcast, so its acknowledgements"
+                        " cannot be waited for", hint="send it to a channel")
+        if not box.startswith(CHANNEL):
+            return [box]
+        rows = [row for row in self.list() if CHANNEL + row["channel"] == box]
+        found = [agent for row in rows for agent in row["members"]
+                 if agent != self.mail.who.agent]
+        if not found:
+            raise Usage(f"nobody else has joined {box_word(box)}, so nobody can"
+                        " acknowledge", hint="channel list shows the members")
+        return found
+
+
+class Archive:
+    """All the mail that I may see: to me, to all, to my channels, and from me."""
+
+    def __init__(self, ledger: Ledger, mail: Mail) -> None:
+        self.ledger, self.mail = ledger, mail
+
+    def entries(self) -> tuple:
+        """([(key, target)] in order of their leaves, {leaf: [who acknowledged]}).
+
+        One listing of messages/: what I sent lies in the mailboxes of others."""
+        self.ledger.restart()
+        me, listed = self.mail.who.agent, self.ledger.list("messages/").entries
+        own = cursor_key(me)
+        cursor = self.ledger.peek(own).doc if own in {e.key for e in listed} else None
+        mine = {me: "direct", BROADCAST: "broadcast",
+                **{box: box for box in channels_of(cursor)}}
+        found, acks = [], {}
+        for entry in listed:
+            _, box, leaf = entry.key.split("/", 2)
+            if leaf.startswith("_acks/"):
+                acks.setdefault(leaf[len("_acks/"):], []).append(box)
+            elif is_leaf(leaf) and (box in mine or sender_in(entry.key) == me):
+                found.append((entry.key, mine.get(box, f"to {box_word(box)}")))
+        return sorted(found, key=leaf_of), acks
+
+    def read(self, items: list) -> list:
+        """The messages at these (key, target); those that are gone left out."""
+        records = self.ledger.read_many([key for key, _ in items])
+        found = [self.mail.message(record, target)
+                 for record, (_, target) in zip(records, items)]
+        return [message for message in found if message]
+
+    def thread(self, name: str, *, limit: int | None = None,
+               after: str = "") -> tuple:
+        """(messages of a thread in order, cursor or None) by its name or a message id.
+
+        after: the cursor of the page before. Each message that somebody acknowledged
+        names them in acked_by. Raises NotFound."""
+        items, acks = self.entries()
+        names = {name}
+        for message in self.read([(key, target) for key, target in items
+                                  if key in named_by(name, [key])]):
+            names |= {message["id"], thread_of(message)}
+        begin = _begin([leaf_of(item) for item in items], names)
+        items = [item for item in items if leaf_of(item) > max(after, begin)]
+        found, rest = self._scan(items, lambda m: thread_of(m) in names
+                                 or m["id"] in names, limit)
+        if not found and not rest and not after:
+            raise NotFound(f"no thread {shown(name)!r} that I may see",
+                           hint="inbox --json shows ids")
+        for message in found:
+            message["acked_by"] = acks.get(leaf_of((message["key"],)), [])
+        return found, rest
+
+    def _scan(self, items: list, wanted: object, limit: int | None) -> tuple:
+        """(messages that `wanted` takes, cursor where to go on or None)."""
+        found, looked = [], 0
+        while items and looked < AT_MOST:
+            batch, items = items[:AT_A_TIME], items[AT_A_TIME:]
+            looked += len(batch)
+            for message in self.read(batch):
+                if wanted(message):
+                    found.append(message)
+                    if limit and len(found) > limit:
+                        return found[:limit], leaf_of((found[limit - 1]["key"],))
+            last = leaf_of(batch[-1])
+        return found, last if items else None
+
+def _begin(leaves: list, names: set) -> str:
+    """The leaf before which no message of threads with these names lies; '' if one of
+    them is not the id of a message there."""
+    firsts = {}
+    for leaf in leaves:
+        firsts.setdefault(event_uuid(leaf), leaf)
+    starts = [firsts.get(name[:8]) for name in names]
+    if None in starts:
+        return ""
+    return ns_key("", (event_parts(min(starts))[0] or 0) / 1e9 - LATE)
+
+
+class Search:
+    """Finds words in the mail that I may see, in memory and in hand-offs."""
+
+    AREAS = ("mail", "memory", "handoffs")
+
+    def __init__(self, ledger: Ledger, archive: Archive, memory: Memory) -> None:
+        self.ledger, self.archive, self.memory = ledger, archive, memory
+
+    def find(self, text: str, *, area: str = "", by: str | None = None,
+             limit: int = 20) -> tuple:
+        """([{area, key, name, who, at, line}] newest first, whether there is more).
+
+        text: any part, letter case aside. area: mail, memory, handoffs, or all. by: of
+        this agent only. Of each area the AT_MOST newest are looked through; of a long
+        message or a large memory value only what its record holds. limit 0: all."""
+        wanted = " ".join(text.split()).casefold()
+        if not wanted:
+            raise Usage("the text to search for is empty", hint='search "api"')
+        if area not in ("", *self.AREAS):
+            raise Usage(f"--in {shown(area)!r} is none of {', '.join(self.AREAS)}",
+                        hint="leave it out to search them all")
+        looks = {"mail": self._mail, "memory": self._memory, "handoffs": self._handoffs}
+        hits, more = [], False
+        for name in (area,) if area else self.AREAS:
+            rows, cut = looks[name]()
+            more = more or cut
+            for row in rows:
+                line = context(row.pop("text"), wanted)
+                if line and by in (None, row["who"]):
+                    hits.append({"area": name, **row, "line": line})
+        hits.sort(key=lambda hit: hit["at"], reverse=True)
+        size = limit or len(hits)
+        return hits[:size], more or len(hits) > size
+
+    def _mail(self) -> tuple:
+        items, _ = self.archive.entries()
+        rows = [{"key": m["key"], "name": m["id"], "who": m["from"], "at": m["sent_at"],
+                 "text": f"{m.get('subject') or ''} {m['message']}"}
+                for m in self.archive.read(items[-AT_MOST:])]
+        return rows, len(items) > AT_MOST
+
+    def _memory(self) -> tuple:
+        docs, cut = self.memory.list(limit=AT_MOST)
+        rows = [{"key": f"memory/{doc['key'].replace('.', '/')}.json",
+                 "name": doc["key"], "who": str(doc.get("set_by")),
+                 "at": str(doc.get("set_at")),
+                 "text": f"{doc['key']}: {doc.get('value')}"} for doc in docs]
+        return rows, cut
+
+    def _handoffs(self) -> tuple:
+        listed = [e for e in self.ledger.list("steps/").entries
+                  if e.key.endswith(("/claim.json", "/handoff.json"))]
+        listed.sort(key=lambda entry: entry.modified or 0)
+        rows = []
+        for record in self.ledger.read_many([e.key for e in listed[-AT_MOST:]]):
+            notes = (record.doc or {}).get("handoffs") \
+                if record.key.endswith("/claim.json") else \
+                [record.doc] if bare(record.doc) else []
+            for note in notes if isinstance(notes, list) else ():
+                if isinstance(note, dict):
+                    rows.append({"key": record.key, "name": record.key.split("/")[1],
+                                 "who": str(note.get("from_agent")),
+                                 "at": str(note.get("created_at")),
+                                 "text": words_of(note)})
+        return rows, len(listed) > AT_MOST
+
+
+def words_of(note: dict) -> str:
+    """Everything a hand-off says, as one text."""
+    texts_in = [note.get(name) for name in ("note", "next_action", "next_agent")]
+    for name in ("findings", "warnings", "changed_files", "artifacts"):
+        value = note.get(name)
+        texts_in += value if isinstance(value, list) else []
+    return " ".join(str(text) for text in texts_in if text)
+
+
+# == 31. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -9256,7 +10065,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 29. Reservations ==================================================
+# == 32. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -9406,7 +10215,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 30. Project =======================================================
+# == 33. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -9472,7 +10281,8 @@ def host_name() -> str:
 class Project:
     """A project as one agent sees it. Made by connect().
 
-    agent, instance, settings, store, ledger; memory, mail, artifacts, steps, presence.
+    agent, instance, settings, store, ledger; memory, mail, channels, archive, search,
+    artifacts, steps, presence.
     Every verb raises the exceptions the exit codes come from.
     """
 
@@ -9484,7 +10294,10 @@ class Project:
         self.presence = Presence(ledger, who)
         self.artifacts = Artifacts(ledger, self)
         self.memory = Memory(ledger, who, self.artifacts)
-        self.mail = Mail(ledger, who, self.artifacts)
+        self.mail = Mail(ledger, who, self.artifacts, secret=settings.key)
+        self.channels = Channels(ledger, self.mail)
+        self.archive = Archive(ledger, self.mail)
+        self.search = Search(ledger, self.archive, self.memory)
         self.steps = Steps(ledger, who, self._tell)
         self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
         self.reservations = Reservations(ledger, who)
@@ -9577,6 +10390,10 @@ class Project:
     def ack(self, message: str) -> dict:
         """Mail.ack: acknowledge a message."""
         return self.mail.ack(message)
+
+    def ask(self, to: str, text: str, **how: object) -> dict:
+        """Mail.ask: send a question and wait for its answer."""
+        return self.mail.ask(to, text, **how)
 
     def agents(self) -> list:
         """Everybody who registered, with the age of their heartbeat."""
@@ -9740,7 +10557,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 31. Context =======================================================
+# == 34. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -9891,7 +10708,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 32. Views =========================================================
+# == 35. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -10069,6 +10886,8 @@ def mailbox_rows(snap: Snapshot) -> list:
             unread = len(unseen(mine, read_stream(record, "direct")))
             others = unseen(snap.boxes.get("_broadcast", []),
                             read_stream(record, "broadcast"))
+            for box in channels_of(record.doc):
+                others += unseen(snap.boxes.get(box, []), read_stream(record, box))
             unread += sum(1 for key, _ in others if sender_of(snap, key) != agent)
         rows.append({"agent": agent, "total": len(mine), "unread": unread})
     return rows
@@ -10237,7 +11056,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 33. Timeline ======================================================
+# == 36. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -10504,7 +11323,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 34. Housekeeping ==================================================
+# == 37. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -10645,7 +11464,7 @@ class Sweep:
 
     def _rest(self) -> None:
         self.add("probe leftovers", self._old("_probe/**", TEMP_AGE))
-        for record in self._docs([k for k in ("reservations.json",) if k in self.keys]):
+        for record in self._docs([k for k in (RESERVATIONS,) if k in self.keys]):
             left = unexpired(record.doc, record.now)
             if left is not record.doc:
                 self.expired = len(record.doc["entries"]) - len(left["entries"])
@@ -10676,9 +11495,9 @@ class Sweep:
         for entry in self.classes.get("deleted artifacts", ()):
             self._restore(entry.key)
         if self.expired:
-            self.ledger.change("reservations.json", lambda record: record.doc
+            self.ledger.change(RESERVATIONS, lambda record: record.doc
                                if record.doc is None
-                               else unexpired(record.doc, record.now))
+                               else unexpired(record.doc, record.now), keep=RECENT_OPS)
         for path in self.files:
             with FileTrouble("remove", path):
                 os.unlink(path)
@@ -10748,7 +11567,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 35. Archive =======================================================
+# == 38. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -11112,20 +11931,13 @@ def cursors(archive: Archive) -> dict:
         if doc is None:
             continue
         record = Record(member["key"], doc, modified=at)
-        entries = {name: boxes.get(box_of(name, parts[1]), []) for name in doc
-                   if isinstance(doc[name], (dict, str)) and box_of(name, parts[1])}
+        own = {"direct": parts[1], "broadcast": BROADCAST}
+        names = [name for name in own if isinstance(doc.get(name), (dict, str))]
+        entries = {name: boxes.get(own.get(name, name), [])
+                   for name in names + channels_of(doc)}
         streams = {name: read_stream(record, name) for name in entries}
         out[member["key"]] = dump_json(moved_cursor(doc, streams, entries))
     return out
-
-
-def box_of(stream: str, agent: str) -> str:
-    """The mailbox that a stream of an agent's cursor reads; "" if it is none."""
-    if stream == "direct":
-        return agent
-    if stream == "broadcast":
-        return BROADCAST
-    return stream if stream.startswith("_channel.") else ""
 
 
 def import_from(project: Project, file: object, *, dry_run: bool = False) -> dict:
@@ -11145,7 +11957,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 36. Doctor ========================================================
+# == 39. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -11461,7 +12273,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 37. Trials ========================================================
+# == 40. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -11975,7 +12787,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 38. Drill =========================================================
+# == 41. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -12197,7 +13009,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 39. Bench =========================================================
+# == 42. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -12584,7 +13396,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 40. Rows ==========================================================
+# == 43. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -12807,7 +13619,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 41. Commands under a lease ========================================
+# == 44. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -13004,7 +13816,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 42. Step commands =================================================
+# == 45. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -13298,7 +14110,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 43. Task commands =================================================
+# == 46. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -13460,7 +14272,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 44. Commands of memory, mail and files ============================
+# == 47. Commands of memory and files ==================================
 #
 # As section 25: rows and words, no rules.
 
@@ -13583,94 +14395,6 @@ def changed(options: object, doc: dict) -> None:
 
 
 @command(
-    "send", "a message to an agent, or _broadcast", arg("to", metavar="to"),
-    arg("text", nargs="?", help="the message; - is stdin"), FILE_ARG,
-    arg("--step", metavar="STEP", help="it is about this step"),
-    arg("--thread", metavar="ID", help="it belongs to this thread"),
-    arg("--reply-to", metavar="ID", help="it answers this message"),
-    arg("--kind", metavar="WORD", help="question, answer, …"),
-    arg("--subject", metavar="TEXT", help="one line"),
-    arg("--importance", choices=("low", "normal", "high"), help="low, normal, high"),
-    arg("--ack", action="store_true", help="ask for an acknowledgement"),
-    arg("--id", metavar="ID", help="send it once under this id"),
-    examples=('send builder "the API is ready" --step design',
-              'send _broadcast -- "-d is text after --"'), exits="0 2 7 9", op=True)
-def cmd_send(project: object, options: object) -> None:
-    text = given_text(options, options.text, "message")
-    doc = project.mail.send(
-        options.to.strip(), text, step=options.step, thread=options.thread,
-        reply_to=options.reply_to, kind=options.kind, subject=options.subject,
-        importance=options.importance, ack=options.ack, op=options.id or options.op)
-    answer(options, f"Sent to {options.to.strip()}: {short(text, indent='  ')}", doc)
-
-
-@command(
-    "inbox", "messages to me and to all",
-    arg("--new", action="store_true", help="only what arrived since the last --new"),
-    arg("--wait", type=finite, default=0, metavar="SECONDS", help="wait for one"),
-    arg("--thread", metavar="ID", help="only this thread"),
-    arg("--by", metavar="AGENT", help="only from this agent"), LIMIT_ARG,
-    arg("--delete", action="store_true", help="deprecated: delete what was shown"),
-    examples=("inbox --new", "inbox --new --wait 60 --json"), exits="0 6 7")
-def cmd_inbox(project: object, options: object) -> None:
-    if options.delete and options.new:
-        raise Usage("--delete and --new are mutually exclusive",
-                    hint="--new alone shows each message once")
-    if options.delete:
-        remark(options, "warning: --delete is deprecated; `inbox --new` reads"
-               " incrementally without destroying the message log.")
-    batch = project.mail.inbox(new=options.new, wait=options.wait, by=options.by,
-                               limit=listing_limit(options), thread=options.thread)
-    show_mail(project, options, batch)
-    batch.commit()  # after the flush: a crash shows a message twice, never not at all
-    if options.delete:
-        mine = [doc for doc in batch.messages if direct(project, doc)]
-        for doc in mine:
-            project.mail.delete(doc["key"])
-        remark(options, f"Deleted {len(mine)} direct message(s);"
-               " broadcasts left in place.")
-
-
-def direct(project: object, doc: dict) -> bool:
-    """Whether a message lies in my own box, so that nobody else needs it."""
-    return str(doc.get("key")).startswith(f"messages/{project.agent}/")
-
-
-def show_mail(project: object, options: object, batch: object) -> None:
-    """Print a batch; raises before anything counts as read."""
-    if options.as_json:
-        put_out(json_text({"items": batch.messages, "truncated": bool(batch.truncated),
-                           "cursor": None}))
-        return
-    lines = [line for doc in batch.messages for line in mail_lines(project, doc)]
-    put_out("\n".join(lines or ["No new messages." if options.new else "No messages."])
-            + "\n")
-    if batch.truncated:
-        remark(options, "there are more, --limit 0 shows all")
-
-
-def mail_lines(project: object, doc: dict) -> list:
-    """A message as 0.2 prints it; what is new comes in tags and lines of its own."""
-    target = shown(doc.get("target", "direct"))
-    tag = f" [step {shown(doc['step'])}]" if doc.get("step") else ""
-    if project.settings.key:
-        tag += " [verified]" if doc.get("verified") else " [unverified]"
-    head = f"[{shown(doc['sent_at'])}] ({target}) {shown(doc['from'])}"
-    text = f"{shown(doc['subject'])} — " if doc.get("subject") else ""
-    lines = [f"{head}{tag}: {text}{shown(doc.get('message', ''), indent='  ')}"]
-    if doc.get("ack"):
-        lines.append(f"  to acknowledge: tracecraft ack {shown(doc.get('id'))}")
-    return lines
-
-
-@command("ack", "acknowledge a message", arg("id", help="its id"),
-         examples=("ack 3f9c0a12", "ack 3f9c0a12 --json"), exits="0 1 7 9", op=True)
-def cmd_ack(project: object, options: object) -> None:
-    doc = project.mail.ack(options.id)
-    answer(options, f"Acknowledged {options.id}", record_of(doc, id=options.id))
-
-
-@command(
     "artifact upload", "share a file", arg("path", help="the file"),
     arg("--step", metavar="STEP", help="the step that made it"),
     arg("--name", metavar="NAME", help="its name there; default: the file's"),
@@ -13750,7 +14474,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 45. Reservation commands ==========================================
+# == 48. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -13982,7 +14706,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 46. Commands of presence, views and set-up ========================
+# == 49. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -14453,7 +15177,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 47. House commands ================================================
+# == 50. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -14628,9 +15352,267 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
+# == 51. Commands of mail ==============================================
+#
+# Rows and words, no rules. Everything they show came from other agents.
+
+MAIL_ARGS = (
+    arg("text", nargs="?", help="the message; - is stdin"), FILE_ARG,
+    arg("--step", metavar="STEP", help="it is about this step"),
+    arg("--thread", metavar="ID", help="it belongs to this thread"),
+    arg("--subject", metavar="TEXT", help="one line"),
+    arg("--importance", choices=IMPORTANCE, help="low, normal, high"),
+    arg("--attach", metavar="FILE", action="append", default=[],
+        help="a file, or an artifact's name; repeatable"),
+    arg("--expires-in", type=finite, metavar="SECONDS", help="then it is no news"),
+    arg("--id", metavar="ID", help="send it once under this id"),
+)
 
 
-# == 48. Command line ==================================================
+def letter(options: object) -> dict:
+    """The arguments that send and ask share, as Mail.send takes them."""
+    return {"step": options.step, "thread": options.thread, "subject": options.subject,
+            "importance": options.importance, "attach": tuple(options.attach),
+            "expires_in": ahead(options.expires_in), "op": options.id or options.op}
+
+
+def ahead(seconds: float | None) -> float | None:
+    """--expires-in, checked."""
+    if seconds is not None and not 0 < seconds < 1e10:
+        raise Usage(f"--expires-in is {seconds:g}, not seconds from now",
+                    hint="e.g. 3600")
+    return seconds
+
+
+@command(
+    "send", "a message to an agent, a '#channel', or _broadcast", arg("to"), *MAIL_ARGS,
+    arg("--reply-to", metavar="ID", help="it answers this message"),
+    arg("--kind", metavar="WORD", help="question, answer, …"),
+    arg("--ack", action="store_true", help="ask for an acknowledgement"),
+    arg("--wait", type=finite, metavar="SECONDS", help="with --ack: wait for it"),
+    examples=('send builder "the API is ready" --step design',
+              'send _channel.ops "deploying" --ack --wait 60'), exits="0 2 3 6 7 9",
+    op=True)
+def cmd_send(project: object, options: object) -> None:
+    text = given_text(options, options.text, "message")
+    if options.wait is not None and not options.ack:
+        raise Usage("--wait waits for acknowledgements", hint="send … --ack --wait 60")
+    to = box_of(options.to)
+    agents = project.channels.readers(to) if options.wait is not None else []
+    doc = project.mail.send(to, text, reply_to=options.reply_to, kind=options.kind,
+                            ack=options.ack, **letter(options))
+    if agents:
+        doc["acked_by"] = project.mail.wait_acks(doc, wait=options.wait, agents=agents)
+    lines = [f"Sent to {options.to.strip()}: {short(text, indent='  ')}"]
+    lines += [f"Acknowledged by {shown(agent)}" for agent in agents]
+    answer(options, "\n".join(lines), doc)
+
+
+@command(
+    "ask", "send a question, wait for its answer, print that", arg("to"), *MAIL_ARGS,
+    arg("--wait", type=finite, default=60.0, metavar="SECONDS", help="default 60"),
+    examples=('ask ben "which port?" --wait 300',
+              'ask ben "which port?" --id port-1'), exits="0 2 3 6 7 9", op=True)
+def cmd_ask(project: object, options: object) -> None:
+    text = given_text(options, options.text, "question")
+    doc = project.mail.ask(options.to, text, wait=options.wait, **letter(options))
+    answer(options, "\n".join(mail_lines(project, doc)), doc)
+    project.mail.notice(doc)  # it was shown; everything else stays new
+
+
+@command(
+    "inbox", "messages to me, to all, and in my channels",
+    arg("--new", action="store_true", help="only what arrived since the last --new"),
+    arg("--wait", type=finite, default=0, metavar="SECONDS", help="wait for one"),
+    arg("--thread", metavar="ID", help="only this thread"),
+    arg("--by", metavar="AGENT", help="only from this agent"),
+    arg("--limit", type=int, metavar="N",
+        help="the newest N; with --new the next N (0: all)"),
+    arg("--before", metavar="CURSOR", default="", help="what is older than that page"),
+    arg("--delete", action="store_true", help="deprecated: delete what was shown"),
+    examples=("inbox --new", "inbox --new --wait 60 --json"), exits="0 2 6 7")
+def cmd_inbox(project: object, options: object) -> None:
+    for flag in ("delete", "before"):
+        if options.new and getattr(options, flag):
+            raise Usage(f"--{flag} and --new are mutually exclusive",
+                        hint="--new alone shows each message once")
+    if options.delete:
+        remark(options, "warning: --delete is deprecated; `inbox --new` reads"
+               " incrementally without destroying the message log.")
+    batch = project.mail.inbox(
+        new=options.new, wait=options.wait, by=options.by, before=options.before,
+        limit=listing_limit(options), thread=options.thread)
+    show_mail(project, options, batch)
+    batch.commit()  # after the flush: a crash shows a message twice, never not at all
+    if options.delete:
+        mine = [doc for doc in batch.messages if direct(project, doc)]
+        for doc in mine:
+            project.mail.delete(doc["key"])
+        remark(options, f"Deleted {len(mine)} direct message(s);"
+               " broadcasts left in place.")
+
+
+def direct(project: object, doc: dict) -> bool:
+    """Whether a message lies in my own box, so that nobody else needs it."""
+    return str(doc.get("key")).startswith(f"messages/{project.agent}/")
+
+
+def show_mail(project: object, options: object, batch: object) -> None:
+    """Print a batch; raises before anything counts as read."""
+    empty = "No new messages." if options.new else "No messages."
+    hint = f"older ones: inbox --before {batch.cursor}" if batch.cursor else \
+        "there are more, --limit 0 shows all"
+    show_page(project, options, batch.messages, cursor=batch.cursor,
+              truncated=bool(batch.truncated), empty=empty, hint=hint)
+
+
+def show_page(project: object, options: object, messages: list, *, truncated: bool,
+              cursor: str | None, empty: str, hint: str) -> None:
+    """A page of messages; where the next one is goes to stderr, or into the JSON."""
+    if options.as_json:
+        put_out(json_text({"items": messages, "truncated": truncated,
+                           "cursor": cursor}))
+        return
+    lines = [line for doc in messages for line in mail_lines(project, doc)]
+    put_out("\n".join(lines or [empty]) + "\n")
+    if truncated:
+        remark(options, hint)
+
+
+def mail_lines(project: object, doc: dict) -> list:
+    """A message as 0.2 prints it; what is new comes in tags and lines of its own."""
+    return [mail_head(project, doc)
+            + shown(doc.get("message", ""), indent="  "), *mail_notes(doc)]
+
+
+def mail_head(project: object, doc: dict) -> str:
+    """[time] (target) sender [tags]: subject — …"""
+    sender = shown(doc["from"]) if doc.get("signature") != "forged" else \
+        f"(forged: claims {shown(doc.get('claimed_from'))})"
+    tags = [f"step {shown(doc['step'])}"] if doc.get("step") else []
+    if doc.get("importance") == "high":
+        tags.append("high")
+    if project.settings.key or doc.get("hmac"):
+        tags.append(doc.get("signature", "unverified"))
+    head = f"[{shown(doc['sent_at'])}] ({shown(doc.get('target', 'direct'))}) {sender}"
+    text = f"{shown(doc['subject'])} — " if doc.get("subject") else ""
+    return head + "".join(f" [{tag}]" for tag in tags) + ": " + text
+
+
+def mail_notes(doc: dict) -> list:
+    """What can be done with a message: lines below it."""
+    import shlex
+    lines, call, name = [], "tracecraft", shown(doc.get("id"))
+    parts = doc.get("artifacts")
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict):
+            name_in = shlex.quote(shown(part.get("name")))
+            step = f" --step {shown(part['step'])}" if part.get("step") else ""
+            lines.append(f"  attached ({size_text(number(part, 'size'))}):"
+                         f" {call} artifact download {name_in}{step}")
+    if "acked_by" in doc and doc["acked_by"]:
+        lines.append(f"  acknowledged by {', '.join(map(shown, doc['acked_by']))}")
+    elif doc.get("ack"):
+        lines.append(f"  to acknowledge: {call} ack {name}")
+    if doc.get("kind") == "question":
+        lines.append(f"  to answer: {call} send {shown(doc['from'])} TEXT"
+                     f" --reply-to {name}")
+    return lines
+
+
+@command("ack", "acknowledge a message", arg("id", help="its id"),
+         examples=("ack 3f9c0a12", "ack 3f9c0a12 --json"), exits="0 1 7 9", op=True)
+def cmd_ack(project: object, options: object) -> None:
+    doc = project.mail.ack(options.id)
+    answer(options, f"Acknowledged {options.id}", record_of(doc, id=options.id))
+
+
+@command("thread", "a conversation in order, and who acknowledged",
+         arg("id", help="of the thread, or of a message in it"), LIMIT_ARG,
+         arg("--after", metavar="CURSOR", default="", help="what follows that page"),
+         examples=("thread 3f9c0a12", "thread release --limit 50"), exits="0 1 7")
+def cmd_thread(project: object, options: object) -> None:
+    found, cursor = project.archive.thread(
+        options.id, limit=listing_limit(options), after=options.after)
+    show_page(project, options, found, truncated=cursor is not None, cursor=cursor,
+              empty="No messages.",
+              hint=f"more: thread {shown(options.id)} --after {cursor}")
+
+
+@command("channel join", "read a channel from now on", arg("name"),
+         arg("--history", action="store_true", help="also what was there before"),
+         examples=("channel join ops", "channel join ops --history"), exits="0 2 7 9",
+         op=True)
+def cmd_channel_join(project: object, options: object) -> None:
+    doc = project.channels.join(options.name, history=options.history, op=options.op)
+    answer(options, f"Joined #{doc['channel']}"
+           + ("" if doc["changed"] else " (unchanged)"), doc)
+
+
+@command("channel leave", "read a channel no more", arg("name"),
+         examples=("channel leave ops", "channel leave ops --json"), exits="0 2 7 9",
+         op=True)
+def cmd_channel_leave(project: object, options: object) -> None:
+    doc = project.channels.leave(options.name, op=options.op)
+    answer(options, f"Left #{doc['channel']}"
+           + ("" if doc["changed"] else " (unchanged)"), doc)
+
+
+@command("channel list", "the channels, and who reads them", LIMIT_ARG,
+         examples=("channel list", "channel list --json"), exits="0 7")
+def cmd_channel_list(project: object, options: object) -> None:
+    rows = project.channels.list()
+    lines = [f"#{shown(row['channel']):<20} {len(row['members'])} joined"
+             + (", I too" if row["joined"] else "") for row in rows]
+    answer_list(options, rows, lines, empty="No channels.")
+
+
+@command("listen", "wait until mail comes; tell each message once",
+         arg("--wait", type=finite, default=0, metavar="SECONDS",
+             help="for the first one; default: just look"),
+         examples=("listen --wait 600", "listen --wait 600 --json"),
+         exits="0 6 7")
+def cmd_listen(project: object, options: object) -> None:
+    batch = project.mail.listen(wait=options.wait)
+    first = batch.messages[0]
+    lines = "\n".join(short(line) for line in (
+        mail_head(project, first) + str(first["message"])).split("\n")[:2])
+    more = f"\n+{batch.count - 1} more" if batch.count > 1 else ""
+    answer(options, f"{lines}{more}\nread: tracecraft inbox --new",
+           {**first, "waiting": batch.count})
+    batch.commit()
+
+
+SEARCH_BY = arg("--by", metavar="AGENT", help="only what this agent wrote")
+
+
+@command("search", "find words in mail, memory and hand-offs", arg("text"),
+         arg("--in", dest="area", choices=Search.AREAS, default="",
+             help="mail, memory or handoffs; default: all"), SEARCH_BY, LIMIT_ARG,
+         examples=('search "api key"', "search port --in mail --by ben"),
+         exits="0 1 2 7")
+def cmd_search(project: object, options: object) -> int:
+    return show_hits(project, options, options.area)
+
+
+@command("memory search", "find words in keys and values", arg("text"), SEARCH_BY,
+         LIMIT_ARG, examples=("memory search port", "memory search port --by ben"),
+         exits="0 1 2 7")
+def cmd_memory_search(project: object, options: object) -> int:
+    return show_hits(project, options, "memory")
+
+
+def show_hits(project: object, options: object, area: str) -> int:
+    """Print what was found, newest first; 1 when that is nothing."""
+    hits, more = project.search.find(options.text, area=area, by=options.by,
+                                     limit=listing_limit(options) or 0)
+    lines = [f"[{shown(hit['at'])}] {hit['area']} {shown(hit['name'])}"
+             f" {shown(hit['who'])}: {shown(hit['line'])}" for hit in hits]
+    answer_list(options, hits, lines, empty="Nothing found.", truncated=more)
+    return 0 if hits else 1
+
+
+# == 52. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -14646,8 +15628,9 @@ GROUPS = (
                cmd_wait_for)),
     ("memory", (cmd_memory_set, cmd_memory_get, cmd_memory_list, cmd_memory_history,
                 cmd_memory_delete, cmd_memory_incr, cmd_memory_append,
-                cmd_memory_merge, cmd_memory_watch)),
-    ("mail", (cmd_send, cmd_inbox, cmd_ack)),
+                cmd_memory_merge, cmd_memory_watch, cmd_memory_search)),
+    ("mail", (cmd_send, cmd_inbox, cmd_ack, cmd_ask, cmd_thread, cmd_listen,
+              cmd_channel_join, cmd_channel_leave, cmd_channel_list, cmd_search)),
     ("reservations", (cmd_reserve, cmd_reservations, cmd_unreserve, cmd_guard)),
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify)),
@@ -14664,9 +15647,10 @@ TOP_HELP = (
     ("complete", "end it with a hand-off note        (approve, reject, handoff)"),
     ("next", "the best ready step; --claim takes it (context: what went before)"),
     ("step", "add / edit / list / show / graph    (step-status, wait-for)"),
-    ("memory", "set / get / list / history / delete / incr / append / merge / watch"),
-    ("send", "message an agent, or _broadcast"),
-    ("inbox", "read messages; --new once each      (ack)"),
+    ("memory", "set / get / list / history / delete / incr / append / merge / …"),
+    ("send", "message an agent, a '#channel', or _broadcast    (ask, ack)"),
+    ("inbox", "read messages; --new once each      (listen, thread, search)"),
+    ("channel", "join / leave / list"),
     ("reserve", "files, by pattern       (reservations, unreserve, guard)"),
     ("artifact", "upload / download / list / show / verify"),
     ("timeline", "what happened; watch: what happens  (gc, export, import)"),
@@ -14734,7 +15718,7 @@ def find_command(words: list) -> tuple:
                 hint="tracecraft --help lists them")
 
 
-OF_GROUPS = ("step", "memory", "artifact")
+OF_GROUPS = ("step", "memory", "artifact", "channel")
 
 
 def parse_words(run: object, words: list, rest: list | None) -> object:
