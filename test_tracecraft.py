@@ -9591,8 +9591,8 @@ def populate(bucket, ada, bob):
         "barriers/b/g1/config.json": {"n": 1}, "barriers/b/g1/arrive/ada": {},
         "barriers/b/g1/verdict.json": {"verdict": "open"},
         "reservations.json": {"rev": 1, "entries": [
-            {"id": "1", "ttl": 60, "renewed_at": ada.ledger.at()},
-            {"id": "2", "ttl": 0, "renewed_at": ada.ledger.at()}]},
+            {"id": n, "agent": "eve", "mode": "exclusive", "globs": [n], "ttl": ttl,
+             "renewed_at": ada.ledger.at()} for n, ttl in (("1", 60), ("2", 0))]},
         "queues/q/items/done.json": item("done"),
         "queues/q/items/dead.json": item("dead"),
         "queues/q/items/ready.json": item("ready"),
@@ -10702,7 +10702,7 @@ def tree(tmp_path):
 
 
 @pytest.fixture
-def worked(tree):
+def committed(tree):
     """The same with a commit of src/a.py and docs/a.md in it."""
     tree.write("docs/a.md")
     tree.commit("src/a.py")
@@ -10742,43 +10742,43 @@ def test_the_same_operation_settles_a_reservation(sh):
     assert [e["id"] for e in sh.json("unreserve", "a", "--op", "o2")["items"]] == ["r1"]
 
 
-def test_a_path_is_called_from_the_top_wherever_it_is_given(worked):
-    sh = worked.shell
-    worked.write("app/[id]/page.tsx")
-    sh.cwd = os.path.join(worked.top, "src")
+def test_a_path_is_called_from_the_top_wherever_it_is_given(committed):
+    sh = committed.shell
+    committed.write("app/[id]/page.tsx")
+    sh.cwd = os.path.join(committed.top, "src")
     for given, kept in (("a.py", "src/a.py"), ("../docs", "docs/**"), (".", "src/**"),
                         ("*.py", "src/*.py"), ("../docs/*.x", "docs/*.x"),
-                        ("./new/", "src/new/**"), (worked.top, "**"),
-                        (f"{worked.top}/lib/*", "lib/*"),
+                        ("./new/", "src/new/**"), (committed.top, "**"),
+                        (f"{committed.top}/lib/*", "lib/*"),
                         ("../app/[id]/page.tsx", "app/[[]id]/page.tsx"),
                         ("../app/[ab]/*", "app/[ab]/*")):
         assert sh.json("reserve", given)["globs"] == [kept]
         assert sh.json("unreserve", given)["items"][0]["globs"] == [kept]
 
 
-def test_guard_refuses_what_another_reserved_and_says_how_to_ask(worked):
-    worked.reserve("src/", "--reason", "new routes")
-    why = worked.shell.refused(3, "guard", "src/a.py", "docs/a.md")
+def test_guard_refuses_what_another_reserved_and_says_how_to_ask(committed):
+    committed.reserve("src/", "--reason", "new routes")
+    why = committed.shell.refused(3, "guard", "src/a.py", "docs/a.md")
     assert "src/a.py: reserved by bob (r1, exclusive, " in why
     assert "s left): new routes\n" in why and "docs" not in why
     assert 'to ask: tracecraft send bob "please release r1"\n' in why
-    said = worked.shell.ok("guard", "docs/a.md", TRACECRAFT_AGENT="eve")
+    said = committed.shell.ok("guard", "docs/a.md", TRACECRAFT_AGENT="eve")
     assert said == "Not reserved by others: docs/a.md\n"
 
 
-def test_one_s_own_reservation_and_what_is_outside_pass(worked, tmp_path):
-    worked.reserve("src/**", by="ada")
-    assert worked.refused("src/a.py", TRACECRAFT_INSTANCE="another") == []
-    worked.reserve("docs/**")
-    assert worked.refused(str(tmp_path / "elsewhere"), "../x", "/etc/passwd") == []
-    assert worked.refused(f"{worked.top}/docs/a.md", "docs") == ["docs", "docs/a.md"]
+def test_one_s_own_reservation_and_what_is_outside_pass(committed, tmp_path):
+    committed.reserve("src/**", by="ada")
+    assert committed.refused("src/a.py", TRACECRAFT_INSTANCE="another") == []
+    committed.reserve("docs/**")
+    assert committed.refused(str(tmp_path / "elsewhere"), "../x", "/etc/passwd") == []
+    assert committed.refused(f"{committed.top}/docs/a.md", "docs") == ["docs", "docs/a.md"]
 
 
-def test_guard_follows_links_of_directories_but_not_of_files(worked):
-    os.symlink("docs", os.path.join(worked.top, "manual"))
-    os.symlink("docs/a.md", os.path.join(worked.top, "link"))
-    worked.reserve("docs/**")
-    assert worked.refused("manual/a.md", "manual", "link") == ["docs/a.md"]
+def test_guard_follows_links_of_directories_but_not_of_files(committed):
+    os.symlink("docs", os.path.join(committed.top, "manual"))
+    os.symlink("docs/a.md", os.path.join(committed.top, "link"))
+    committed.reserve("docs/**")
+    assert committed.refused("manual/a.md", "manual", "link") == ["docs/a.md"]
 
 
 def test_outside_of_git_paths_begin_where_the_store_lies(sh):
@@ -10797,57 +10797,57 @@ def test_guard_reads_what_is_staged_before_the_first_commit(tree):
     assert tree.refused() == sorted(set(names) - {"free"})
 
 
-def test_guard_counts_both_names_of_a_rename_and_a_deletion(worked):
-    worked.git("mv", "src/a.py", "src/b.py")
-    worked.git("rm", "-q", "docs/a.md")
-    worked.git("config", "diff.renames", "copies")
+def test_guard_counts_both_names_of_a_rename_and_a_deletion(committed):
+    committed.git("mv", "src/a.py", "src/b.py")
+    committed.git("rm", "-q", "docs/a.md")
+    committed.git("config", "diff.renames", "copies")
     for glob, path in (("src/a.py", "src/a.py"), ("src/b.py", "src/b.py"),
                        ("docs/", "docs/a.md")):
-        worked.reserve(glob)
-        assert worked.refused() == [path]
-        worked.shell.ok("unreserve", "--all", TRACECRAFT_AGENT="bob")
+        committed.reserve(glob)
+        assert committed.refused() == [path]
+        committed.shell.ok("unreserve", "--all", TRACECRAFT_AGENT="bob")
 
 
-def test_guard_judges_what_is_staged_not_what_lies_about(worked):
-    worked.reserve("src/")
-    worked.write("src/a.py", "changed\n")
-    worked.write("src/untracked")
-    assert worked.refused() == []
-    worked.git("add", "src/a.py")
-    assert worked.refused() == ["src/a.py"]
+def test_guard_judges_what_is_staged_not_what_lies_about(committed):
+    committed.reserve("src/")
+    committed.write("src/a.py", "changed\n")
+    committed.write("src/untracked")
+    assert committed.refused() == []
+    committed.git("add", "src/a.py")
+    assert committed.refused() == ["src/a.py"]
 
 
-def test_guard_names_staged_paths_from_the_top_in_any_directory(worked):
-    worked.reserve("src/", "docs/")
-    worked.git("config", "diff.relative", "true")
-    worked.write("src/a.py", "changed\n")
-    worked.write("docs/a.md", "changed\n")
-    worked.git("add", "-A")
-    worked.shell.cwd = os.path.join(worked.top, "src")
-    assert worked.refused() == ["docs/a.md", "src/a.py"]
+def test_guard_names_staged_paths_from_the_top_in_any_directory(committed):
+    committed.reserve("src/", "docs/")
+    committed.git("config", "diff.relative", "true")
+    committed.write("src/a.py", "changed\n")
+    committed.write("docs/a.md", "changed\n")
+    committed.git("add", "-A")
+    committed.shell.cwd = os.path.join(committed.top, "src")
+    assert committed.refused() == ["docs/a.md", "src/a.py"]
 
 
-def test_guard_works_in_a_linked_work_tree(worked, tmp_path):
+def test_guard_works_in_a_linked_work_tree(committed, tmp_path):
     other = str(tmp_path / "other")
-    worked.git("worktree", "add", "-q", other)
-    worked.reserve("src/")
-    worked.write("src/a.py", "changed\n", top=other)
-    worked.git("add", "-A", cwd=other)
-    assert worked.refused() == []
-    worked.shell.cwd = other
-    assert worked.refused() == worked.refused("src/a.py") == ["src/a.py"]
+    committed.git("worktree", "add", "-q", other)
+    committed.reserve("src/")
+    committed.write("src/a.py", "changed\n", top=other)
+    committed.git("add", "-A", cwd=other)
+    assert committed.refused() == []
+    committed.shell.cwd = other
+    assert committed.refused() == committed.refused("src/a.py") == ["src/a.py"]
 
 
-def test_a_submodule_stands_for_all_that_is_in_it(worked, tmp_path):
+def test_a_submodule_stands_for_all_that_is_in_it(committed, tmp_path):
     sub = str(tmp_path / "library")
     os.makedirs(sub)
-    worked.git("init", "-q", cwd=sub)
-    worked.git("commit", "-q", "--allow-empty", "-m", "x", cwd=sub)
-    code, said = worked.git("submodule", "add", "-q", sub, "lib")
+    committed.git("init", "-q", cwd=sub)
+    committed.git("commit", "-q", "--allow-empty", "-m", "x", cwd=sub)
+    code, said = committed.git("submodule", "add", "-q", sub, "lib")
     assert code == 0, said
-    worked.git("config", "-f", ".gitmodules", "submodule.lib.ignore", "all")
-    worked.reserve("lib/x.c")
-    assert worked.refused() == ["lib"]
+    committed.git("config", "-f", ".gitmodules", "submodule.lib.ignore", "all")
+    committed.reserve("lib/x.c")
+    assert committed.refused() == ["lib"]
 
 
 def diverged(tree, theirs, ours):
@@ -10864,24 +10864,24 @@ def diverged(tree, theirs, ours):
     tree.git("commit", "-q", "-m", "ours")
 
 
-def test_in_a_merge_only_what_differs_from_every_parent_counts(worked):
+def test_in_a_merge_only_what_differs_from_every_parent_counts(committed):
     """What bob committed in his files is merged, what the merge itself changes is not.
     """
-    diverged(worked, {"src/a.py": "theirs\n", "src/new": "theirs\n"},
+    diverged(committed, {"src/a.py": "theirs\n", "src/new": "theirs\n"},
              {"src/a.py": "ours\n"})
-    code, said = worked.git("merge", "side")
+    code, said = committed.git("merge", "side")
     assert code == 1 and "CONFLICT" in said
-    worked.write("src/a.py", "both\n")
-    worked.git("add", "-A")
-    worked.reserve("src/new")
-    assert worked.refused() == []
-    worked.reserve("src/a.py")
-    assert worked.refused() == ["src/a.py"]
-    worked.write("src/new", "sneaked in\n")
-    worked.git("add", "-A")
-    assert worked.refused() == ["src/a.py", "src/new"]
-    worked.git("checkout", "side", "--", "src/a.py", "src/new")
-    assert worked.refused() == []
+    committed.write("src/a.py", "both\n")
+    committed.git("add", "-A")
+    committed.reserve("src/new")
+    assert committed.refused() == []
+    committed.reserve("src/a.py")
+    assert committed.refused() == ["src/a.py"]
+    committed.write("src/new", "sneaked in\n")
+    committed.git("add", "-A")
+    assert committed.refused() == ["src/a.py", "src/new"]
+    committed.git("checkout", "side", "--", "src/a.py", "src/new")
+    assert committed.refused() == []
 
 
 def hook(tree, name="pre-commit"):
@@ -10893,71 +10893,71 @@ def hook(tree, name="pre-commit"):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the hook is a shell script")
-def test_a_commit_hook_lets_pass_what_is_free_and_stops_what_is_not(worked):
-    hook(worked)
-    worked.reserve("src/")
-    worked.write("src/a.py", "changed\n")
-    worked.write("docs/a.md", "changed\n")
-    worked.git("add", "-A")
-    code, said = worked.git("commit", "-q", "-m", "all")
+def test_a_commit_hook_lets_pass_what_is_free_and_stops_what_is_not(committed):
+    hook(committed)
+    committed.reserve("src/")
+    committed.write("src/a.py", "changed\n")
+    committed.write("docs/a.md", "changed\n")
+    committed.git("add", "-A")
+    code, said = committed.git("commit", "-q", "-m", "all")
     assert code == 1 and "src/a.py: reserved by bob" in said
     # Only part of the index: git hands the hook an index of its own for that.
-    assert worked.git("commit", "-q", "-m", "docs", "docs/a.md") == (0, "")
-    assert worked.git("commit", "-q", "-m", "src", "src/a.py")[0] == 1
-    worked.shell.ok("unreserve", "--all", TRACECRAFT_AGENT="bob")
-    assert worked.git("commit", "-q", "-m", "src") == (0, "")
+    assert committed.git("commit", "-q", "-m", "docs", "docs/a.md") == (0, "")
+    assert committed.git("commit", "-q", "-m", "src", "src/a.py")[0] == 1
+    committed.shell.ok("unreserve", "--all", TRACECRAFT_AGENT="bob")
+    assert committed.git("commit", "-q", "-m", "src") == (0, "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the hook is a shell script")
-def test_a_merge_hook_lets_pass_what_others_have_committed(worked):
+def test_a_merge_hook_lets_pass_what_others_have_committed(committed):
     """It runs before git has written MERGE_HEAD."""
-    diverged(worked, {"src/new": "theirs\n"}, {"docs/a.md": "ours\n"})
-    hook(worked, "pre-merge-commit")
-    worked.reserve("src/")
-    code, said = worked.git("merge", "-q", "side", "-m", "merged")
+    diverged(committed, {"src/new": "theirs\n"}, {"docs/a.md": "ours\n"})
+    hook(committed, "pre-merge-commit")
+    committed.reserve("src/")
+    code, said = committed.git("merge", "-q", "side", "-m", "merged")
     assert code == 0, said
-    assert worked.git("rev-list", "--count", "--merges", "HEAD") == (0, "1\n")
+    assert committed.git("rev-list", "--count", "--merges", "HEAD") == (0, "1\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the hook is a shell script")
-def test_a_merge_hook_stops_what_the_merge_itself_changes(worked):
+def test_a_merge_hook_stops_what_the_merge_itself_changes(committed):
     lines = [f"{n}\n" for n in range(20)]
-    worked.commit("src/both", "".join(lines))
-    diverged(worked, {"src/both": "".join(["theirs\n", *lines[1:]])},
+    committed.commit("src/both", "".join(lines))
+    diverged(committed, {"src/both": "".join(["theirs\n", *lines[1:]])},
              {"src/both": "".join([*lines[:-1], "ours\n"])})
-    hook(worked, "pre-merge-commit")
-    worked.reserve("src/")
-    code, said = worked.git("merge", "-q", "side", "-m", "merged")
+    hook(committed, "pre-merge-commit")
+    committed.reserve("src/")
+    code, said = committed.git("merge", "-q", "side", "-m", "merged")
     assert code != 0 and "src/both: reserved by bob" in said
 
 
-def test_guard_fails_open_when_the_store_is_unreachable_unless_strict(worked):
+def test_guard_fails_open_when_the_store_is_unreachable_unless_strict(committed):
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
             "TRACECRAFT_STORE": NOBODY_THERE}
     begun = time.monotonic()
-    done = worked.shell.run("guard", "src/a.py", **keys)
+    done = committed.shell.run("guard", "src/a.py", **keys)
     assert time.monotonic() - begun < 10
     assert (done.returncode, done.out) == (0, "")
     assert "reservations were not checked" in done.err and "--strict" in done.err
-    done = worked.shell.run("--json", "guard", "src/a.py", **keys)
+    done = committed.shell.run("--json", "guard", "src/a.py", **keys)
     assert json.loads(done.out)["checked"] is False
-    worked.shell.refused(7, "guard", "src/a.py", "--strict", "--deadline", "0.5", **keys)
+    committed.shell.refused(7, "guard", "src/a.py", "--strict", "--deadline", "0.5", **keys)
 
 
-def test_guard_does_not_fail_open_on_a_damaged_document(worked):
-    worked.reserve("src/")
-    [path] = [p for p in worked.shell.objects() if p.endswith(BOOK)]
+def test_guard_does_not_fail_open_on_a_damaged_document(committed):
+    committed.reserve("src/")
+    [path] = [p for p in committed.shell.objects() if p.endswith(BOOK)]
     pathlib.Path(path).write_text("{")
-    assert BOOK in worked.shell.refused(8, "guard", "src/a.py")
+    assert BOOK in committed.shell.refused(8, "guard", "src/a.py")
 
 
-def test_guard_asks_the_store_once_whatever_the_number_of_paths(worked):
+def test_guard_asks_the_store_once_whatever_the_number_of_paths(committed):
     """And not at all when nothing is staged."""
     with S3Server() as server:
         keys = {**server.env(), "TRACECRAFT_STORE": "s3://bucket/p"}
-        worked.shell.ok("heartbeat", **keys)
+        committed.shell.ok("heartbeat", **keys)
         for words, times in ((["a", "b", "c"], 1), (["--staged"], 0)):
-            said = worked.shell.run("-v", "guard", *words, **keys).err
+            said = committed.shell.run("-v", "guard", *words, **keys).err
             assert len(re.findall(r"reservations\.json", said)) == times, said
             assert len(said.splitlines()) == times, said
 
@@ -11550,9 +11550,9 @@ def test_a_thread_is_shown_in_order_to_both_sides_from_any_of_its_messages(
     for n, (who, to) in enumerate(((bob, "ada"), (ada, "bob")), 1):
         ids.append(who.send(to, str(n), reply_to=ids[-1])["id"])
     for who in (ada, bob):
-        found, cursor = who.archive.thread(ids[at])
+        found, cursor = who.threads.thread(ids[at])
         assert ([m["message"] for m in found], cursor) == (["0", "1", "2"], None)
-    assert [m["target"] for m in ada.archive.thread(ids[0])[0]] == [
+    assert [m["target"] for m in ada.threads.thread(ids[0])[0]] == [
         "to bob", "direct", "to bob"]
 
 
@@ -11560,7 +11560,7 @@ def test_a_thread_of_others_is_not_mine_to_see(ada, bob, bucket):
     first = ada.send("bob", "secret", thread="plan")
     eve = agent_on(bucket, "eve")
     for name in ("plan", first["id"]):
-        assert refused(tracecraft.NotFound, eve.archive.thread, name).exit == 1
+        assert refused(tracecraft.NotFound, eve.threads.thread, name).exit == 1
 
 
 def test_a_thread_comes_in_pages_that_meet(ada, bob):
@@ -11569,7 +11569,7 @@ def test_a_thread_comes_in_pages_that_meet(ada, bob):
         ada.send("bob", "between")
     texts, cursor = [], ""
     while cursor is not None:
-        found, cursor = bob.archive.thread("long", limit=3, after=cursor)
+        found, cursor = bob.threads.thread("long", limit=3, after=cursor)
         texts += [m["message"] for m in found]
         assert len(found) <= 3
     assert texts == list("0123456")
@@ -11579,7 +11579,7 @@ def test_a_thread_that_began_before_the_message_named_is_shown_whole(ada, bob, b
     ada.send("bob", "early", thread="release")
     pass_time(bucket, 5 * 24 * HOUR)
     late = ada.send("bob", "late", thread="release")
-    found, _ = bob.archive.thread(late["id"])
+    found, _ = bob.threads.thread(late["id"])
     assert [m["message"] for m in found] == ["early", "late"]
 
 
@@ -11675,7 +11675,7 @@ def test_a_sender_waits_for_the_acknowledgement_of_one_or_of_all_members(
     timer = later(lambda: eve.ack(sent["id"]))
     assert ada.mail.wait_acks(sent, wait=5, agents=readers) == ["bob", "eve"]
     timer.join()
-    [message], _ = ada.archive.thread(sent["id"])
+    [message], _ = ada.threads.thread(sent["id"])
     assert message["acked_by"] == ["bob", "eve"]
 
 
@@ -14328,7 +14328,7 @@ def test_a_worker_that_was_fenced_exits_with_4(sh):
     assert done.returncode == 4 and "fenced" in done.err
 
 
-def test_a_command_may_end_its_own_step(sh):
+def test_a_command_of_next_may_end_its_own_step(sh):
     sh.ok("step", "add", "a")
     inner = shlex.join([*RUN, "complete", "a", "--blocked", "--note", "no key"])
     done = sh.run("next", "--claim", "--", "sh", "-c", inner)

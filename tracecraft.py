@@ -8973,7 +8973,7 @@ class Mail(Mailbox):
         if event_parts(op + ".json")[1] == self.who.agent:
             key = f"messages/{box}/{op}.json"
             name = event_uuid(op + ".json") + name[8:]
-            return name, key, self._sent(key)
+            return name, key, self._sent(box, key, name[:16])
         made = event_key(f"messages/{box}/", agent=self.who.agent, uuid8=name[:8],
                          at_ns=int(self.ledger.now() * 1e9))
         if not op:
@@ -8986,13 +8986,13 @@ class Mail(Mailbox):
         if key == made or not isinstance(key, str) or \
                 not key.startswith(f"messages/{box}/"):
             return name, made, None
-        sent = self._sent(key)
-        if sent is None and self._was_read(box, key):
-            sent = {"key": key, "from": self.who.agent, "to": box, "id": name[:16]}
-        return name, key, sent
+        return name, key, self._sent(box, key, name[:16])
 
-    def _sent(self, key: str) -> dict | None:
+    def _sent(self, box: str, key: str, name: str) -> dict | None:
+        """The message of this key; what is known of it when gc has removed it since."""
         doc = self.ledger.read(key).doc
+        if doc is None and self._was_read(box, key):
+            doc = {"from": self.who.agent, "to": box, "id": name}
         return None if doc is None else {"key": key, **doc}
 
     def _was_read(self, box: str, key: str) -> bool:
@@ -9207,7 +9207,7 @@ class Channels:
         return found
 
 
-class Archive:
+class Threads:
     """All the mail that I may see: to me, to all, to my channels, and from me."""
 
     def __init__(self, ledger: Ledger, mail: Mail) -> None:
@@ -9292,8 +9292,8 @@ class Search:
 
     AREAS = ("mail", "memory", "handoffs")
 
-    def __init__(self, ledger: Ledger, archive: Archive, memory: Memory) -> None:
-        self.ledger, self.archive, self.memory = ledger, archive, memory
+    def __init__(self, ledger: Ledger, threads: Threads, memory: Memory) -> None:
+        self.ledger, self.threads, self.memory = ledger, threads, memory
 
     def find(self, text: str, *, area: str = "", by: str | None = None,
              limit: int = 20) -> tuple:
@@ -9322,10 +9322,10 @@ class Search:
         return hits[:size], more or len(hits) > size
 
     def _mail(self) -> tuple:
-        items, _ = self.archive.entries()
+        items, _ = self.threads.entries()
         rows = [{"key": m["key"], "name": m["id"], "who": m["from"], "at": m["sent_at"],
                  "text": f"{m.get('subject') or ''} {m['message']}"}
-                for m in self.archive.read(items[-AT_MOST:])]
+                for m in self.threads.read(items[-AT_MOST:])]
         return rows, len(items) > AT_MOST
 
     def _memory(self) -> tuple:
@@ -10296,8 +10296,8 @@ class Project:
         self.memory = Memory(ledger, who, self.artifacts)
         self.mail = Mail(ledger, who, self.artifacts, secret=settings.key)
         self.channels = Channels(ledger, self.mail)
-        self.archive = Archive(ledger, self.mail)
-        self.search = Search(ledger, self.archive, self.memory)
+        self.threads = Threads(ledger, self.mail)
+        self.search = Search(ledger, self.threads, self.memory)
         self.steps = Steps(ledger, who, self._tell)
         self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
         self.reservations = Reservations(ledger, who)
@@ -11571,12 +11571,12 @@ def render_sweep(doc: dict) -> str:
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
-# that was cut off shows. Memory: that list and AT_A_TIME small objects.
+# that was cut off shows. Memory: that list and WAVE small objects.
 
 EXPORT = "_export.json"  # begins with '_' and stands at the top: never a key of ours
 EXPORT_FORMAT = 1
 BYTES = ("artifacts/", "blobs/")
-AT_A_TIME = 32  # small objects under way at once
+WAVE = 32  # small objects under way at once
 
 
 def archived(name: str) -> bool:
@@ -11587,11 +11587,11 @@ def archived(name: str) -> bool:
 
 
 def in_waves(items: list, size: object) -> object:
-    """Yield `items` in lists: up to AT_A_TIME small ones, a large one alone."""
+    """Yield `items` in lists: up to WAVE small ones, a large one alone."""
     wave = []
     for item in items:
         large = size(item) > SMALL
-        if wave and (large or len(wave) == AT_A_TIME):
+        if wave and (large or len(wave) == WAVE):
             yield wave
             wave = []
         wave.append(item)
@@ -15532,7 +15532,7 @@ def cmd_ack(project: object, options: object) -> None:
          arg("--after", metavar="CURSOR", default="", help="what follows that page"),
          examples=("thread 3f9c0a12", "thread release --limit 50"), exits="0 1 7")
 def cmd_thread(project: object, options: object) -> None:
-    found, cursor = project.archive.thread(
+    found, cursor = project.threads.thread(
         options.id, limit=listing_limit(options), after=options.after)
     show_page(project, options, found, truncated=cursor is not None, cursor=cursor,
               empty="No messages.",
