@@ -1125,7 +1125,8 @@ def test_sizes_are_short():
 @pytest.mark.parametrize("leaf, parts", [
     ("x", (None, None)), ("1_a_b", (None, None)), ("1_a_b.json", (1, "a")),
     ("1_a_b_c.json", (1, "a_b")), ("x_a_b.json", (None, None)),
-    ("٣_a_b.json", (None, None)), ("1_b.json", (None, None))])
+    ("٣_a_b.json", (None, None)), ("1_b.json", (None, None)),
+    ("1_a_b.jsonl", (1, "a")), ("1_a_b.json.gz", (None, None))])
 def test_a_foreign_leaf_has_no_event_parts(leaf, parts):
     assert t.event_parts(leaf) == parts
 
@@ -6586,6 +6587,27 @@ def test_fields_we_do_not_know_survive(ada, bucket):
     assert bucket.doc("n.json")["colour"] == {"deep": [1]}
 
 
+@pytest.mark.parametrize("first", ("ok", *TRANSIENT))
+@pytest.mark.parametrize("second", ("ok", *TRANSIENT))
+def test_created_bytes_are_written_once_whatever_happens(ada, bucket, first, second):
+    for kind in (first, second):
+        ada.store.fault(kind)
+    ada.ledger.create_bytes("b", b"1")
+    ada.ledger.create_bytes("b", b"1")
+    assert (bucket.shared.objects["b"][0], bucket.writes("b")) == (b"1", 1)
+
+
+def test_bytes_whose_creation_stays_open_are_unknown_and_carry_their_name(bucket):
+    ada = agent_on(bucket, "ada", deadline=0.2)
+    ada.store.fault("lose")
+    ada.store.fault("dead", "HEAD", times=9)
+    assert refused(tracecraft.Unknown, ada.ledger.create_bytes, "d/b", b"1"
+                   ).details["op"] == "b@1"
+    ada.store.forget()
+    ada.ledger.create_bytes("d/b", b"1")
+    assert bucket.writes("d/b") == 1
+
+
 def test_a_created_record_is_written_once(ada, bucket):
     for kind in ("lose", "twice", "drop"):
         ada.store.fault(kind)
@@ -6598,6 +6620,9 @@ def test_creating_needs_no_arbiter(ada, bucket):
     ada.store.fault("unsafe")
     assert ada.ledger.create("e/x.json", {"a": 1})
     assert bucket.doc("e/x.json")["a"] == 1
+    ada.store.fault("unsafe")
+    ada.ledger.create_bytes("e/y", b"1")
+    assert bucket.shared.objects["e/y"][0] == b"1"
 
 
 def test_information_is_overwritten_with_retries(ada, bucket):

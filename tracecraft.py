@@ -361,9 +361,10 @@ def nearest(word: str, words: list) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def event_key(prefix: str, *, at_ns: int, agent: str, uuid8: str) -> str:
-    """The key of a create-once record: <prefix><ns>_<agent>_<uuid8>.json (0.2)."""
-    return f"{prefix}{at_ns:019d}_{agent}_{uuid8}.json"
+def event_key(prefix: str, *, at_ns: int, agent: str, uuid8: str,
+              ending: str = ".json") -> str:
+    """The key of a create-once object: <prefix><ns>_<agent>_<uuid8>.json (0.2)."""
+    return f"{prefix}{at_ns:019d}_{agent}_{uuid8}{ending}"
 
 
 def event_parts(leaf: str) -> tuple:
@@ -372,7 +373,8 @@ def event_parts(leaf: str) -> tuple:
     >>> event_parts("1700000000000000000_a_b_0123abcd.json")
     (1700000000000000000, 'a_b')
     """
-    parts = leaf[:-5].split("_") if leaf.endswith(".json") else []
+    stem = leaf.rpartition(".")[0]
+    parts = stem.split("_") if leaf.endswith((".json", ".jsonl")) else []
     if len(parts) < 3 or not (parts[0].isascii() and parts[0].isdigit()):
         return None, None
     return int(parts[0]), "_".join(parts[1:-1])
@@ -6690,11 +6692,15 @@ class Ledger:
 
     def read_many(self, keys: list) -> list:
         """Records for `keys` in order, read in parallel; damage is in `.fault`."""
-        if len(keys) < 3 or self.store.kind == "file":
-            return [self.peek(key) for key in keys]  # threads cost 6 ms to import
+        return self.each(self.peek, keys)
+
+    def each(self, act: object, items: list) -> list:
+        """[act(item) for each item], in parallel where requests take their time."""
+        if len(items) < 3 or self.store.kind == "file":
+            return [act(item) for item in items]  # threads cost 6 ms to import
         from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(min(32, len(keys))) as pool:
-            return list(pool.map(self.peek, keys))
+        with ThreadPoolExecutor(min(32, len(items))) as pool:
+            return list(pool.map(act, items))
 
     def list(self, prefix: str, **how: object) -> object:
         """The store's Listing of `prefix`."""
@@ -6713,6 +6719,28 @@ class Ledger:
         op = op or key.rpartition("/")[2].partition(".json")[0]
         new = stamped(doc, None, nonce=self.nonce(op, key))
         return self._write(key, new, Record(key), op, plain_ok=True)[0] == "landed"
+
+    def create_bytes(self, key: str, data: bytes, *, op: str = "") -> None:
+        """Create an object that is no record, under a name nobody else uses.
+
+        The name is the identity: what is there already is this very write, by an
+        attempt whose answer was lost. Raises Unknown with op when that stays open.
+        """
+        self.restart()
+        unknown = self._unknown(key, op or key.rpartition("/")[2], 1)
+
+        def settled(doubt: bool) -> tuple:
+            try:
+                self.store.head(key)
+            except NotFound as why:
+                if why.details.get("bucket"):
+                    raise
+                return "again", None
+            except Unavailable as why:
+                raise (unknown if doubt else why) from why
+            return "landed", None
+        self._send(key, data, {"if_none_match": True}, settled, unknown=unknown,
+                   plain_ok=True)
 
     def put(self, key: str, doc: dict, *, seconds: float | None = None) -> None:
         """Overwrite a record that only informs (presence); retried for `seconds`."""
@@ -6771,19 +6799,30 @@ class Ledger:
 
     def _write(self, key: str, new: dict, old: Record, op: str, *,
                plain_ok: bool = False) -> tuple:
-        """Send one conditional PUT until its outcome is certain.
-
-        ('landed', record there now) or ('lost', record there now). A 409 or a throttle
-        is neither: nothing landed, the same bytes go again (protocol.md 1.4).
-        """
-        data, doubt, tries = dump_json(new), False, 0
+        """Replace `old` by `new`: ('landed' or 'lost', record there now)."""
         condition = {"if_none_match": True} if old.doc is None \
             else {"if_match": old.etag}
+        outcome, there = self._send(
+            key, dump_json(new), condition,
+            lambda doubt: self._settle(key, new, old, op=op, doubt=doubt),
+            unknown=self._unknown(key, op, new["rev"]), plain_ok=plain_ok)
+        if isinstance(there, Stamp):
+            there = Record(key, new, etag=there.etag, now=there.now,
+                           modified=there.modified)
+        return outcome, there
+
+    def _send(self, key: str, data: bytes, condition: dict, settled: object, *,
+              unknown: Unknown, plain_ok: bool = False) -> tuple:
+        """Send one conditional PUT until its outcome is certain.
+
+        ('landed', Stamp), or what settled(doubt) found, unless that is 'again'. A 409
+        or a throttle is neither: nothing landed, the same bytes go again (protocol.md
+        1.4).
+        """
+        doubt, tries = False, 0
         while True:
             try:
-                stamp = self.store.put(key, data, **condition)
-                return "landed", Record(key, new, etag=stamp.etag, now=stamp.now,
-                                        modified=stamp.modified)
+                return "landed", self.store.put(key, data, **condition)
             except Unsafe:
                 if not plain_ok:
                     raise
@@ -6791,17 +6830,16 @@ class Ledger:
                 continue
             except (Moved, Unknown) as why:
                 trouble, doubt = why, doubt or isinstance(why, Unknown)
-                became, seen = self._settle(key, new, old, op=op, doubt=doubt)
+                became, seen = settled(doubt)
                 if became != "again":
                     return became, seen
             except Unavailable as why:
                 trouble = why
             except Error as why:
                 if doubt:  # an earlier attempt may still land
-                    raise self._unknown(key, op, new["rev"]) from why
+                    raise unknown from why
                 raise
-            self._rest(tries, trouble, unknown=self._unknown(key, op, new["rev"])
-                       if doubt else None)
+            self._rest(tries, trouble, unknown=unknown if doubt else None)
             tries += 1
 
     def _settle(self, key: str, new: dict, old: Record, *, op: str,
