@@ -10997,6 +10997,671 @@ def test_a_thousand_paths_are_judged_in_no_time(ada, bob):
     assert time.process_time() - begun < 4
 
 
+# == Runs ==============================================================
+#
+# Their pure rules first, then a bucket that fails, then real processes.
+
+
+RUN_STATES = (None, "running", *tracecraft.RUN_ENDS)
+
+
+def end_faults(end):
+    """What is wrong with a decision that ends runs, over every state and every end."""
+    wrong = []
+    for was, status in itertools.product(RUN_STATES, tracecraft.RUN_ENDS):
+        old = was and {"status": was, "note": "kept"}
+        try:
+            new = end(old, status, by="ada", at="now")
+        except tracecraft.Error as why:
+            new = type(why)
+        expected = {None: tracecraft.NotFound, "running": status, status: old}.get(
+            was, tracecraft.Conflict)
+        if was == "running":
+            new = new.get("status") if new.get("note") == "kept" else "forgetful"
+        if new is not expected and new != status:
+            wrong.append((was, status, new))
+        if was == status and new is not old:
+            wrong.append((was, status, "written again"))
+    return wrong
+
+
+def end_anyway(run, status, *, by, at):
+    return {**tracecraft.known_run(run), "status": status, "ended_at": at}
+
+
+def end_never_twice(run, status, **how):
+    tracecraft.under_way(run)
+    return tracecraft.end_run(run, status, **how)
+
+
+def test_ending_twice_is_once_and_an_end_is_never_changed():
+    assert end_faults(tracecraft.end_run) == []
+    assert end_faults(end_anyway) and end_faults(end_never_twice)
+
+
+@pytest.mark.parametrize("line, point", [
+    ('{"step": 10, "loss": 0.3}', {"step": 10, "at": "T", "loss": 0.3}),
+    ('{"loss": NaN, "a/b": -Infinity}', {"at": "T", "loss": "NaN", "a/b": "-Infinity"}),
+    ('{"loss": "Infinity", "step": null}', {"at": "T", "loss": "Infinity"}),
+    ('{"loss": 1e999, "n": 3}', {"at": "T", "loss": "Infinity", "n": 3}),
+    ('{"at": 0, "loss": 1}', {"at": "1970-01-01T00:00:00.000000+00:00", "loss": 1}),
+    ('{"at": "1970-01-01T01:00:00+01:00", "loss": 1}',
+     {"at": "1970-01-01T00:00:00.000000+00:00", "loss": 1})])
+def test_a_line_of_metrics_becomes_a_point(line, point):
+    made = t.read_point(line.encode(), "T")
+    assert made == point
+    assert t.points_of(t.point_line(made)) == ([point], 0)
+
+
+@pytest.mark.parametrize("line, fault", [
+    ("x", "not JSON"), ("", "not JSON"), ("[1]", "a JSON list"), ("3", "a JSON int"),
+    ("{}", "no metric"), ('{"step": 3}', "no metric"), ('{"step": "3", "a": 1}', "step"),
+    ('{"step": true, "a": 1}', "step"), ('{"step": NaN, "a": 1}', "step"),
+    ('{"step": 1e300, "a": 1}', "step"), ('{"a": "x"}', "a is 'x'"),
+    ('{"a": null}', "None"), ('{"a": {"b": 1}}', "not a number"),
+    ('{"a": true}', "True"), ('{"": 1}', "name"), ('{"a\\u001b[2J": 1}', "\\x1b[2J"),
+    ('{"at": "noon", "a": 1}', "at is"), ('{"a": %s}' % ("9" * 400), "not a number"),
+    ("[" * 70_000, "70000 bytes"), ("[" * 50_000, "not JSON"), ('{"a": 1', "not JSON")])
+def test_what_is_no_line_of_metrics_is_refused_with_what_is_wrong(line, fault):
+    assert fault in refused(tracecraft.Usage, t.read_point, line.encode(), "T").message
+
+
+def test_metrics_of_a_command_are_name_and_number():
+    words = ["loss=0.5", "n=3", "big=-2e9", "bad=nan", "worst=-inf"]
+    assert t.read_pairs(words, step=4.0, at="T") == {
+        "step": 4, "at": "T", "loss": 0.5, "n": 3, "big": -2e9, "bad": "NaN",
+        "worst": "-Infinity"}
+    for word in ("loss", "loss=", "=3", "loss=x", "loss=1_0", "loss=+-3", "step=3",
+                 "at=3"):
+        refused(tracecraft.Usage, t.read_pairs, [word], step=None, at="T")
+    refused(tracecraft.Usage, t.read_pairs, ["a=1", "a=2"], step=None, at="T")
+    huge = t.read_pairs(["a=" + "9" * 400], step=None, at="T")
+    assert huge["a"] == "Infinity"
+
+
+@pytest.mark.parametrize("text, value", [
+    ("0.1", 0.1), ("3", 3), ("true", True), ("adam", "adam"), ("", ""), ("NaN", "NaN"),
+    ("1e999", "1e999"), ("[1]", "[1]"), ("null", "null"), ("01", "01"),
+    ("[" * 50_000, "[" * 50_000)])
+def test_a_param_is_a_number_or_the_text_it_was(text, value):
+    assert t.param_value(text) == value
+
+
+@pytest.mark.parametrize("said, facts", [
+    ("", None), ("fatal: x", None),
+    ("# branch.oid abc\n# branch.head main\n? new", ("abc", "main", False)),
+    ("# branch.oid abc\n# branch.head a b\n1 .M N... x", ("abc", "a b", True)),
+    ("# branch.oid (initial)\n# branch.head m\n2 R. x", ("(initial)", "m", True))])
+def test_git_says_commit_branch_and_whether_tracked_files_changed(said, facts):
+    named = facts and dict(zip(("commit", "branch", "dirty"), facts))
+    assert t.git_facts(said) == named
+
+
+def curve_of(points):
+    curve = t.Curve()
+    for x, y in points:
+        curve.add(x, y)
+    return curve
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_curve_is_the_same_in_whatever_order_its_points_come(seed):
+    dice = random.Random(seed)
+    points = [(dice.choice([dice.random(), dice.randrange(10**dice.randrange(1, 9)), -3]),
+               dice.uniform(-5, 5)) for _ in range(dice.randrange(1, 300))]
+    first = curve_of(points)
+    exact = collections.defaultdict(list)
+    for x, y in points:
+        exact[int(x // first.width)].append(y)
+    means = [sum(exact[at]) / len(exact[at]) for at in sorted(exact)]
+    dice.shuffle(points)
+    for curve in (first, curve_of(points)):
+        assert curve.values() == pytest.approx(means)
+        assert 1 <= len(curve.columns) <= t.CURVE
+
+
+def test_a_curve_of_many_steps_uses_at_least_half_of_its_columns():
+    for count in (20, 41, 1000, 100_000):
+        assert 20 <= len(curve_of((x, x) for x in range(count)).values()) <= 40
+
+
+@pytest.mark.parametrize("values", [[0], [1e308, -1e308], [5e-324, 0], [2, 2, 2],
+                                    [2**1000, 3], list(range(40))])
+def test_a_sparkline_has_one_mark_for_each_value(values):
+    for plain, marks in ((False, "▁▂▃▄▅▆▇█"), (True, "_.-~=+*#")):
+        line = t.sparkline(values, plain=plain)
+        assert len(line) == len(values) and set(line) <= set(marks)
+        if min(values) / 2 < max(values) / 2:
+            assert marks[0] in line and marks[-1] in line
+
+
+def test_a_series_keeps_its_extremes_its_last_point_and_what_is_not_finite():
+    table, points = {}, [{"step": 3, "at": "b", "loss": "NaN"},
+                         {"step": 1, "at": "c", "loss": 4}, {"at": "a", "acc": 1},
+                         {"step": 2, "at": "a", "loss": 1.5}]
+    t.add_points(table, points)
+    view = table["loss"].view()
+    assert (view["count"], view["last"], view["last_step"], view["min"], view["max"],
+            view["not_finite"], view["curve"]) == (3, "NaN", 3, 1.5, 4, 1, [4, 1.5])
+    assert table["acc"].view()["last_step"] is None
+    json.dumps(view, allow_nan=False)
+
+
+def test_the_memory_of_a_summary_is_bounded():
+    table = {}
+    points = [{f"m{n}": n} for n in range(3 * t.RUN_NAMES)]
+    assert t.add_points(table, points) == 2 * t.RUN_NAMES
+    assert len(table) == t.RUN_NAMES
+
+
+def test_a_comparison_names_params_that_differ_and_every_metric():
+    one = {"last": 1, "min": 0, "max": 2, "count": 3, "curve": []}
+    views = [{"id": "a", "params": {"lr": 1, "o": {"e": 1, "k": 2}},
+              "metrics": {"loss": one}},
+             {"id": "b", "params": {"lr": 1, "o": {"e": 2, "k": 2}}, "metrics": {}},
+             {"id": "c", "params": "junk", "metrics": {"loss": one, "acc": one}}]
+    doc = t.compare_runs(views)
+    brief = {"last": 1, "min": 0, "max": 2, "count": 3}
+    assert doc["params"] == {"lr": [1, 1, None], "o.e": [1, 2, None],
+                             "o.k": [2, 2, None]}
+    assert doc["metrics"] == {"loss": [brief, None, brief], "acc": [None, None, brief]}
+    assert list(t.compare_runs(views, ("acc",))["metrics"]) == ["acc"]
+
+
+# -- on a bucket -------------------------------------------------------
+
+
+def losses(project, run):
+    """Every loss of a run, in the order of its points."""
+    return [point["loss"] for point in project.runs.points(run)]
+
+
+def test_a_run_records_how_it_came_about_and_what_became_of_it(ada, bucket):
+    run = ada.run("train", params={"lr": 0.1}, tags=("gpu", "gpu"), step="S1.A")
+    run.log(loss=0.5, step=1)
+    run.note("it falls")
+    run.end()
+    doc = bucket.doc(f"runs/{run.id}/meta.json")
+    assert doc["name"] == "train" and run.id.split("-")[1] == "train"
+    assert (doc["params"], doc["tags"], doc["step"]) == ({"lr": 0.1}, ["gpu"], "s1-a")
+    assert doc["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert set(doc["git"] or {"commit", "branch", "dirty"}) == {
+        "commit", "branch", "dirty"}
+    assert (doc["status"], doc["ended_by"], doc["notes"][0]["text"]) == (
+        "complete", "ada", "it falls")
+    assert chain_faults(bucket) == []
+
+
+@pytest.mark.parametrize("name, how", [
+    ("a/b", {}), ("", {}), ("_x", {}), ("..", {}), ("a" * 201, {}), ("a", {"op": "x y"}),
+    ("a", {"op": "../b"}), ("a", {"tags": ["a b"]}), ("a", {"step": "/"}),
+    ("a", {"params": {"x": float("nan")}}), ("a", {"params": {"x": object()}}),
+    ("a", {"params": [1]}), ("a", {"params": {"x": "y" * 70_000}})])
+def test_a_run_that_cannot_be_is_refused_and_nothing_is_written(ada, bucket, name, how):
+    refused(tracecraft.Usage, ada.run, name, **how)
+    assert bucket.under("") == []
+
+
+def test_the_id_of_a_run_is_a_name_and_sorts_by_its_start(ada, bucket):
+    first = ada.run("zz" * 100)
+    pass_time(bucket, 2)
+    second = ada.run("aa")
+    assert first.id < second.id
+    assert t.check_name("run id", first.id) == first.id
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_a_run_begins_once_whatever_happens_to_the_answer(ada, bucket, kind):
+    ada.store.fault(kind)
+    run = ada.run("train")
+    assert bucket.under("runs/") == [f"runs/{run.id}/meta.json"]
+    assert bucket.writes(f"runs/{run.id}/meta.json") == 1
+
+
+def test_the_same_op_is_the_same_run_and_not_that_of_another_agent(ada, bob, bucket):
+    assert ada.run("train", op="night").id == ada.run("train", op="night").id == "night"
+    assert bucket.writes("runs/night/meta.json") == 1
+    refused(tracecraft.Conflict, bob.run, "train", op="night")
+
+
+def test_what_exit_9_prints_finds_the_run_that_began(bucket):
+    ada = agent_on(bucket, "ada", deadline=0.2)
+    ada.store.fault("lose")
+    ada.store.fault("dead", "GET", times=9)
+    op = refused(tracecraft.Unknown, ada.run, "train").details["op"]
+    ada.store.forget()
+    run = ada.run("train", op=op)
+    assert bucket.under("runs/") == [f"runs/{run.id}/meta.json"]
+    assert (run.fresh, run.id) == (False, op.partition("@")[0])
+
+
+def test_points_of_several_writers_are_merged_by_step_then_time(ada, bob, bucket):
+    run = ada.run("train")
+    for agent, step, loss in ((ada, 3, 30), (bob, 1, 10), (ada, 2, 20), (bob, 2, 21)):
+        agent.runs.log_once(run.id, t.check_point(
+            {"step": step, "loss": loss}, tracecraft.iso(bucket.clock_at)))
+        pass_time(bucket, 1)
+    bob.runs.log_once(run.id, {"at": "", "loss": 99})
+    assert losses(ada, run.id) == [10, 20, 21, 30, 99]
+    view = bob.runs.show(run.id)["metrics"]["loss"]
+    assert (view["last"], view["min"], view["max"], view["count"]) == (99, 10, 99, 5)
+
+
+def test_a_run_that_ended_takes_notes_but_no_metrics(ada, bob):
+    run = ada.run("train")
+    run.end("failed")
+    error = refused(tracecraft.Conflict, bob.runs.open, run.id)
+    assert error.details["status"] == "failed" and run.id in error.message
+    assert bob.runs.note(run.id, "why")["status"] == "failed"
+    refused(tracecraft.NotFound, bob.runs.open, "nothing")
+    refused(tracecraft.NotFound, bob.runs.end, "nothing")
+    refused(tracecraft.Usage, bob.runs.end, run.id, "done")
+
+
+@pytest.mark.parametrize("error, status", [
+    (None, "complete"), (ValueError, "failed"), (KeyboardInterrupt, "interrupted")])
+def test_a_run_as_a_block_ends_as_the_block_does(ada, bucket, error, status):
+    try:
+        with ada.run("train") as run:
+            run.log({"train/loss": 0.3}, step=1)
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    assert bucket.doc(f"runs/{run.id}/meta.json")["status"] == status
+    assert [p["train/loss"] for p in ada.runs.points(run.id)] == [0.3]
+
+
+def test_numbers_of_other_libraries_are_logged_and_other_objects_refused(ada):
+    class Scalar:
+        def __float__(self):
+            return 0.25
+    with ada.run("train") as run:
+        run.log(loss=Scalar())
+        for bad in (object(), "x", True, None):
+            refused(tracecraft.Usage, run.log, loss=bad)
+    assert losses(ada, run.id) == [0.25]
+
+
+class Renaming(tracecraft.Points):
+    """Sends a part whose answer was lost under a new name."""
+
+    def _send(self):
+        key, data, count = self._part
+        self._part = (key.replace("ada_", f"ada_{os.urandom(2).hex()}"), data, count)
+        super()._send()
+
+
+class Hopeful(tracecraft.Points):
+    """Takes a part as stored once it was sent."""
+
+    def _send(self):
+        try:
+            super()._send()
+        except tracecraft.Error:
+            self._part, self.stored = None, self.stored + self._part[2]
+
+
+class OneName(tracecraft.Points):
+    """Gives the parts of all writers names that are not their own."""
+
+    def _next(self):
+        if self._part is None and self._lines:
+            self.name_part(f"runs/{self.run}/metrics/1_{self.stored}_x.jsonl")
+        return self._part
+
+
+def metric_faults(writer, seed):
+    """Two writers on a store that fails; what is wrong with the points afterwards."""
+    dice, bucket = random.Random(seed), MemoryStore()
+    agents = [agent_on(bucket, name, deadline=0.02) for name in ("ada", "bob")]
+    logged, acknowledged = 0, set()
+    for agent in agents:
+        agent.points = writer(agent.ledger, agent.agent, "r", pause=0)
+        agent.sent = []
+    for _ in range(12):
+        agent = dice.choice(agents)
+        for kind in dice.choices(("ok", "lose", "drop", "late", "twice", "down"), k=3):
+            agent.store.fault(kind)
+        if dice.random() < 0.3:
+            agent.store.fault("dead", "HEAD")
+        agent.points.add({"step": logged, "n": logged})
+        agent.sent.append(logged)
+        logged += 1
+        settle_points(agent, acknowledged)
+    for agent in agents:
+        agent.store.forget()
+        settle_points(agent, acknowledged)
+    found = stored_numbers(bucket)
+    return [f"{n}: {found[n]} times" for n in range(logged)
+            if found[n] > 1 or (found[n] == 0 and n in acknowledged)]
+
+
+def settle_points(agent, acknowledged):
+    """One flush; what it acknowledges is noted."""
+    try:
+        agent.points.flush()
+    except tracecraft.Error:
+        return
+    acknowledged.update(agent.sent)
+
+
+def stored_numbers(bucket):
+    return collections.Counter(
+        point["n"] for key in bucket.under("runs/r/metrics/")
+        for point in t.points_of(bucket.shared.objects[key][0])[0])
+
+
+def test_no_acknowledged_metric_is_lost_and_none_is_there_twice():
+    assert [metric_faults(tracecraft.Points, seed) for seed in range(40)] == [[]] * 40
+    for broken in (Renaming, Hopeful, OneName):
+        assert any(metric_faults(broken, seed) for seed in range(40)), broken
+
+
+class Hasty(tracecraft.Points):
+    """Forgets when it sent last."""
+
+    def _next(self):
+        self._sent_at = -1e9
+        return super()._next()
+
+
+def pauses(writer, ada):
+    """Seconds that three flushes in a row take."""
+    points, began = writer(ada.ledger, "ada", "r"), time.monotonic()
+    for n in range(3):
+        points.add({"n": n})
+        points.flush()
+    return time.monotonic() - began
+
+
+def test_a_writer_makes_one_put_a_second(ada):
+    assert pauses(tracecraft.Points, ada) >= 2 * tracecraft.PART_PAUSE
+    assert pauses(Hasty, ada) < 1
+
+
+def test_a_hundred_thousand_points_are_few_parts_and_few_puts(ada, bucket):
+    run, began = ada.run("train"), time.monotonic()
+    for step in range(100_000):
+        run.points.add({"step": step, "at": "", "loss": step})
+        assert run.points._size <= tracecraft.PART_BYTES + 100
+    run.end()
+    puts = sum(method == "PUT" for method, _ in ada.store.counts.elements())
+    assert puts <= 3 + time.monotonic() - began
+    began = time.monotonic()
+    view = ada.runs.show(run.id)
+    assert (view["points"], view["metrics"]["loss"]["last"]) == (100_000, 99_999)
+    assert len(view["metrics"]["loss"]["curve"]) <= 40
+    assert time.monotonic() - began < SLOW
+
+
+def test_what_trickles_in_is_stored_within_seconds_without_a_flush(ada, bucket):
+    run = ada.run("train")
+    run.log(loss=1)
+    until = time.monotonic() + SLOW
+    while not bucket.under(f"runs/{run.id}/metrics/"):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert run.points.waiting == 0
+    run.end()
+    assert losses(ada, run.id) == [1]
+
+
+def test_a_store_that_is_away_for_a_while_loses_no_point(bucket):
+    ada = agent_on(bucket, "ada", deadline=0.1)
+    with ada.run("train") as run:
+        ada.store.fault("down", times=5)
+        run.log(loss=1)
+        time.sleep(1.5)
+        run.log(loss=2)
+        ada.store.forget()
+    assert losses(ada, run.id) == [1, 2]
+
+
+def test_points_that_could_not_be_stored_are_told_and_counted(bucket):
+    ada = agent_on(bucket, "ada", deadline=0.1)
+    run = ada.run("train")
+    run.points.add({"at": "", "loss": 1})
+    ada.store.fault("down", key="metrics", times=99)
+    refused(tracecraft.Unavailable, run.end)
+    doc = bucket.doc(f"runs/{run.id}/meta.json")
+    assert (doc["status"], doc["lost_points"]) == ("complete", 1)
+
+
+def test_a_full_buffer_counts_what_it_cannot_take_while_the_store_is_away(bucket):
+    ada = agent_on(bucket, "ada", deadline=0.05)
+    points = t.Points(ada.ledger, "ada", "r", pause=0)
+    ada.store.fault("down", times=10**4)
+    line = {"x" * 200: 1}
+    while points.lost < 5:
+        points.offer(line)
+    taken = points.waiting
+    assert taken * 200 >= tracecraft.PART_BYTES
+    ada.store.forget()
+    points.flush()
+    assert (points.stored, points.waiting) == (taken, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_a_forked_child_does_not_send_what_its_parent_holds(ada):
+    points = t.Points(ada.ledger, "ada", "r")
+    points.add({"n": 1})
+    child = os.fork()
+    if not child:
+        points.start()
+        os._exit(points.waiting)
+    assert (os.waitpid(child, 0)[1], points.waiting) == (0, 1)
+
+
+def test_a_run_that_gives_no_sign_of_life_reads_as_stale(ada, bob, bucket):
+    run = ada.run("train")
+    pass_time(bucket, tracecraft.STALE_AFTER - 2)
+    assert bob.runs.list()[0][0]["status"] == "running"
+    pass_time(bucket, 4)
+    [row] = bob.runs.list()[0]
+    assert (row["status"], bob.runs.show(run.id)["status"]) == ("stale", "stale")
+    assert row["quiet_s"] > tracecraft.STALE_AFTER
+    for sign in (lambda: ada.runs.log_once(run.id, {"at": "", "loss": 1}),
+                 lambda: ada.runs.beat(run.id), lambda: bob.runs.note(run.id, "x")):
+        sign()
+        assert bob.runs.list()[0][0]["status"] == "running"
+        assert bob.runs.show(run.id)["status"] == "running"
+        pass_time(bucket, tracecraft.STALE_AFTER + 2)
+    run.end()
+    assert bob.runs.list(status="complete")[0][0]["id"] == run.id
+
+
+def test_a_writer_without_points_shows_that_it_is_alive_now_and_then(ada):
+    beats, began = [], time.monotonic()
+    points = t.Points(ada.ledger, "ada", "r", pause=0.01,
+                      beat=lambda: beats.append(time.monotonic() - began))
+    points.start()
+    while len(beats) < 2 and time.monotonic() - began < SLOW:
+        time.sleep(0.01)
+    points.close()
+    assert beats[0] > 0.6 and beats[1] - beats[0] > 0.6
+    assert ada.store.requests == 0
+
+
+def test_a_sign_of_life_does_not_revive_a_run_that_ended(ada, bucket):
+    run = ada.run("train")
+    run.end("failed")
+    before = bucket.doc(f"runs/{run.id}/meta.json")
+    ada.runs.beat(run.id)
+    assert bucket.doc(f"runs/{run.id}/meta.json") == before
+
+
+def test_runs_are_listed_newest_first_by_tag_agent_and_status(ada, bob, bucket):
+    ids = []
+    for at in range(5):
+        agent = (ada, bob)[at % 2]
+        ids.insert(0, agent.run(f"r{at}", tags=["odd"] if at % 2 else []).id)
+        pass_time(bucket, 1)
+    ada.runs.end(ids[0])
+
+    def listed(**how):
+        rows, truncated = ada.runs.list(**how)
+        return [row["id"] for row in rows], truncated
+    assert listed() == (ids, False) and listed(limit=2) == (ids[:2], True)
+    assert listed(tag="odd") == listed(by="bob") == ([ids[1], ids[3]], False)
+    assert listed(status="complete") == (ids[:1], False)
+    assert listed(status="failed") == ([], False)
+
+
+def test_the_newest_of_many_runs_are_found_without_reading_all(ada, bucket):
+    for n in range(200):
+        bucket.place(f"runs/20260101{n:06d}-r-00000000/meta.json",
+                     {"agent": "x", "status": "complete", "started_at": f"2026-{n:03}"})
+    bucket.place("runs/named/meta.json", {"agent": "x", "status": "complete",
+                                          "started_at": "2026-1985"})
+    cost = spent(ada, ada.runs.list, limit=5)
+    assert cost.pop("LIST runs/") == 1 and sum(cost.values()) <= 33
+    assert [row["id"][8:14] for row in ada.runs.list(limit=3)[0]] == [
+        "000199", "", "000198"]
+
+
+def test_an_artifact_of_a_run_is_noted_with_its_digest_once(ada, bob, tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"weights")
+    run = ada.run("train")
+    made = [run.artifact(str(path)) for _ in range(2)][0]
+    assert made["name"] == f"runs/{run.id}/model.bin"
+    assert made["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    [noted] = bob.runs.show(run.id)["artifacts"]
+    assert noted["sha256"] == made["sha256"]
+    path.write_bytes(b"others")
+    refused(tracecraft.Conflict, run.artifact, str(path))
+    run.artifact(str(path), overwrite=True)
+    assert len(bob.runs.show(run.id)["artifacts"]) == 2
+    refused(tracecraft.NotFound, bob.runs.artifact, "nothing", str(path))
+
+
+def test_lines_in_a_part_that_are_no_points_are_left_out_with_a_warning(ada, bucket):
+    run = ada.run("train")
+    bucket.place(f"runs/{run.id}/metrics/1_x_y.jsonl",
+                 b'{"loss": 1}\n\xff{\n[]\n{"loss": "x", "step": []}\n{"loss": NaN}')
+    bucket.place(f"runs/{run.id}/metrics/2_x_y.jsonl", b"x" * (9 << 20))
+    bucket.place(f"runs/{run.id}/metrics/readme.txt", b"hello")
+    view = ada.runs.show(run.id)
+    assert (view["points"], view["metrics"]["loss"]["count"]) == (3, 2)
+    assert len(ada.warned) == 2 and "2 lines are no points" in ada.warned[1]
+
+
+def test_a_record_of_a_run_does_not_grow_without_end(ada, bucket):
+    run = ada.run("train")
+    doc = bucket.doc(f"runs/{run.id}/meta.json")
+    full = {**doc, "notes": [{"text": "x"}] * tracecraft.RUN_ENTRIES}
+    bucket.place(f"runs/{run.id}/meta.json", full)
+    refused(tracecraft.Conflict, run.note, "y")
+    for text in ("", " ", "x" * 9000):
+        refused(tracecraft.Usage, run.note, text)
+
+
+def test_runs_cost_the_requests_that_are_safe(ada, bucket, tmp_path):
+    cost = spent(ada, ada.run, "train", op="r")
+    meta, parts = "runs/r/meta.json", "runs/r/metrics/"
+    assert cost == {f"GET {meta}": 1, f"PUT {meta}": 1}
+    fresh = spent(ada, ada.run, "train")
+    assert list(fresh.values()) == [1]
+    assert spent(ada, ada.runs.log_once, "r", {"at": "", "loss": 1}) == {
+        f"GET {meta}": 1, f"PUT {parts}*": 1}
+    assert spent(ada, ada.runs.note, "r", "x") == {f"GET {meta}": 1, f"PUT {meta}": 1}
+    assert spent(ada, ada.runs.show, "r") == {
+        f"GET {meta}": 1, f"LIST {parts}": 1, f"GET {parts}*": 1}
+    assert spent(ada, ada.runs.end, "r") == {f"GET {meta}": 1, f"PUT {meta}": 1}
+    assert spent(ada, ada.runs.end, "r") == {f"GET {meta}": 1}
+
+
+def run_r(bucket, ada):
+    ada.run("train", op="r")
+
+
+def holds_one(name, count=1):
+    def check(bucket, ada, where):
+        assert len(ada.runs.show("r").get(name) or ()) == count, where
+    return check
+
+
+def is_running(bucket, ada, where):
+    assert ada.runs.show("r")["status"] == "running", where
+    assert bucket.writes("runs/r/meta.json") == 1, where
+
+
+def is_failed(bucket, ada, where):
+    assert [doc["status"] for doc in bucket.history("runs/r/meta.json")] == [
+        "running", "failed"], where
+
+
+def logged_once(bucket, ada, where):
+    assert losses(ada, "r") == [0.5], where
+
+
+RUN_CRASHES = {  # verb: (before, act, what holds after the act was repeated)
+    "start": (None, lambda a: a.run("train", op="r"), is_running),
+    "log": (run_r, lambda a: a.runs.log_once("r", {"at": "", "loss": 0.5}, op="l1"),
+            logged_once),
+    "note": (run_r, lambda a: a.runs.note("r", "x", op="n1"), holds_one("notes")),
+    "artifact": (run_r, lambda a: a.runs.artifact("r", tracecraft.__file__),
+                 holds_one("artifacts")),
+    "end": (run_r, lambda a: a.runs.end("r", "failed"), is_failed),
+}
+
+
+@pytest.mark.parametrize("verb", RUN_CRASHES)
+def test_a_run_verb_that_crashed_anywhere_can_be_repeated(verb):
+    prepare, act, check = RUN_CRASHES[verb]
+    points = 0
+    for bucket, ada, where in crashes(prepare, act):
+        points += 1
+        agent_on(bucket, "bob").runs.list()
+        act(ada)
+        check(bucket, ada, where)
+        revs = [doc["rev"] for doc in bucket.history("runs/r/meta.json")]
+        assert revs == [*range(1, len(revs) + 1)] and len(revs) <= 2, where
+        assert tracecraft.diagnose(ada)["problems"] == [], where
+    assert points >= 2
+
+
+def test_a_writer_that_crashed_in_a_flush_lost_no_more_than_that_flush():
+    def act(ada):
+        for n in range(2):
+            ada.points = t.Points(ada.ledger, "ada", "r")
+            ada.points.add({"n": n})
+            ada.points.flush()
+    for bucket, ada, where in crashes(None, act):
+        found = stored_numbers(bucket)
+        assert max(found.values(), default=1) == 1, where
+        done = where in ("after request 1", "before request 2", "after request 2")
+        assert (found[0] == 1) == done, where
+
+
+def test_two_writers_do_not_hinder_each_other(ada, bob, bucket):
+    """Whatever one is about to do, the other's point costs what it costs alone."""
+    run = ada.run("train").id
+    alone = spent(bob, bob.runs.log_once, run, {"at": "", "loss": 0})
+    costs = []
+
+    def meanwhile():
+        costs.append(spent(bob, bob.runs.log_once, run, {"at": "", "loss": 1}))
+    ada.store.fault("ok", key="metrics", before=meanwhile, after=meanwhile)
+    mine = spent(ada, ada.runs.log_once, run, {"at": "", "loss": 2})
+    assert costs == [alone, alone] and mine == alone
+    assert sorted(losses(ada, run)) == [0, 1, 1, 2]
+
+
+def test_a_run_is_the_same_on_every_store(any_store):
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    with ada.run("train", params={"lr": 0.1}) as run:
+        for step in range(5):
+            bob.runs.log_once(run.id, t.read_pairs(["n=1"], step=step, at="T"))
+        run.log(n=2, step=9)
+        run.note("half way")
+    view = bob.runs.show(run.id)
+    assert (view["status"], view["points"], view["parts"]) == ("complete", 6, 6)
+    assert view["metrics"]["n"]["last"] == 2
+    assert [row["id"] for row in bob.runs.list(tag=None, limit=1)[0]] == [run.id]
+
+
 # == Requests per command ==============================================
 #
 # What a command costs once verdict and local state are warm (protocol.md 1.7).

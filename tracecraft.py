@@ -34,21 +34,22 @@ Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
   4 Messages                 5 Plans                    6 Patterns
   7 Events                   8 Leftovers                9 Reservation records
-  10 Wire                    11 HTTP                    12 Stores
-  13 S3                      14 S3 store                15 Probe
-  16 Settings                17 Local state             18 Command settings
-  19 Credentials             20 Ledger                  21 Leases
-  22 Hints                   23 Step records            24 Frontier
-  25 Steps                   26 Tasks                   27 Memory
-  28 Mailboxes               29 Mail                    30 Channels and threads
-  31 Artifacts               32 Reservations            33 Project
-  34 Context                 35 Views                   36 Timeline
-  37 Housekeeping            38 Archive                 39 Doctor
-  40 Trials                  41 Drill                   42 Bench
-  43 Rows                    44 Commands under a lease  45 Step commands
-  46 Task commands           47 Commands of memory and files
-  48 Reservation commands    49 Commands of presence, views and set-up
-  50 House commands          51 Commands of mail        52 Command line
+  10 Run records             11 Wire                    12 HTTP
+  13 Stores                  14 S3                      15 S3 store
+  16 Probe                   17 Settings                18 Local state
+  19 Command settings        20 Credentials             21 Ledger
+  22 Leases                  23 Hints                   24 Step records
+  25 Frontier                26 Steps                   27 Tasks
+  28 Memory                  29 Mailboxes               30 Mail
+  31 Channels and threads    32 Artifacts               33 Reservations
+  34 Runs                    35 Project                 36 Context
+  37 Views                   38 Timeline                39 Housekeeping
+  40 Archive                 41 Doctor                  42 Trials
+  43 Drill                   44 Bench                   45 Rows
+  46 Commands under a lease  47 Step commands           48 Task commands
+  49 Commands of memory and files  50 Reservation commands
+  51 Commands of presence, views and set-up  52 House commands
+  53 Commands of mail        54 Command line
 """
 
 from __future__ import annotations
@@ -2430,7 +2431,417 @@ def _names(word: str, words: dict, entry: Booked) -> bool:
     return word == entry.id or words[word] in entry.doc["globs"]
 
 
-# == 10. Wire ==========================================================
+# == 10. Run records ===================================================
+#
+# Pure: what becomes of runs/<run>/meta.json, and how metric lines are read, merged
+# and summed up. Knows no store and no clock. Rules: protocol.md 9.
+#
+# A line of metrics is a JSON object: "step" (a number, may be missing), "at" (a time,
+# filled in) and any other names with their numbers. JSON has no numbers for nan and
+# the infinities; they are kept as the texts of NOT_FINITE.
+
+RUN_ENDS = ("complete", "failed", "interrupted")
+RUN_ENTRIES = 1000  # notes, and artifacts, of a run: they live inside one record
+RUN_NAMES = 1000  # metrics that a summary follows: bounds its memory
+METRIC_LINE = 64 << 10  # bytes; a longer line is not one of metrics
+CURVE = 40  # columns of a sparkline
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+def run_id(name: str, at: float, digits: str) -> str:
+    """The id of a run begun at `at`: the order of ids as text is that of time.
+
+    >>> run_id("train", 0, "3fa9c2d1")
+    '19700101000000-train-3fa9c2d1'
+    """
+    stamp = time.strftime("%Y%m%d%H%M%S", time.gmtime(at))
+    return f"{stamp}-{name[:100]}-{digits}"
+
+
+def begin_run(run: dict | None, new: dict) -> dict:
+    """`new` as a run under way; Conflict when its id is taken."""
+    if run is not None:
+        raise Conflict(f"is there already, started by {shown(run.get('agent'))}",
+                       hint="leave --op out, or choose another")
+    return {**new, "status": "running"}
+
+
+def known_run(run: dict | None) -> dict:
+    """`run` if there is one, else NotFound."""
+    if run is None:
+        raise NotFound("is not there", hint="run list shows them")
+    return run
+
+
+def under_way(run: dict | None) -> dict:
+    """`run` if it has not ended; Conflict for one that has."""
+    status = known_run(run).get("status")
+    if status != "running":
+        raise Conflict(f"has ended ({shown(status)}): it takes no more metrics",
+                       status=status, hint="run start begins another; notes and"
+                       " artifacts are still taken")
+    return run
+
+
+def end_run(run: dict | None, status: str, *, by: str, at: str,
+            fields: dict | None = None) -> dict:
+    """The run ended with `status`. The same end again: unchanged; another: Conflict."""
+    if known_run(run).get("status") == status:
+        return run
+    if run.get("status") != "running":
+        raise Conflict(f"has ended already ({shown(run.get('status'))})",
+                       status=run.get("status"), hint="an end is not changed; say it"
+                       " in a note")
+    return {**run, "status": status, "ended_at": at, "ended_by": by, **(fields or {})}
+
+
+def beat_run(run: dict | None, at: str) -> dict:
+    """The run with a sign of life; unchanged once it has ended."""
+    alive = known_run(run).get("status") == "running"
+    return {**run, "heartbeat": at} if alive else run
+
+
+def grow_run(run: dict | None, name: str, entry: dict, *, same: tuple = ()) -> dict:
+    """The run with `entry` in its list `name` (notes, artifacts).
+
+    same: fields; an older entry that has them alike makes this one change nothing.
+    """
+    past = known_run(run).get(name, [])
+    if not isinstance(past, list):
+        raise Corrupt(f"has {name} that are no list", hint="mend its meta.json")
+    if same and any(isinstance(old, dict) and all(
+            old.get(field) == entry[field] for field in same) for old in past):
+        return run
+    if len(past) >= RUN_ENTRIES:
+        raise Conflict(f"has {len(past)} {name}; more do not fit", hint="put the text"
+                       " into an artifact of the project")
+    return {**run, name: past + [entry]}
+
+
+def seen_run(run: dict, quiet: float | None) -> str:
+    """The status a reader is told: a run that gave no sign of life is stale."""
+    status = str(run.get("status"))
+    if status == "running" and quiet is not None and quiet > STALE_AFTER:
+        return "stale"
+    return status
+
+
+def param_value(text: str) -> object:
+    """The value of --param k=v: a finite JSON number, true or false; else its text."""
+    import json
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    plain = isinstance(value, (bool, int, float)) and value - value == 0
+    return value if plain else text
+
+
+def git_facts(porcelain: str) -> dict | None:
+    """{commit, branch, dirty} of `git status --porcelain=v2 --branch`; None: not git.
+
+    dirty: tracked files differ from the commit, as `git describe --dirty` takes it.
+    """
+    facts, dirty = {}, False
+    for line in porcelain.splitlines():
+        lead, _, rest = line.partition(" ")
+        name, _, value = rest.partition(" ")
+        if lead == "#":
+            facts[name] = value
+        dirty = dirty or lead in ("1", "2", "u")
+    if "branch.oid" not in facts:
+        return None
+    return {"commit": facts["branch.oid"], "branch": facts.get("branch.head"),
+            "dirty": dirty}
+
+
+# -- lines of metrics --------------------------------------------------
+
+
+def finite_number(value: object) -> bool:
+    """Whether `value` is a number that JSON can hold; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) \
+        and abs(value) <= sys.float_info.max
+
+
+def metric_value(name: str, value: object) -> object:
+    """`value` as it is stored. Usage when it is no number."""
+    if finite_number(value) or (isinstance(value, str) and value in NOT_FINITE):
+        return value
+    if isinstance(value, float):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    raise Usage(f"{shown(name[:80])} is {shown(str(value)[:40])!r}, not a number",
+                hint="metrics are numbers; params and notes hold text")
+
+
+def check_point(given: dict, at: str) -> dict:
+    """`given` as a point to store: step, at, then its metrics. Usage when it is none.
+
+    at: its time when it brings none (ISO text, or seconds since 1970).
+    """
+    point = {} if given.get("step") is None else {"step": check_step(given["step"])}
+    point["at"] = at if given.get("at") is None else check_time(given["at"])
+    first = len(point)
+    for name, value in given.items():
+        if name not in ("step", "at"):
+            point[check_metric(name)] = metric_value(name, value)
+    if len(point) == first:
+        raise Usage("there is no metric in it", hint='e.g. {"step": 10, "loss": 0.3}')
+    return point
+
+
+def check_step(step: object) -> object:
+    """`step` if it is a number that floats can count, else Usage."""
+    if not finite_number(step) or abs(step) > 2**53:
+        raise Usage(f"step is {shown(str(step)[:40])!r}, not a number",
+                    hint='e.g. {"step": 10, "loss": 0.3}')
+    return step
+
+
+def check_time(when: object) -> str:
+    """The time that a point brings, as it is stored; Usage if it is none."""
+    seconds = when if finite_number(when) else parse_iso(when)
+    if seconds is None or not 0 <= seconds < 1e11:
+        raise Usage(f"at is {shown(str(when)[:40])!r}, not a time",
+                    hint="leave it out, or give ISO 8601")
+    return iso(seconds)
+
+
+def check_metric(name: object) -> str:
+    """`name` if a metric may have it, else Usage."""
+    if not isinstance(name, str) or not name.strip() or len(name) > 200 \
+            or not name.isprintable():
+        raise Usage(f"metric name {shown(str(name)[:80])!r} does not fit: 1 to 200"
+                    " characters, none of them a control character")
+    return name
+
+
+def read_point(line: bytes, at: str) -> dict:
+    """The point that a line of JSON says. Usage says what is wrong with the line."""
+    import json
+    if len(line) > METRIC_LINE:
+        raise Usage(f"it has {len(line)} bytes; a line has at most {METRIC_LINE}")
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as why:
+        raise Usage(f"it is not JSON: {str(why)[:80]}") from why
+    if not isinstance(given, dict):
+        raise Usage(f"it is a JSON {type(given).__name__}, not an object")
+    return check_point(given, at)
+
+
+def read_pairs(words: list, *, step: float | None, at: str) -> dict:
+    """The point that the words k=v of a command say. Usage."""
+    given: dict = {} if step is None else {
+        "step": int(step) if float(step).is_integer() else step}
+    for word in words:
+        name, equals, text = word.partition("=")
+        try:
+            value = float(text.replace("_", "?"))
+        except ValueError:
+            value = text
+        if not equals or name in ("step", "at") or name in given:
+            raise Usage(f"{shown(word[:80])!r} is not name=number, each name once",
+                        hint="run log loss=0.3 acc=0.9 --at-step 10")
+        whole_number = isinstance(value, float) and value.is_integer() \
+            and text.lstrip("+-").isdigit() and len(text) < 300
+        given[name] = int(text) if whole_number else value
+    return check_point(given, at)
+
+
+def point_line(point: dict) -> bytes:
+    """A point as a line of a part."""
+    import json
+    return json.dumps(point).encode() + b"\n"  # an encoder of its own costs double
+
+
+def points_of(data: bytes) -> tuple:
+    """(points, number of lines that are none) of a part, which may be anybody's."""
+    import json
+    points, bad = [], 0
+    decode = json.JSONDecoder(parse_constant=str).decode  # NaN is kept as "NaN"
+    for line in data.decode("utf-8", "replace").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            point = decode(line)
+        except (ValueError, RecursionError):
+            point = None
+        if isinstance(point, dict):
+            points.append(point)
+        else:
+            bad += 1
+    return points, bad
+
+
+def point_order(point: dict) -> tuple:
+    """What merges the points of several writers: by step, then time; without step last.
+    """
+    step, at = point.get("step"), point.get("at")
+    counted = finite_number(step) and abs(step) <= 2**53
+    return not counted, step if counted else 0, at if isinstance(at, str) else ""
+
+
+def metrics_of(point: dict) -> list:
+    """[(name, number)] of a stored point: nan and the infinities as floats."""
+    found = []
+    for name, value in point.items():
+        if isinstance(value, str) and value in NOT_FINITE:
+            value = float(value)
+        number_like = isinstance(value, float) or finite_number(value)
+        if name not in ("step", "at") and number_like:
+            found.append((name, value))
+    return found
+
+
+# -- summing up --------------------------------------------------------
+
+
+class Curve:
+    """A series of any length in at most CURVE columns: means over equal ranges of x.
+
+    Takes the points in any order, since the parts of several writers overlap. When they
+    span too much, two columns become one; the memory never grows.
+    """
+
+    __slots__ = ("width", "columns")
+
+    def __init__(self) -> None:
+        self.width, self.columns = 2.0 ** -20, {}  # {x // width: [mean, count]}
+
+    def add(self, x: float, y: float) -> None:
+        """Take in one point; y is finite."""
+        at = int(x // self.width)
+        column = self.columns.get(at)
+        if column is None:
+            self.columns[at] = [y, 1]
+            self._widen()
+            return
+        column[1] += 1
+        column[0] += y / column[1] - column[0] / column[1]
+
+    def _widen(self) -> None:
+        low, high, doublings = min(self.columns), max(self.columns), 0
+        while (high >> doublings) - (low >> doublings) >= CURVE:
+            doublings += 1
+        if not doublings:
+            return
+        old, self.columns = self.columns, {}
+        self.width *= 2.0 ** doublings
+        for at, (mean, count) in sorted(old.items()):
+            column = self.columns.setdefault(at >> doublings, [mean, 0])
+            column[1] += count
+            column[0] += (mean - column[0]) * (count / column[1])
+
+    def values(self) -> list:
+        """The means from left to right; columns without points are left out."""
+        return [self.columns[at][0] for at in sorted(self.columns)]
+
+
+class Series:
+    """One metric summed up while its points pass in any order."""
+
+    __slots__ = ("count", "odd", "least", "most", "last", "order", "curve")
+
+    def __init__(self) -> None:
+        self.count, self.odd, self.curve = 0, 0, Curve()
+        self.least = self.most = self.last = self.order = None
+
+    def add(self, order: tuple, x: float, value: float) -> None:
+        """Take in a value; order: point_order of its point; x: its step, or its time.
+        """
+        self.count += 1
+        if self.order is None or order >= self.order:
+            self.order, self.last = order, value
+        if value - value != 0:
+            self.odd += 1
+            return
+        self.least = value if self.least is None else min(self.least, value)
+        self.most = value if self.most is None else max(self.most, value)
+        self.curve.add(x, value)
+
+    def view(self) -> dict:
+        """{count, last, last_step, min, max, not_finite, curve}, ready for JSON."""
+        return {"count": self.count, "last": metric_value("last", self.last),
+                "last_step": None if self.order[0] else self.order[1],
+                "min": self.least, "max": self.most, "not_finite": self.odd,
+                "curve": self.curve.values()}
+
+
+def add_points(table: dict, points: list) -> int:
+    """Sum `points` up in `table`, {metric: Series}, of at most RUN_NAMES metrics.
+
+    How many values belonged to further ones.
+    """
+    left_out = 0
+    for point in points:
+        order = point_order(point)
+        x = (parse_iso(order[2]) or 0.0) if order[0] else order[1]
+        for name, value in metrics_of(point):
+            series = table.get(name)
+            if series is None:
+                if len(table) >= RUN_NAMES:
+                    left_out += 1
+                    continue
+                series = table[name] = Series()
+            series.add(order, x, value)
+    return left_out
+
+
+def sparkline(values: list, *, plain: bool = False) -> str:
+    """A curve in one line of text. plain: in ASCII.
+
+    >>> sparkline([1, 2, 3, 8])
+    '▁▂▃█'
+    """
+    marks = "_.-~=+*#" if plain else "▁▂▃▄▅▆▇█"
+    if not values:
+        return ""
+    low = min(values) / 2  # halves: the span of two huge numbers is still one
+    span = max(values) / 2 - low
+    return "".join(marks[int((v / 2 - low) / span * 7.999) if span else 3]
+                   for v in values)
+
+
+def flat(params: object, lead: str = "") -> dict:
+    """Nested params as {"a.b": value}; lists stay as they are.
+
+    >>> flat({"lr": 1, "opt": {"eps": 2}})
+    {'lr': 1, 'opt.eps': 2}
+    """
+    found: dict = {}
+    for name, value in params.items() if isinstance(params, dict) else ():
+        if isinstance(value, dict) and value and lead.count(".") < 20:
+            found.update(flat(value, f"{lead}{name}."))
+        else:
+            found[f"{lead}{name}"] = value
+    return found
+
+
+def compare_runs(views: list, metrics: tuple = ()) -> dict:
+    """{runs, params, metrics} of several runs side by side, one value for each.
+
+    params: only those that differ. metrics: all, or those named; {last, min, max,
+    count} or None. views: as Runs.show returns them.
+    """
+    params = [flat(view.get("params")) for view in views]
+    names = dict.fromkeys(name for one in params for name in one)
+    sides = {name: [one.get(name) for one in params] for name in names}
+    wanted = metrics or dict.fromkeys(n for view in views for n in view["metrics"])
+    facts = ("id", "name", "status", "agent", "started_at", "duration_s", "points")
+    return {
+        "runs": [{fact: view.get(fact) for fact in facts} for view in views],
+        "params": {name: values for name, values in sides.items()
+                   if any(value != values[0] for value in values)},
+        "metrics": {name: [_brief(view["metrics"].get(name)) for view in views]
+                    for name in wanted}}
+
+
+def _brief(metric: dict | None) -> dict | None:
+    return metric and {name: metric[name] for name in ("last", "min", "max", "count")}
+
+
+# == 11. Wire ==========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -2656,7 +3067,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 11. HTTP ==========================================================
+# == 12. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -3311,7 +3722,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 12. Stores ========================================================
+# == 13. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -4158,7 +4569,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 13. S3 ============================================================
+# == 14. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -4827,7 +5238,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 14. S3 store ======================================================
+# == 15. S3 store ======================================================
 #
 # The interface of section 6 over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -5188,7 +5599,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 15. Probe =========================================================
+# == 16. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of section 6 alone.
@@ -5398,7 +5809,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 16. Settings ======================================================
+# == 17. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -5772,7 +6183,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 17. Local state ===================================================
+# == 18. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -5967,7 +6378,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 18. Command settings ==============================================
+# == 19. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -6179,7 +6590,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 19. Credentials ===================================================
+# == 20. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -6557,7 +6968,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 20. Ledger ========================================================
+# == 21. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -6966,7 +7377,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 21. Leases ========================================================
+# == 22. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of section 3.
@@ -7186,7 +7597,7 @@ class Leases:
             raise
 
 
-# == 22. Hints =========================================================
+# == 23. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -7314,7 +7725,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 23. Step records ==================================================
+# == 24. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -7567,7 +7978,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 24. Frontier ======================================================
+# == 25. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -7635,7 +8046,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 25. Steps =========================================================
+# == 26. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of section 3 carried out on records.
 
@@ -7992,7 +8403,7 @@ class Steps:
             tries += 1
 
 
-# == 26. Tasks =========================================================
+# == 27. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -8316,7 +8727,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 27. Memory ========================================================
+# == 28. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -8519,7 +8930,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 28. Mailboxes =====================================================
+# == 29. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -8946,7 +9357,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 29. Mail ==========================================================
+# == 30. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -9171,7 +9582,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 30. Channels and threads ==========================================
+# == 31. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -9401,7 +9812,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 31. Artifacts =====================================================
+# == 32. Artifacts =====================================================
 #
 # Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
 # written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
@@ -10103,7 +10514,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 32. Reservations ==================================================
+# == 33. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -10253,7 +10664,469 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 33. Project =======================================================
+# == 34. Runs ==========================================================
+#
+# Experiments: what was run with which params, and the numbers it gave. meta.json is a
+# CAS record; metrics are create-once parts of lines, so that writers never wait for
+# each other. Keys: runs/<run>/meta.json, runs/<run>/metrics/<ns>_<agent>_<uuid8>.jsonl
+
+PART_PAUSE = 1.0  # seconds between the PUTs of one writer (protocol.md 9)
+PART_BYTES = 4 << 20  # of lines buffered before they must go: bounds the memory
+BEAT_AFTER = 60  # pauses without a PUT before a run says that it is alive
+READ_AHEAD = 16 << 20  # bytes of parts in memory at a time while a run is summed up
+
+
+def meta_key(run: str) -> str:
+    """The key of a run's record."""
+    return f"runs/{check_name('run id', run)}/meta.json"
+
+
+def machine_facts() -> dict:
+    """{git, host, pid, python, platform} of this process; git None outside of it."""
+    import platform
+    import subprocess
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch",
+             "-uno"], timeout=10, check=False, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        said = b"" if done.returncode else done.stdout
+    except (OSError, subprocess.SubprocessError):
+        said = b""
+    return {"git": git_facts(said.decode("utf-8", "replace")), "host": platform.node(),
+            "pid": os.getpid(), "python": platform.python_version(),
+            "platform": f"{platform.system()} {platform.machine()}".strip()}
+
+
+def check_params(params: dict) -> dict:
+    """`params` if they are a JSON object of at most MAX_VALUE bytes, else Usage."""
+    import json
+    try:
+        size = len(json.dumps(params, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as why:
+        raise Usage(f"params are not JSON: {shown(str(why)[:80])}",
+                    hint="numbers, texts, lists and objects; no nan") from why
+    if not isinstance(params, dict) or size > MAX_VALUE:
+        raise Usage(f"params are no object of at most {size_text(MAX_VALUE)}",
+                    hint="upload what is bigger: run artifact PATH")
+    return params
+
+
+class Points:
+    """The metrics of one writer of a run, on their way to the store.
+
+    At most one PUT a second; at most PART_BYTES wait, then add() does. A part keeps its
+    name and bytes until it is known to be there, so a lost answer never doubles it.
+    stored: points acknowledged. lost: points that offer() had to give up.
+    """
+
+    def __init__(self, ledger: Ledger, agent: str, run: str, *,
+                 beat: object = None, pause: float = PART_PAUSE) -> None:
+        self.ledger, self.agent, self.run, self.pause = ledger, agent, run, pause
+        self.beat, self.stored, self.lost = beat or (lambda: None), 0, 0
+        self._base = ledger.now() - time.monotonic()
+        self._begin()
+
+    def _begin(self) -> None:
+        import threading
+        self._process, self._lines, self._size, self._part = os.getpid(), [], 0, None
+        self._sent_at, self._trouble, self._thread = -1e9, None, None
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._stop = threading.Event()
+
+    def at(self) -> str:
+        """The time for a point made now."""
+        return iso(self._base + time.monotonic())  # a directory's clock costs a write
+
+    def start(self) -> None:
+        """Send from now on in the background, and show that the run is alive."""
+        import threading
+        if os.getpid() != self._process:
+            self._begin()  # forked: what waits here is the parent's to send
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+
+    def add(self, point: dict) -> None:
+        """Take in a point; it is safe once flush() returns. Waits while too many wait.
+        """
+        if self._size >= PART_BYTES:
+            self.flush()
+        line = point_line(point)
+        with self._lock:
+            self._lines.append(line)
+            self._size += len(line)
+
+    def offer(self, point: dict) -> None:
+        """add() that neither raises nor waits for a store that is away: what does not
+        fit is counted in `lost`."""
+        if self._size >= PART_BYTES and self._trouble is not None:
+            self.lost += 1
+            return
+        try:
+            self.add(point)
+        except Error as why:
+            self._trouble = why
+            self.lost += 1
+
+    def flush(self) -> None:
+        """Send all that waits; raises what kept it from being stored, and keeps it."""
+        with self._sending:
+            while self._next() is not None:
+                self._send()
+
+    def close(self) -> None:
+        """Flush and end the background work."""
+        self._stop.set()
+        try:
+            self.flush()
+        finally:
+            if self._thread is not None:
+                self._thread.join(2)
+
+    @property
+    def waiting(self) -> int:
+        """Points that are not known to be stored."""
+        return len(self._lines) + (self._part[2] if self._part else 0)
+
+    def name_part(self, key: str) -> None:
+        """Let the next part have this key: that of an act which is repeated."""
+        with self._lock:
+            self._part = (key, b"".join(self._lines), len(self._lines))
+            self._lines, self._size = [], 0
+
+    def _next(self) -> tuple | None:
+        if self._part is None and self._lines:
+            self.name_part(event_key(
+                f"runs/{self.run}/metrics/", agent=self.agent, uuid8=self.ledger.hex(8),
+                at_ns=int((self._base + time.monotonic()) * 1e9), ending=".jsonl"))
+        return self._part
+
+    def _send(self) -> None:
+        key, data, count = self._part
+        rest = self._sent_at + self.pause - time.monotonic()
+        if rest > 0:
+            time.sleep(rest)
+        self._sent_at = time.monotonic()
+        self.ledger.create_bytes(key, data)
+        self._part, self._trouble = None, None
+        self.stored += count
+
+    def _work(self) -> None:
+        beaten = time.monotonic()
+        while not self._stop.wait(self.pause):
+            try:
+                with self._sending:
+                    if self._next() is not None:
+                        self._send()
+                silent = time.monotonic() - max(beaten, self._sent_at)
+                if silent > BEAT_AFTER * self.pause:
+                    beaten = time.monotonic()
+                    self.beat()
+            except Error as why:
+                self._trouble = why  # kept; the next second tries again, then close()
+
+
+class Run:
+    """A run under way. As a context manager it ends complete on leaving, failed on an
+    exception, interrupted on KeyboardInterrupt.
+
+    id; doc (meta.json as written or read); fresh (False: it was there already).
+    """
+
+    def __init__(self, runs: object, run: str, doc: dict, *, fresh: bool) -> None:
+        self.runs, self.id, self.doc, self.fresh = runs, run, doc, fresh
+        self.done, self.points = False, Points(
+            runs.ledger, runs.who.agent, run, beat=lambda: runs.beat(run))
+
+    def log(self, values: dict | None = None, *, step: float | None = None,
+            **metrics: object) -> None:
+        """Take in one point, sent within about a second; flush() waits for that.
+
+        values: metrics whose names are no identifiers. Usage for what is no number."""
+        given = {name: value if value is None or isinstance(value, (int, float, str))
+                 else as_float(name, value)
+                 for name, value in {**(values or {}), **metrics}.items()}
+        self.points.start()
+        self.points.add(check_point({**given, "step": step}, self.points.at()))
+
+    def flush(self) -> None:
+        """Return once every point logged so far is in the store."""
+        self.points.flush()
+
+    def note(self, text: str, **how: object) -> dict:
+        """Runs.note of this run."""
+        return self.runs.note(self.id, text, **how)
+
+    def artifact(self, path: str, **how: object) -> dict:
+        """Runs.artifact of this run."""
+        return self.runs.artifact(self.id, path, **how)
+
+    def end(self, status: str = "complete", **how: object) -> dict:
+        """Flush, then end the run; an end is written even when points are not."""
+        self.done = True
+        try:
+            self.points.close()
+        finally:
+            lost = self.points.waiting + self.points.lost
+            fields = {**how, **({"lost_points": lost} if lost else {})}
+            self.doc = self.runs.end(self.id, status, **fields)
+        return self.doc
+
+    def __enter__(self) -> Run:
+        self.points.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.done:
+            return
+        if kind is None:
+            self.end()
+            return
+        stopped = issubclass(kind, KeyboardInterrupt)
+        try:
+            self.end("interrupted" if stopped else "failed")
+        except Error as why:  # the exception under way says more
+            self.runs.ledger.warn(f"run {self.id}: {why.message}")
+
+
+def as_float(name: str, value: object) -> float:
+    """The number that an object of some other library is (numpy, torch). Usage."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as why:
+        raise Usage(f"{shown(str(name)[:80])} is a {type(value).__name__}, not a number"
+                    ) from why
+
+
+class Runs:
+    """The runs of a project. Every method may be killed between any two requests."""
+
+    def __init__(self, ledger: Ledger, who: Who, artifacts: Artifacts) -> None:
+        self.ledger, self.who, self.artifacts = ledger, who, artifacts
+
+    # -- writing
+
+    def start(self, name: str = "run", *, params: dict | None = None, tags: tuple = (),
+              step: str | None = None, cmd: tuple = (), op: str = "") -> Run:
+        """Begin a run and remember it as the current one.
+
+        op: also its id, so that the same call again finds the same run. Conflict when
+        another agent has that id. Keys: CAS runs/<run>/meta.json (one request)."""
+        asked, _, _ = op.partition("@")
+        self.ledger.restart()
+        run = asked or run_id(check_name("run name", name), self.ledger.now(),
+                              self.ledger.hex(8))
+        doc = {"name": check_name("run name", name), "agent": self.who.agent,
+               "instance": self.who.instance, "step": step_id(step) if step else None,
+               "params": check_params(params or {}),
+               "tags": [check_name("tag", tag) for tag in dict.fromkeys(tags)],
+               "cmd": [*cmd] or None, **machine_facts(),
+               "started_at": self.ledger.at()}
+        key = meta_key(run)
+        # Nobody else can have a fresh id: it is created without a look.
+        change = self._change(run, lambda old: begin_run(old, doc), op=op or run,
+                              first=None if op else Record(key))
+        self.who.remember("run", run)
+        return Run(self, run, change.doc, fresh=change.wrote)
+
+    def _change(self, run: str, decide: object, *, op: str = "",
+                first: Record | None = None) -> Change:
+        return self.ledger.change(
+            meta_key(run), naming(f"Run {run}", lambda record: decide(record.doc)),
+            keep=RECENT_OPS, op=op, first=first)
+
+    def open(self, run: str) -> Run:
+        """The run, to log to it. NotFound; Conflict when it has ended."""
+        record = self._read(run)
+        naming(f"Run {run}", lambda old: under_way(old.doc))(record)
+        return Run(self, run, record.doc, fresh=False)
+
+    def _read(self, run: str) -> Record:
+        self.ledger.restart()
+        return self.ledger.read(meta_key(run))
+
+    def log_once(self, run: str, point: dict, *, op: str = "") -> None:
+        """Store one point of a run. op: the same one again is stored once.
+
+        Keys: reads meta.json, creates one part (two requests)."""
+        handle = self.open(run)
+        handle.points.add(point)
+        if op:
+            handle.points.name_part(self._part_key(handle, op.partition("@")[0]))
+        handle.points.close()
+
+    def _part_key(self, run: Run, op: str) -> str:
+        """The key of the part written under `op`: what exit 9 printed is its leaf;
+        another id gives the same key whenever it is repeated."""
+        folder = f"runs/{run.id}/metrics/"
+        if event_parts(op)[1] == self.who.agent:
+            return folder + check_name("op", op)
+        name = self.ledger.nonce(op, folder)
+        begun = parse_iso(run.doc.get("started_at")) or 0.0
+        return event_key(folder, agent=self.who.agent, uuid8=name[:8], ending=".jsonl",
+                         at_ns=int(begun) * 10**9 + int(name[8:16], 16) % 10**9)
+
+    def note(self, run: str, text: str, *, op: str = "") -> dict:
+        """Add a note to a run, also to one that has ended; its record."""
+        if not text.strip() or len(text.encode("utf-8", "replace")) > MAX_MESSAGE:
+            raise Usage(f"a note has 1 to {MAX_MESSAGE} bytes",
+                        hint="run artifact takes files of any size")
+        entry = {"at": self.ledger.at(), "by": self.who.agent, "text": text}
+        return self._change(run, lambda old: grow_run(old, "notes", entry), op=op).doc
+
+    def artifact(self, run: str, path: str, *, name: str | None = None,
+                 overwrite: bool = False, op: str = "",
+                 progress: object = None) -> dict:
+        """Upload a file as the artifact runs/<run>/<name> and note its digest.
+
+        {name, sha256, size, by, at}. The same file again changes nothing."""
+        record = self._read(run)
+        naming(f"Run {run}", lambda old: known_run(old.doc))(record)
+        leaf = os.path.basename(os.path.abspath(path)) if name is None else name
+        head = self.artifacts.upload(path, name=f"runs/{run}/{leaf}", progress=progress,
+                                     overwrite=overwrite)
+        entry = {"name": head["name"], "sha256": head["sha256"], "size": head["size"],
+                 "by": self.who.agent, "at": self.ledger.at()}
+        self._change(run, lambda old: grow_run(old, "artifacts", entry,
+                                               same=("name", "sha256")),
+                     op=op, first=record)
+        return entry
+
+    def end(self, run: str, status: str = "complete", *, op: str = "",
+            **fields: object) -> dict:
+        """End a run as complete, failed or interrupted; twice is once. Its record.
+
+        fields: what else is known at its end (exit_code). Conflict when it ended
+        otherwise."""
+        if status not in RUN_ENDS:
+            raise Usage(f"a run does not end as {shown(status)!r}",
+                        hint=", ".join(RUN_ENDS))
+        return self._change(run, lambda old: end_run(
+            old, status, by=self.who.agent, at=self.ledger.at(), fields=fields),
+            op=op).doc
+
+    def beat(self, run: str) -> None:
+        """Show that a run is alive."""
+        self._change(run, lambda old: beat_run(old, self.ledger.at()))
+
+    # -- reading
+
+    def list(self, *, tag: str | None = None, by: str | None = None,
+             status: str | None = None, limit: int | None = None) -> tuple:
+        """([records with id, status as seen, quiet_s, duration_s], truncated), newest
+        first. One listing, then the records in batches until `limit` are found."""
+        names = [prefix[len("runs/"):-1]
+                 for prefix in self.ledger.list("runs/", delimiter="/").prefixes]
+        dated = [n for n in names if n[:14].isdigit() and n[14:15] == "-"]
+        # Ids that --op chose do not begin with their time: those are all looked at.
+        todo = sorted(set(names) - set(dated)) + sorted(dated, reverse=True)
+        found, size = [], max(32, limit or len(names), len(names) - len(dated))
+        while todo and (limit is None or len(found) <= limit):
+            batch, todo = todo[:size], todo[size:]
+            found += [view for view in self._views(batch)
+                      if (not tag or tag in texts(view, "tags"))
+                      and by in (None, view.get("agent"))
+                      and status in (None, view["status"])]
+        found.sort(key=lambda view: str(view.get("started_at")), reverse=True)
+        return found[:limit], bool(todo) or (limit is not None and len(found) > limit)
+
+    def _views(self, names: list) -> list:
+        records = self.ledger.read_many([f"runs/{name}/meta.json" for name in names])
+        for record in records:
+            if record.fault:
+                self.ledger.warn(record.fault.message)
+        known = [(name, record) for name, record in zip(names, records) if record.doc]
+        return self.ledger.each(lambda one: self._view(*one), known)
+
+    def _view(self, run: str, record: Record, parts: list | None = None) -> dict:
+        doc, now = record.doc, record.now or self.ledger.now()
+        quiet = self._quiet(run, record, parts)
+        begun, ended = parse_iso(doc.get("started_at")), parse_iso(doc.get("ended_at"))
+        took = None if begun is None else (now if ended is None else ended) - begun
+        return {**doc, "id": run, "status": seen_run(doc, quiet),
+                "quiet_s": None if quiet is None else int(quiet),
+                "duration_s": None if took is None else round(max(0.0, took), 3)}
+
+    def _quiet(self, run: str, record: Record, parts: list | None) -> float | None:
+        """Seconds since the last sign of life: the record's, or that of a part."""
+        if record.age is None or record.doc.get("status") != "running":
+            return record.age
+        if parts is None and record.age > STALE_AFTER:
+            # The names of parts begin with their time: only the newest are asked for.
+            since = int((record.now - STALE_AFTER) * 1e9)
+            parts = self.ledger.list(
+                f"runs/{run}/metrics/",
+                start_after=f"runs/{run}/metrics/{since:019d}").entries
+        seen = [part.modified for part in parts or () if part.modified is not None]
+        return max(0.0, record.now - max([record.modified, *seen]))
+
+    def show(self, run: str) -> dict:
+        """The record with id, status as seen, quiet_s, duration_s, points, parts, and
+        metrics {name: {count, last, last_step, min, max, not_finite, curve}}.
+
+        Reads every part, a few at a time: the memory does not grow with their number.
+        """
+        record = self._read(run)
+        naming(f"Run {run}", lambda old: known_run(old.doc))(record)
+        parts, table, count, left_out = self._parts(run), {}, 0, 0
+        for points in self._read_parts(parts):
+            left_out += add_points(table, points)
+            count += len(points)
+        if left_out:
+            self.ledger.warn(f"run {run}: {left_out} values of metrics beyond the first"
+                             f" {RUN_NAMES} are not summed up; --format has them")
+        return {**self._view(run, record, parts), "points": count, "parts": len(parts),
+                "metrics": {name: table[name].view() for name in table}}
+
+    def points(self, run: str) -> list:
+        """Every point of a run in order: by step, then by time. All are in memory."""
+        naming(f"Run {run}", lambda old: known_run(old.doc))(self._read(run))
+        found = [point for points in self._read_parts(self._parts(run))
+                 for point in points]
+        return sorted(found, key=point_order)
+
+    def compare(self, runs: list, *, metrics: tuple = ()) -> dict:
+        """compare_runs of these runs. NotFound for a run, or a metric none has."""
+        views = [self.show(run) for run in runs]
+        for name in metrics:
+            if not any(name in view["metrics"] for view in views):
+                known = [other for view in views for other in view["metrics"]]
+                raise NotFound(f"no metric {shown(name)!r} in these runs"
+                               + nearest(name, known), hint="run show lists them")
+        return compare_runs(views, metrics)
+
+    def _parts(self, run: str) -> list:
+        prefix = f"runs/{run}/metrics/"
+        return [entry for entry in self.ledger.list(prefix).entries
+                if entry.key.endswith(".jsonl")]
+
+    def _read_parts(self, parts: list) -> object:
+        """Yield the points of each part, in the order of the parts."""
+        todo = list(reversed(parts))
+        while todo:
+            batch, size = [], 0
+            while todo and len(batch) < 64 and (not batch or size < READ_AHEAD):
+                batch.append(todo.pop())
+                size += batch[-1].size
+            self.ledger.restart()
+            for part, data in zip(batch, self.ledger.each(self._fetch, batch)):
+                points, bad = points_of(data)
+                if bad:
+                    self.ledger.warn(f"{shown(part.key)}: {bad} lines are no points")
+                yield points
+
+    def _fetch(self, part: Entry) -> bytes:
+        if part.size > MAX_RECORD:
+            self.ledger.warn(f"{shown(part.key)} has {part.size} bytes: left out")
+            return b""
+        try:
+            return self.ledger.store.get(part.key).body
+        except NotFound:
+            return b""  # removed since it was listed
+
+
+# == 35. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -10319,8 +11192,8 @@ def host_name() -> str:
 class Project:
     """A project as one agent sees it. Made by connect().
 
-    agent, instance, settings, store, ledger; memory, mail, channels, archive, search,
-    artifacts, steps, presence.
+    agent, instance, settings, store, ledger; memory, mail, channels, threads, search,
+    artifacts, steps, plans, tasks, runs, reservations, presence.
     Every verb raises the exceptions the exit codes come from.
     """
 
@@ -10336,6 +11209,7 @@ class Project:
         self.channels = Channels(ledger, self.mail)
         self.threads = Threads(ledger, self.mail)
         self.search = Search(ledger, self.threads, self.memory)
+        self.runs = Runs(ledger, who, self.artifacts)
         self.steps = Steps(ledger, who, self._tell)
         self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
         self.reservations = Reservations(ledger, who)
@@ -10414,6 +11288,14 @@ class Project:
     def unreserve(self, words: list = (), **how: object) -> list:
         """Reservations.unreserve: give globs or ids back; every=True: all of mine."""
         return self.reservations.unreserve(words, **how)
+
+    def run(self, name: str = "run", *, step: str | None = None,
+            **how: object) -> Run:
+        """Runs.start: begin a run; as a context manager it ends with the block.
+
+        step: default that of the claim this process runs under."""
+        step = step or self.settings.environ.get("TRACECRAFT_STEP")
+        return self.runs.start(name, step=step, **how)
 
     # -- mail and presence
 
@@ -10595,7 +11477,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 34. Context =======================================================
+# == 36. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -10746,7 +11628,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 35. Views =========================================================
+# == 37. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -11094,7 +11976,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 36. Timeline ======================================================
+# == 38. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -11361,7 +12243,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 37. Housekeeping ==================================================
+# == 39. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -11605,7 +12487,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 38. Archive =======================================================
+# == 40. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -11995,7 +12877,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 39. Doctor ========================================================
+# == 41. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -12311,7 +13193,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 40. Trials ========================================================
+# == 42. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -12825,7 +13707,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 41. Drill =========================================================
+# == 43. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -13047,7 +13929,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 42. Bench =========================================================
+# == 44. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -13434,7 +14316,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 43. Rows ==========================================================
+# == 45. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -13657,7 +14539,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 44. Commands under a lease ========================================
+# == 46. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -13854,7 +14736,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 45. Step commands =================================================
+# == 47. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -14148,7 +15030,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 46. Task commands =================================================
+# == 48. Task commands =================================================
 #
 # Plans, the next step, what went before. As section "Step commands".
 
@@ -14310,7 +15192,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 47. Commands of memory and files ==================================
+# == 49. Commands of memory and files ==================================
 #
 # As section 25: rows and words, no rules.
 
@@ -14512,7 +15394,7 @@ def cmd_artifact_verify(project: object, options: object) -> None:
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
 
 
-# == 48. Reservation commands ==========================================
+# == 50. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -14744,7 +15626,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 49. Commands of presence, views and set-up ========================
+# == 51. Commands of presence, views and set-up ========================
 #
 # As section 25. `init`, `join` and `install` also write files of this machine.
 
@@ -15215,7 +16097,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 50. House commands ================================================
+# == 52. House commands ================================================
 #
 # As section Step commands: rows and words, no rules.
 
@@ -15390,7 +16272,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 51. Commands of mail ==============================================
+# == 53. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -15650,7 +16532,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 52. Command line ==================================================
+# == 54. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
