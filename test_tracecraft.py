@@ -11536,6 +11536,21 @@ def test_an_artifact_of_a_run_is_noted_with_its_digest_once(ada, bob, tmp_path):
     refused(tracecraft.NotFound, bob.runs.artifact, "nothing", str(path))
 
 
+@pytest.mark.parametrize("field, value", [
+    ("params", [1]), ("tags", 3), ("git", "x"), ("cmd", 3), ("started_at", {}),
+    ("notes", "x"), ("notes", [1, {}]), ("artifacts", [None, {}]), ("status", []),
+    ("agent", 4), ("ended_at", "x"), ("host", {"a": 1}), ("exit_code", "x")])
+def test_a_damaged_record_of_a_run_is_shown_as_far_as_it_goes(ada, bucket, field, value):
+    run = ada.run("train")
+    doc = bucket.doc(f"runs/{run.id}/meta.json")
+    bucket.place(f"runs/{run.id}/meta.json", {**doc, field: value})
+    view = ada.runs.show(run.id)
+    assert t.run_lines(view, plain=True) and ada.runs.list(limit=3)[0]
+    t.compare_lines(ada.runs.compare([run.id, run.id]))
+    if value == "x" and field == "notes":
+        assert refused(tracecraft.Corrupt, ada.runs.note, run.id, "y").exit == 8
+
+
 def test_lines_in_a_part_that_are_no_points_are_left_out_with_a_warning(ada, bucket):
     run = ada.run("train")
     bucket.place(f"runs/{run.id}/metrics/1_x_y.jsonl",
@@ -11660,6 +11675,186 @@ def test_a_run_is_the_same_on_every_store(any_store):
     assert (view["status"], view["points"], view["parts"]) == ("complete", 6, 6)
     assert view["metrics"]["n"]["last"] == 2
     assert [row["id"] for row in bob.runs.list(tag=None, limit=1)[0]] == [run.id]
+
+
+# -- as processes ------------------------------------------------------
+
+
+def test_a_run_is_started_logged_noted_and_shown_without_naming_it(sh):
+    run = sh.ok("-q", "run", "start", "train", "--param", "lr=0.1", "--tag",
+                "gpu").strip()
+    assert sh.ok("run", "log", "loss=0.5", "acc=nan", "--at-step", "10") \
+        == f"Logged 1 point to run {run}\n"
+    assert sh.ok("run", "note", "it falls") == f"Noted on run {run}: it falls\n"
+    out = sh.ok("run", "show", PYTHONIOENCODING="ascii")
+    assert "param: lr = 0.1" in out and "loss  0.5 at 10" in out
+    assert "1 not finite" in out and "ada: it falls" in out and out.isascii()
+    assert "~" in out and "▄" in sh.ok("run", "show", PYTHONIOENCODING="utf-8")
+    assert sh.ok("run", "end") == sh.ok("run", "end") == f"Run {run} complete\n"
+    assert "has ended already" in sh.refused(3, "run", "end", "--status", "failed")
+    assert "takes no more" in sh.refused(3, "run", "log", "loss=1")
+    assert sh.ok("run", "list").startswith(f"{run} complete (ada, ")
+
+
+def test_the_environment_names_the_run_before_local_state_does(sh):
+    first = sh.json("run", "start", "a")["id"]
+    second = sh.json("run", "start", "b")["id"]
+    assert sh.json("run", "log", "x=1", TRACECRAFT_RUN=first)["id"] == first
+    assert sh.json("run", "log", "x=1", "--run", second, TRACECRAFT_RUN=first)[
+        "id"] == second
+    assert sh.json("run", "show")["id"] == second
+    assert f"still names run {first}" in sh.run("run", "start",
+                                                TRACECRAFT_RUN=first).err
+    assert "which run?" in sh.refused(2, "run", "log", "x=1", TRACECRAFT_AGENT="bob")
+
+
+def test_lines_of_json_become_points_and_bad_ones_are_reported(sh):
+    sh.ok("run", "start")
+    lines = b'{"step": 1, "loss": 3}\n\n{"step": 2, "loss": 2}\n'
+    assert sh.json("run", "log", "-", stdin=lines)["points"] == 2
+    done = sh.run("--json", "run", "log", "-", stdin=b'{"loss": 1}\nx\n{"loss": "y"}')
+    error = json.loads(done.err)["error"]
+    assert (done.returncode, error["bad"], error["stored"]) == (1, 2, 1)
+    assert "2 of 3 lines" in error["message"] and "line 2:" in error["message"]
+    long = b"{" + b"x" * 200_000 + b"\n" + b'{"loss": 0}\n'
+    assert "1 of 2 lines" in sh.refused(1, "run", "log", "-", stdin=long)
+    assert [json.loads(line)["loss"] for line in
+            sh.ok("run", "show", "--format", "jsonl").splitlines()] == [3, 2, 1, 0]
+
+
+def test_a_stream_is_stored_while_it_comes_and_a_kill_loses_only_its_end(sh):
+    run = sh.json("run", "start")["id"]
+    process = subprocess.Popen([*RUN, "run", "log", "-"], cwd=sh.cwd, env=sh.env({}),
+                               stdin=subprocess.PIPE)
+    process.stdin.write(b'{"step": 1, "loss": 1}\n')
+    process.stdin.flush()
+    until = time.monotonic() + SLOW
+    while not sh.json("run", "show", run)["points"]:
+        assert time.monotonic() < until
+    process.kill()
+    process.communicate()
+    assert sh.json("run", "show", run)["metrics"]["loss"]["last"] == 1
+
+
+def test_points_are_exported_as_csv_in_order(sh):
+    sh.ok("run", "start")
+    sh.ok("run", "log", "-", stdin=b'{"step": 2, "at": 0, "b,c": 1}\n'
+          b'{"step": 1, "at": 0, "a": 2.5}\n')
+    at = "1970-01-01T00:00:00.000000+00:00"
+    assert sh.ok("run", "show", "--format", "csv") == \
+        f'step,at,a,"b,c"\n1,{at},2.5,\n2,{at},,1\n'
+
+
+def test_runs_are_compared_side_by_side(sh):
+    ids = [sh.json("run", "start", "r", "--param", f"lr={n}", "--param", "k=same")["id"]
+           for n in (1, 2, 3)]
+    for n, run in enumerate(ids):
+        sh.ok("run", "log", f"loss={n}", "--run", run)
+    out = sh.ok("run", "compare", *ids)
+    assert out.splitlines()[0].split() == ["run", *ids] and "same" not in out
+    assert "lr      1 " in out and "2 (2 … 2)" in out
+    doc = sh.json("run", "compare", *ids[:2], "--metric", "loss")
+    assert [one["last"] for one in doc["metrics"]["loss"]] == [0, 1]
+    assert "did you mean loss?" in sh.refused(1, "run", "compare", *ids, "--metric",
+                                              "los")
+    sh.refused(2, "run", "compare", ids[0])
+
+
+def test_params_come_from_a_file_and_from_words_over_it(sh):
+    with open(os.path.join(sh.cwd, "p.json"), "w") as file:
+        file.write('{"lr": 1, "opt": {"eps": 2}}')
+    doc = sh.json("run", "start", "--params", "p.json", "--param", "lr=0.5")
+    assert doc["params"] == {"lr": 0.5, "opt": {"eps": 2}}
+    for words in (["--params", "no.json"], ["--param", "lr"], ["--param", "=1"]):
+        sh.refused(2, "run", "start", *words)
+    sh.refused(2, "run", "start", "--params", "-", stdin=b"[1]")
+    sh.refused(2, "run", "start", "--params", "-", stdin=b'{"a": NaN}')
+
+
+MEASURED = """import json, os, sys
+for step in range(3):
+    print(json.dumps({"step": step, "loss": 3 - step}), flush=True)
+print(json.dumps({"loss": 9}), json.dumps({"step": 4, "loss": "x"}), sep="\\n")
+print(os.environ["TRACECRAFT_RUN"], end="")
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("code, status", [(0, "complete"), (7, "failed")])
+def test_a_command_is_measured_passed_through_and_ends_its_run(sh, code, status):
+    done = sh.run("run", "start", "m", "--", sys.executable, "-c", MEASURED, str(code))
+    assert done.returncode == code
+    view = sh.json("run", "list")["items"][0]
+    assert done.out.splitlines()[0] == '{"step": 0, "loss": 3}'
+    assert done.out.splitlines()[3:] == ['{"loss": 9}', '{"step": 4, "loss": "x"}',
+                                         view["id"]]
+    assert (view["status"], view["exit_code"], view["cmd"][0]) == (
+        status, code, sys.executable)
+    metric = sh.json("run", "show", view["id"])["metrics"]["loss"]
+    assert (metric["count"], metric["last"]) == (3, 1)
+    assert "1 lines with a step were not logged" in done.err
+
+
+def test_the_points_of_a_command_are_stored_while_it_runs(sh):
+    process = sh.start("run", "start", "m", *child(
+        "import time; print('{\"step\": 1, \"loss\": 2}', flush=True); time.sleep(60)"))
+    process.stdout.readline()
+    run, until = sh.json("run", "list")["items"][0]["id"], time.monotonic() + SLOW
+    while not sh.json("run", "show", run)["points"]:
+        assert time.monotonic() < until
+    process.terminate()
+    process.communicate(timeout=SLOW)
+
+
+def test_a_command_may_log_to_its_run_and_end_it(sh):
+    code = ("import subprocess as s, sys; tool = [sys.executable, '-m', 'tracecraft',"
+            "'run']; s.check_call([*tool, 'log', 'loss=1'], stdout=2);"
+            "s.check_call([*tool, 'end', '--status', 'failed'], stdout=2)")
+    assert sh.run("run", "start", "m", *child(code)).returncode == 0
+    [view] = sh.json("run", "list")["items"]
+    assert view["status"] == "failed" and "exit_code" not in view
+    assert sh.json("run", "show", view["id"])["points"] == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_a_run_ends_so_and_keeps_its_points(sh, kind):
+    process = sh.start("run", "start", "m", *child(
+        "import time; print('{\"step\": 1, \"loss\": 2}', flush=True); time.sleep(60)"))
+    assert process.stdout.readline() == b'{"step": 1, "loss": 2}\n'
+    time.sleep(0.3)
+    process.send_signal(kind)
+    process.communicate(timeout=SLOW)
+    assert process.returncode == 130
+    view = sh.json("run", "show", sh.json("run", "list")["items"][0]["id"])
+    assert (view["status"], view["points"]) == ("interrupted", 1)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_measured_command(sh):
+    code = ("import time\nfor n in range(30):\n"
+            " print('{\"step\": %d, \"loss\": 2}' % n, flush=True); time.sleep(0.02)")
+    process = sh.start("run", "start", "m", *child(code))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(SLOW) == 0
+    process.stderr.close()
+    assert sh.json("run", "show", sh.json("run", "list")["items"][0]["id"])[
+        "points"] == 30
+
+
+def test_a_command_that_is_not_there_starts_no_run(sh):
+    before = sh.objects()
+    assert "not found" in sh.refused(2, "run", "start", "--", "no-such-command")
+    assert sh.objects() == before
+
+
+def test_a_stream_takes_no_op_and_a_point_repeated_under_one_is_once(sh):
+    sh.ok("run", "start")
+    for _ in range(2):
+        sh.ok("run", "log", "loss=1", "--op", "a1")
+    assert sh.json("run", "show")["points"] == 1
+    sh.refused(2, "run", "log", "-", "--op", "a1")
+    assert sh.json("run", "start", "--op", "mine")["id"] == "mine"
 
 
 # == Requests per command ==============================================

@@ -49,7 +49,7 @@ Contents (grep -n '^# == ' prints them with line numbers):
   46 Commands under a lease  47 Step commands           48 Task commands
   49 Commands of memory and files  50 Reservation commands
   51 Commands of presence, views and set-up  52 House commands
-  53 Commands of mail        54 Command line
+  53 Commands of mail        54 Run commands            55 Command line
 """
 
 from __future__ import annotations
@@ -16532,7 +16532,464 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 54. Command line ==================================================
+# == 54. Run commands ==================================================
+#
+# Rows and words; the rules are those of sections "Run records" and "Runs". Knows
+# stdin and the stdout of a child, both read as they come.
+
+RUN_ARG = arg("--run", metavar="ID", help="default: TRACECRAFT_RUN, the last started")
+
+
+def chosen_run(project: object, given: str | None) -> str:
+    """The run a command is about: given, of the environment, or the current one."""
+    run = given or project.settings.environ.get("TRACECRAFT_RUN") \
+        or project.who.recall("run")
+    if not isinstance(run, str) or not run:
+        raise Usage("which run? none was started here", hint="--run ID; run list")
+    return check_name("run id", run)
+
+
+@command(
+    "run start", "begin a run, or run CMD as one",
+    arg("name", nargs="?", default="run", help="what it is called"),
+    arg("--param", action="append", default=[], metavar="K=V", help="repeatable"),
+    arg("--params", metavar="FILE", help="a JSON object of them; - is stdin"),
+    arg("--tag", action="append", default=[], metavar="TAG", help="repeatable"),
+    arg("--step", metavar="STEP", help="it belongs to this step"),
+    examples=("run start train --param lr=0.1 --tag gpu",
+              "run start train -- python train.py"),
+    exits="0 2 3 7 9 10 130", op=True, after="CMD…")
+def cmd_run_start(project: object, options: object) -> int:
+    if options.rest is not None:
+        check_command(options.rest)
+    how = {"params": given_params(options), "tags": tuple(options.tag),
+           "step": options.step, "cmd": tuple(options.rest or ()), "op": options.op}
+    if options.rest is not None:
+        return run_measured(project, how, options)
+    run = project.run(options.name, **how)
+    named = project.settings.environ.get("TRACECRAFT_RUN")
+    if named:
+        remark(options, f"note: TRACECRAFT_RUN still names run {shown(named)}")
+    answer(options, run.id if options.quiet else f"Started run {run.id}",
+           record_of(run.doc, id=run.id))
+    return 0
+
+
+def given_params(options: object) -> dict:
+    """The params of --params FILE, then those of --param k=v over them."""
+    import json
+    params: object = {}
+    if options.params is not None:
+        data = sys.stdin.buffer.read() if options.params == "-" \
+            else read_file(options.params)
+        try:
+            params = json.loads(data)
+        except (ValueError, RecursionError) as why:
+            raise Usage(f"--params {shown(options.params)} is not JSON:"
+                        f" {str(why)[:80]}", hint='e.g. {"lr": 0.1}') from why
+        if not isinstance(params, dict):
+            raise Usage(f"--params {shown(options.params)} is no JSON object",
+                        hint='e.g. {"lr": 0.1}')
+    for word in options.param:
+        name, equals, text = word.partition("=")
+        if not name or not equals:
+            raise Usage(f"--param {shown(word[:80])!r} is not name=value",
+                        hint="--param lr=0.1")
+        params[name] = param_value(text)
+    return params
+
+
+class Pump:
+    """Passes a child's stdout on as it comes, and logs its lines of metrics.
+
+    Such a line is a JSON object with a "step" and otherwise only numbers. Those with a
+    step that are none are counted, the first is kept in `odd`. lost: as watch_child
+    asks of what it watches; nothing here ends a child.
+    """
+
+    lost = None
+
+    def __init__(self, source: object, run: object) -> None:
+        import threading
+        self.source, self.points, self.odd, self.bad = source, run.points, "", 0
+        self._tail, self._broken = b"", False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                data = os.read(self.source.fileno(), 65536)
+            except (OSError, ValueError):
+                data = b""
+            self._pass_on(data)
+            lines = (self._tail + data).split(b"\n")
+            self._tail = b"" if not data else lines.pop()[-METRIC_LINE - 1:]
+            for line in lines:
+                self._line(line)
+            if not data:
+                return
+
+    def _pass_on(self, data: bytes) -> None:
+        if self._broken:
+            return  # nobody reads any more; the child and its metrics go on
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except (OSError, ValueError):
+            self._broken = True
+            quiet(sys.stdout)
+
+    def _line(self, line: bytes) -> None:
+        if not line.lstrip().startswith(b"{") or b'"step"' not in line:
+            return
+        try:
+            point = read_point(line, self.points.at())
+        except Usage as why:
+            self.bad, self.odd = self.bad + 1, self.odd or why.message
+            return
+        if "step" in point:
+            self.points.offer(point)
+
+    def close(self) -> None:
+        """Wait for the rest; not for ever, should a grandchild keep the pipe open."""
+        self._thread.join(5)
+
+
+def run_measured(project: object, how: dict, options: object) -> int:
+    """Run CMD as a run, end the run as CMD ended; CMD's exit code."""
+    with Stoppable() as stop:  # from here on somebody must end the run
+        run = project.run(options.name, **how)
+        if run.doc.get("status") != "running":
+            raise Conflict(f"Run {run.id} has ended already; CMD was not run again",
+                           hint="leave --op out to begin another")
+        remark(options, f"Started run {run.id}")
+        own_group = os.name == "posix" and not sys.stdin.isatty()
+        process = start_measured(project, run, options.rest, own_group=own_group)
+        pump = Pump(process.stdout, run)
+        run.points.start()
+    try:
+        if stop.asked:
+            raise KeyboardInterrupt
+        code = watch_child(process, pump, own_group)
+    except KeyboardInterrupt:
+        end_child(process, own_group)
+        finish_run(run, "interrupted", options, pump=pump)
+        raise
+    finish_run(run, "failed" if code else "complete", options, pump=pump, code=code)
+    return code
+
+
+def start_measured(project: object, run: object, words: list, *,
+                   own_group: bool) -> object:
+    """CMD as a process that knows its run. Usage, the run failed, if it cannot start.
+    """
+    import subprocess
+    environ = {**os.environ, "TRACECRAFT_RUN": run.id,
+               "TRACECRAFT_STORE": project.store.url,
+               "TRACECRAFT_PROJECT": project.settings.project,
+               "TRACECRAFT_AGENT": project.agent,
+               "TRACECRAFT_INSTANCE": project.instance}
+    try:
+        return subprocess.Popen(words, env=environ, stdout=subprocess.PIPE,
+                                start_new_session=own_group)
+    except OSError as why:
+        run.end("failed")
+        raise Usage(f"cannot run {shown(words[0])}: {why.strerror}",
+                    hint=f"run {run.id} ended as failed") from why
+
+
+def finish_run(run: object, status: str, options: object, *, pump: Pump,
+               code: int | None = None) -> None:
+    """End a run after its CMD, which may have ended it itself; say what went wrong.
+
+    CMD has run and its exit code counts, so no trouble of ours is more than a warning.
+    """
+    pump.close()
+    try:
+        with Stoppable():  # a second signal must not keep the first one's end from it
+            doc = run.end(status, **({} if code is None else {"exit_code": code}))
+        remark(options, f"Run {run.id} {doc['status']}")
+    except Conflict as why:
+        remark(options, f"Run {run.id} was ended by its command"
+               f" ({shown(why.details.get('status'))})")
+    except Error as why:
+        remark(options, f"warning: run {run.id}: {why.message}")
+    missing = run.points.lost + run.points.waiting
+    if missing:
+        remark(options, f"warning: {missing} points of run {run.id} are not known to be"
+               " stored")
+    if pump.bad:
+        remark(options, f"warning: {pump.bad} lines with a step were not logged; the"
+               f" first: {pump.odd}")
+
+
+@command(
+    "run log", "log metrics: k=v, or - for lines of JSON from stdin",
+    arg("values", nargs="+", metavar="k=v"), RUN_ARG,
+    arg("--at-step", type=finite, metavar="N", help="the step they belong to"),
+    examples=("run log loss=0.3 acc=0.9 --at-step 10", "run log - --run nightly"),
+    exits="0 1 2 3 7 9", op=True)
+def cmd_run_log(project: object, options: object) -> None:
+    run = chosen_run(project, options.run)
+    if options.values == ["-"]:
+        if options.op or options.at_step is not None:
+            raise Usage("--op and --at-step are for k=v, not for lines from stdin",
+                        hint='a line has its own step: {"step": 10, "loss": 0.3}')
+        log_stream(project.runs.open(run), options)
+        return
+    point = read_pairs(options.values, step=options.at_step, at=project.ledger.at())
+    project.runs.log_once(run, point, op=options.op)
+    answer(options, f"Logged 1 point to run {run}", {"id": run, "points": 1})
+
+
+def log_stream(run: object, options: object) -> None:
+    """Log the lines of stdin as they come; what is no point is reported at the end."""
+    points, bad, first, count = run.points, 0, "", 0
+    points.start()
+    try:
+        for count, line in enumerate(lines_of(sys.stdin.buffer), 1):
+            if not line.strip():
+                continue
+            try:
+                points.add(read_point(line, points.at()))
+            except Usage as why:
+                bad, first = bad + 1, first or f"line {count}: {why.message}"
+        points.close()
+    except Error as why:
+        raise stream_trouble(why, points) from why
+    except KeyboardInterrupt:
+        points.close()
+        raise
+    if bad:
+        raise Error(f"{bad} of {count} lines are no points and were left out; {first}",
+                    hint=f"{points.stored} points are stored; mend these lines and log"
+                    " them alone", bad=bad, stored=points.stored, id=run.id)
+    answer(options, f"Logged {points.stored} points to run {run.id}",
+           {"id": run.id, "points": points.stored})
+
+
+def lines_of(source: object) -> object:
+    """The lines of a stream; one too long comes cut, so that it is refused."""
+    line = source.readline(METRIC_LINE + 1)
+    while line:
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = source.readline(METRIC_LINE + 1)  # the rest of it
+        line = source.readline(METRIC_LINE + 1)
+
+
+def stream_trouble(why: Error, points: object) -> Error:
+    """`why`, saying how much of a stream is stored."""
+    kind = type(why)
+    hint = f"the first {points.stored} points are stored; log the others again"
+    if isinstance(why, Unknown):
+        hint = f"the first {points.stored} points are stored; whether the next" \
+               f" {points.waiting} are, run show tells by its count"
+    return kind(f"{why.message}; {points.waiting} points are not known to be stored",
+                hint=hint, stored=points.stored, waiting=points.waiting)
+
+
+@command(
+    "run note", "add a note to a run", arg("text", nargs="?", help="- is stdin"),
+    FILE_ARG, RUN_ARG,
+    examples=('run note "the loss jumps at 3000"', "run note --file notes.md"),
+    exits="0 1 2 3 7 9", op=True)
+def cmd_run_note(project: object, options: object) -> None:
+    run = chosen_run(project, options.run)
+    text = given_text(options, options.text, "note")
+    doc = project.runs.note(run, text, op=options.op)
+    answer(options, f"Noted on run {run}: {short(text, indent='  ')}",
+           record_of(doc, id=run))
+
+
+@command(
+    "run artifact", "upload a file a run made", arg("path", help="the file"),
+    arg("--name", metavar="NAME", help="its name there; default: the file's"),
+    arg("--overwrite", action="store_true", help="replace other content"), RUN_ARG,
+    examples=("run artifact model.bin", "run artifact out.png --name loss.png"),
+    exits="0 1 2 3 7 9", op=True)
+def cmd_run_artifact(project: object, options: object) -> None:
+    run = chosen_run(project, options.run)
+    entry = project.runs.artifact(
+        run, options.path, name=options.name, overwrite=options.overwrite,
+        op=options.op, progress=progress_to(options, "uploaded"))
+    answer(options, f"Uploaded {shown(entry['name'])} (sha256 {entry['sha256'][:12]})",
+           {"id": run, **entry})
+
+
+@command(
+    "run end", "end a run",
+    arg("--status", choices=RUN_ENDS, default="complete", metavar="STATUS",
+        help="complete, failed, interrupted"), RUN_ARG,
+    examples=("run end", "run end --status failed --run nightly"), exits="0 1 2 3 7 9",
+    op=True)
+def cmd_run_end(project: object, options: object) -> None:
+    run = chosen_run(project, options.run)
+    doc = project.runs.end(run, options.status, op=options.op)
+    answer(options, f"Run {run} {shown(doc.get('status'))}", record_of(doc, id=run))
+
+
+@command(
+    "run list", "the runs, newest first",
+    arg("--tag", metavar="TAG", help="only with this tag"),
+    arg("--by", metavar="AGENT", help="only of this agent"),
+    arg("--status", choices=("running", "stale", *RUN_ENDS), metavar="STATUS",
+        help="running, stale, complete, failed, interrupted"), LIMIT_ARG,
+    examples=("run list --tag gpu", "run list --status stale --json"), exits="0 7")
+def cmd_run_list(project: object, options: object) -> None:
+    items, truncated = project.runs.list(
+        tag=options.tag, by=options.by, status=options.status,
+        limit=listing_limit(options))
+    answer_list(options, items, [run_line(item) for item in items],
+                empty="No runs found.", truncated=truncated)
+
+
+def run_line(view: dict) -> str:
+    """A run on one line."""
+    tags = ", ".join(texts(view, "tags"))
+    quiet = f", last sign {age_text(view['quiet_s'])}" if view["status"] in (
+        "running", "stale") else ""
+    return f"{shown(view['id'])} {shown(view['status'])}" \
+        f" ({shown(view.get('agent'))}, {took_text(view)}{quiet})" + (
+            f" [{shown(tags)}]" if tags else "")
+
+
+def took_text(view: dict) -> str:
+    """How long a run took, for people."""
+    took = view.get("duration_s")
+    if took is None:
+        return "?"
+    return f"{took:.0f}s" if took < 5400 else f"{took / 3600:.1f}h"
+
+
+@command(
+    "run show", "a run: params, metrics, notes; or every point of it",
+    arg("run", nargs="?", metavar="ID", help="default: the current run"),
+    arg("--format", choices=("csv", "jsonl"), metavar="FORMAT",
+        help="csv or jsonl: every point, in order"),
+    examples=("run show", "run show nightly --format csv > points.csv"),
+    exits="0 1 2 7 8")
+def cmd_run_show(project: object, options: object) -> None:
+    run = chosen_run(project, options.run)
+    if options.format:
+        write_points(project.runs.points(run), options.format)
+        return
+    view = project.runs.show(run)
+    encoding = str(getattr(sys.stdout, "encoding", "") or "").lower()
+    answer(options, "\n".join(run_lines(view, plain="utf" not in encoding)), view)
+
+
+def write_points(points: list, form: str) -> None:
+    """Print points as lines of JSON, or as CSV with a column for each metric."""
+    if form == "jsonl":
+        for at in range(0, len(points), 1000):
+            put_out("".join(json_line(point) + "\n" for point in points[at:at + 1000]))
+        return
+    import csv
+    import io
+    names = list(dict.fromkeys(name for point in points for name in point))
+    names = ["step", "at"] + [name for name in names if name not in ("step", "at")]
+    for at in range(0, max(1, len(points)), 1000):
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        if not at:
+            rows.writerow(names)
+        rows.writerows([point.get(name, "") for name in names]
+                       for point in points[at:at + 1000])
+        put_out(text.getvalue())
+
+
+def run_lines(view: dict, *, plain: bool) -> list:
+    """A run for people. plain: its sparklines in ASCII."""
+    lines = [run_line(view)]
+    facts = [("name", view.get("name")), ("step", view.get("step")),
+             ("started", view.get("started_at")), ("git", git_text(view.get("git"))),
+             ("host", f"{view.get('host')}, Python {view.get('python')},"
+                      f" {view.get('platform')}"),
+             ("cmd", " ".join(texts(view, "cmd"))), ("exit", view.get("exit_code"))]
+    facts += [("param", f"{name} = {value_text(value)}")
+              for name, value in flat(view.get("params")).items()]
+    lines += [f"  {name}: {short(value)}" for name, value in facts
+              if value not in (None, "")]
+    lines += [f"  {line}" for line in metric_lines(view["metrics"], plain=plain)]
+    for note in dicts(view, "notes"):
+        lines.append(f"  [{shown(note.get('at'))}] {shown(note.get('by'))}:"
+                     f" {shown(note.get('text'), indent='    ')}")
+    for made in dicts(view, "artifacts"):
+        lines.append(f"  artifact: {shown(made.get('name'))}"
+                     f" {size_text(number(made, 'size'))}"
+                     f" sha256 {shown(str(made.get('sha256'))[:12])}")
+    return lines
+
+
+def git_text(git: object) -> str:
+    """A commit for people; "" without one."""
+    if not isinstance(git, dict):
+        return ""
+    return f"{str(git.get('commit'))[:12]} on {git.get('branch')}" + (
+        ", with changes" if git.get("dirty") else "")
+
+
+def value_text(value: object) -> str:
+    """A param or number, short: 0.25, 3, adam, [1, 2]; - for none."""
+    import json
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def metric_lines(metrics: dict, *, plain: bool) -> list:
+    """A line for each metric, its numbers in columns, its curve at the end."""
+    rows = []
+    for name in sorted(metrics):
+        one = metrics[name]
+        step = "" if one["last_step"] is None else f" at {value_text(one['last_step'])}"
+        odd = f", {one['not_finite']} not finite" if one["not_finite"] else ""
+        rows.append((short(name), f"{value_text(one['last'])}{step}",
+                     f"{value_text(one['min'])} … {value_text(one['max'])}",
+                     f"n={one['count']}{odd}", sparkline(one["curve"], plain=plain)))
+    return table_lines(rows)
+
+
+def table_lines(rows: list) -> list:
+    """Rows of texts as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths)).rstrip()
+            for row in rows]
+
+
+@command(
+    "run compare", "runs side by side: params that differ, metrics",
+    arg("runs", nargs="+", metavar="id"),
+    arg("--metric", action="append", default=[], metavar="NAME",
+        help="only this one; repeatable"),
+    examples=("run compare first second", "run compare a b c --metric loss"),
+    exits="0 1 2 7 8")
+def cmd_run_compare(project: object, options: object) -> None:
+    if len(options.runs) < 2:
+        raise Usage("compare needs two runs or more", hint="run list shows their ids")
+    doc = project.runs.compare(options.runs, metrics=tuple(options.metric))
+    answer(options, "\n".join(compare_lines(doc)), doc)
+
+
+def compare_lines(doc: dict) -> list:
+    """A comparison as a table: a column for each run."""
+    rows = [("run", *(str(run["id"]) for run in doc["runs"])),
+            ("status", *(str(run["status"]) for run in doc["runs"])),
+            ("took", *(took_text(run) for run in doc["runs"]))]
+    rows += [(name, *map(value_text, values)) for name, values in doc["params"].items()]
+    for name in sorted(doc["metrics"]):
+        rows.append((name, *(
+            "-" if one is None else f"{value_text(one['last'])}"
+            f" ({value_text(one['min'])} … {value_text(one['max'])})"
+            for one in doc["metrics"][name])))
+    return table_lines([[short(cell) for cell in row] for row in rows])
+
+
+# == 55. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -16555,6 +17012,8 @@ GROUPS = (
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify)),
     ("house", (cmd_timeline, cmd_watch, cmd_gc, cmd_export, cmd_import)),
+    ("runs", (cmd_run_start, cmd_run_log, cmd_run_note, cmd_run_artifact, cmd_run_end,
+              cmd_run_list, cmd_run_show, cmd_run_compare)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
 TOP_HELP = (
@@ -16573,6 +17032,7 @@ TOP_HELP = (
     ("channel", "join / leave / list"),
     ("reserve", "files, by pattern       (reservations, unreserve, guard)"),
     ("artifact", "upload / download / list / show / verify"),
+    ("run", "start / log / note / artifact / end / list / show / compare"),
     ("timeline", "what happened; watch: what happens  (gc, export, import)"),
     ("doctor", "check store and objects; --fix      (config)"),
     ("demo", "see it work: real processes, two of them crash"),
@@ -16633,12 +17093,10 @@ def find_command(words: list) -> tuple:
         raise Usage(f"{words[0]} needs one of: "
                     + ", ".join(name.split()[1] for name in inner),
                     hint=f"tracecraft {inner[0]} --help")
-    near = nearest(pair, inner) if inner else nearest(words[0], [*rows, *OF_GROUPS])
+    near = nearest(pair, inner) if inner else nearest(
+        words[0], [name.partition(" ")[0] for name in rows] + list(rows))
     raise Usage(f"unknown command {shown(pair if inner else words[0])!r}{near}",
                 hint="tracecraft --help lists them")
-
-
-OF_GROUPS = ("step", "memory", "artifact", "channel")
 
 
 def parse_words(run: object, words: list, rest: list | None) -> object:
