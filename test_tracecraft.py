@@ -10720,18 +10720,18 @@ class Tree:
 
 
 @pytest.fixture
-def tree(tmp_path):
+def checkout(tmp_path):
     if not shutil.which("git"):
         pytest.skip("no git here")
     return Tree(Shell(tmp_path))
 
 
 @pytest.fixture
-def committed(tree):
+def committed(checkout):
     """The same with a commit of src/a.py and docs/a.md in it."""
-    tree.write("docs/a.md")
-    tree.commit("src/a.py")
-    return tree
+    checkout.write("docs/a.md")
+    checkout.commit("src/a.py")
+    return checkout
 
 
 def test_reserving_and_giving_back_on_the_command_line(sh):
@@ -10813,13 +10813,13 @@ def test_outside_of_git_paths_begin_where_the_store_lies(sh):
     assert "src/x: reserved by bob" in sh.refused(3, "guard", "x")
 
 
-def test_guard_reads_what_is_staged_before_the_first_commit(tree):
+def test_guard_reads_what_is_staged_before_the_first_commit(checkout):
     names = ["with space", "ä/ö", "new\nline", "-dash", "tab\t", 'q"uote', "free"]
     for name in names:
-        tree.write(name)
-    tree.git("add", "-A")
-    tree.reserve("[!f]*", "ä/")
-    assert tree.refused() == sorted(set(names) - {"free"})
+        checkout.write(name)
+    checkout.git("add", "-A")
+    checkout.reserve("[!f]*", "ä/")
+    assert checkout.refused() == sorted(set(names) - {"free"})
 
 
 def test_guard_counts_both_names_of_a_rename_and_a_deletion(committed):
@@ -10875,18 +10875,18 @@ def test_a_submodule_stands_for_all_that_is_in_it(committed, tmp_path):
     assert committed.refused() == ["lib"]
 
 
-def diverged(tree, theirs, ours):
+def diverged(checkout, theirs, ours):
     """Two branches, each with its version of some files; main is checked out."""
-    tree.git("checkout", "-q", "-b", "side")
+    checkout.git("checkout", "-q", "-b", "side")
     for path, text in theirs.items():
-        tree.write(path, text)
-    tree.git("add", "-A")
-    tree.git("commit", "-q", "-m", "theirs")
-    tree.git("checkout", "-q", "main")
+        checkout.write(path, text)
+    checkout.git("add", "-A")
+    checkout.git("commit", "-q", "-m", "theirs")
+    checkout.git("checkout", "-q", "main")
     for path, text in ours.items():
-        tree.write(path, text)
-    tree.git("add", "-A")
-    tree.git("commit", "-q", "-m", "ours")
+        checkout.write(path, text)
+    checkout.git("add", "-A")
+    checkout.git("commit", "-q", "-m", "ours")
 
 
 def test_in_a_merge_only_what_differs_from_every_parent_counts(committed):
@@ -10909,10 +10909,10 @@ def test_in_a_merge_only_what_differs_from_every_parent_counts(committed):
     assert committed.refused() == []
 
 
-def hook(tree, name="pre-commit"):
+def hook(checkout, name="pre-commit"):
     """The hook of the README, for ada."""
-    path = os.path.join(tree.top, ".git", "hooks", name)
-    tree.write(f".git/hooks/{name}", "#!/bin/sh\nexec " + " ".join(
+    path = os.path.join(checkout.top, ".git", "hooks", name)
+    checkout.write(f".git/hooks/{name}", "#!/bin/sh\nexec " + " ".join(
         shlex.quote(word) for word in RUN) + " guard --staged\n")
     os.chmod(path, 0o755)
 
