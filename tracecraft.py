@@ -32,24 +32,26 @@ tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
-  4 Messages                 5 Plans                    6 Patterns
-  7 Events                   8 Leftovers                9 Reservation records
-  10 Run records             11 Wire                    12 HTTP
-  13 Stores                  14 S3                      15 S3 store
-  16 Probe                   17 Settings                18 Local state
-  19 Command settings        20 Credentials             21 Ledger
-  22 Leases                  23 Hints                   24 Step records
-  25 Frontier                26 Steps                   27 Tasks
-  28 Memory                  29 Mailboxes               30 Mail
-  31 Channels and threads    32 Artifacts               33 Reservations
-  34 Runs                    35 Project                 36 Context
-  37 Views                   38 Timeline                39 Housekeeping
-  40 Archive                 41 Doctor                  42 Trials
-  43 Drill                   44 Bench                   45 Rows
-  46 Commands under a lease  47 Step commands           48 Task commands
-  49 Commands of memory and files  50 Reservation commands
-  51 Commands of presence, views and set-up  52 House commands
-  53 Commands of mail        54 Run commands            55 Command line
+  4 Artifact records         5 Messages                 6 Plans
+  7 Patterns                 8 Events                   9 Leftovers
+  10 Reservation records     11 Run records             12 Wire
+  13 HTTP                    14 Stores                  15 S3
+  16 S3 store                17 Probe                   18 Settings
+  19 Local state             20 Command settings        21 Credentials
+  22 Ledger                  23 Leases                  24 Hints
+  25 Step records            26 Frontier                27 Steps
+  28 Tasks                   29 Memory                  30 Mailboxes
+  31 Mail                    32 Channels and threads    33 Bytes
+  34 Artifact heads          35 Artifacts               36 Reservations
+  37 Runs                    38 Artifact trees          39 Project
+  40 Context                 41 Views                   42 Timeline
+  43 Housekeeping            44 Archive                 45 Doctor
+  46 Trials                  47 Drill                   48 Bench
+  49 Rows                    50 Commands under a lease  51 Step commands
+  52 Task commands           53 Memory commands         54 Artifact commands
+  55 Reservation commands    56 Commands of presence, views and set-up
+  57 House commands          58 Commands of mail        59 Run commands
+  60 Command line
 """
 
 from __future__ import annotations
@@ -892,35 +894,7 @@ def merge_patch(target: object, patch: object) -> object:
     return merged
 
 
-# -- artifacts ---------------------------------------------------------
-
-
-def next_head(head: dict | None, new: dict, *, overwrite: bool) -> dict:
-    """The manifest head after an upload of `new` (sha256, size, key, producer ...).
-
-    The same digest: unchanged. Another: Conflict, unless --overwrite or the head came
-    from a lower token of the same step (its holder was fenced). protocol.md 8.
-    """
-    if head is None:
-        return {**new, "previous": []}
-    was = head.get("producer") if isinstance(head.get("producer"), dict) else {}
-    now = new["producer"]
-    same_step = bool(now.get("token")) and was.get("step") == now.get("step")
-    newer = same_step and number(was, "token") < now["token"]
-    if head.get("sha256") == new["sha256"] and not head.get("deleted_at"):
-        return {**head, "producer": now} if newer else head
-    if same_step and number(was, "token") > now["token"]:
-        raise Fenced(f"is of token {was['token']}, yours is {now['token']}",
-                     hint="your lease was lost; what you upload no longer counts")
-    if not (overwrite or newer or head.get("deleted_at")):
-        raise Conflict(f"has other content: {str(head.get('sha256'))[:12]} there,"
-                       f" {new['sha256'][:12]} here", there=head.get("sha256"),
-                       here=new["sha256"], hint="--overwrite replaces it")
-    names = ("sha256", "size", "key", "producer", "rev", "created_at")
-    old = {name: head[name] for name in names if name in head}
-    past = head.get("previous") if isinstance(head.get("previous"), list) else []
-    kept = {name: value for name, value in head.items() if name != "deleted_at"}
-    return {**kept, **new, "previous": (past + [old])[-RECENT:]}
+# -- hand-offs and waiting ---------------------------------------------
 
 
 def fold(claim: dict, found: dict) -> dict:
@@ -961,7 +935,180 @@ def waited(views: list, names: list, *, any_: bool) -> bool:
     return False
 
 
-# == 4. Messages =======================================================
+# == 4. Artifact records ===============================================
+#
+# Pure, as "Records": what a manifest head becomes, and under which token of its step.
+# Rules: protocol.md 8.
+
+
+PAST = ("sha256", "size", "key", "producer", "inputs", "rev", "created_at",
+        "deleted_at", "deleted_by")  # what `previous` keeps of a head
+
+
+def producer_of(head: dict | None) -> dict:
+    """{agent, step, token} of who made it; {} where a head does not tell."""
+    made = (head or {}).get("producer")
+    return made if isinstance(made, dict) else {}
+
+
+def next_head(head: dict | None, new: dict, *, overwrite: bool) -> dict:
+    """The manifest head after an upload of `new` (sha256, size, key, producer ...).
+
+    The same digest: unchanged but for later tokens and other inputs. Another: Conflict,
+    unless --overwrite, a tombstone, or the head came from a lower token of the same
+    step (its holder was fenced). protocol.md 8.
+    """
+    if head is None:
+        return {**new, "previous": []}
+    was, now, gone = producer_of(head), new["producer"], head.get("deleted_at")
+    same_step = bool(now.get("token")) and was.get("step") == now.get("step")
+    newer = same_step and number(was, "token") < now["token"]
+    if head.get("sha256") == new["sha256"] and not gone:
+        return _made_again(head, new, newer=newer)
+    if same_step:
+        spare_output(head, now)
+    if not (overwrite or newer or gone):
+        raise Conflict(f"has other content: {str(head.get('sha256'))[:12]} there,"
+                       f" {new['sha256'][:12]} here", there=head.get("sha256"),
+                       here=new["sha256"], hint="--overwrite replaces it")
+    old = {name: head[name] for name in PAST if name in head}
+    past = head.get("previous") if isinstance(head.get("previous"), list) else []
+    kept = {name: value for name, value in head.items()
+            if name not in ("deleted_at", "deleted_by")}
+    return {**kept, **new, "previous": (past + [old])[-RECENT:]}
+
+
+def _made_again(head: dict, new: dict, *, newer: bool) -> dict:
+    """The same bytes again: of a later token, or made from other inputs."""
+    was, now, changes = producer_of(head), new["producer"], {}
+    if newer:
+        changes["producer"] = now
+    theirs = number(was, "token") and (was.get("step"), was["token"]) != (
+        now.get("step"), now.get("token"))
+    if new.get("inputs") and new["inputs"] != head.get("inputs") and (
+            newer or not theirs):
+        changes["inputs"] = new["inputs"]
+    return {**head, **changes} if changes else head
+
+
+def spare_output(head: dict, now: dict) -> None:
+    """Raise if `now`, {agent, step, token}, may not replace or delete this output.
+
+    Fenced under a lower token of the step that made it; Conflict under none.
+    """
+    was = producer_of(head)
+    token = number(was, "token")
+    if was.get("step") != now.get("step") or token <= number(now, "token"):
+        return
+    if now.get("token"):
+        raise Fenced(f"is of token {token}, yours is {now['token']}", token=token,
+                     hint="your lease was lost; what you upload no longer counts")
+    if not head.get("deleted_at"):
+        raise Conflict(f"is an output of token {token} of its step", token=token,
+                       hint="claim that step with --reopen to change its outputs")
+
+
+def deleted_head(head: dict, now: dict, *, at: str) -> dict:
+    """The head as a tombstone: the manifest stays. Deleted twice is once.
+
+    now: the {agent, step, token} that deletes it; as for --overwrite, an output of a
+    step is its token's alone.
+    """
+    if head.get("deleted_at"):
+        return head
+    spare_output(head, now)
+    return {**head, "deleted_at": at, "deleted_by": now["agent"]}
+
+
+def output_token(claim: dict | None, me: Me) -> int | None:
+    """The token under which `me` may add outputs to a step now; None: under none.
+
+    Anybody may add to a step that nobody works on, as 0.2 does; it does not count as
+    its output. Fenced with an old token, Held when another holds it.
+    """
+    if claim is None and me.token is None:
+        return None
+    ended_by_me = claim is not None and claim.get("agent") == me.agent \
+        and me.token == token_of(claim) and state_of(claim) in ENDED
+    if ended_by_me or holds(claim, me):
+        return token_of(claim)
+    if me.token is None and state_of(claim) != "in_progress":
+        return None
+    raise refusal(claim, me)
+
+
+def output_head(head: dict | None, new: dict, *, overwrite: bool) -> dict:
+    """next_head(), except that --overwrite without a token spares a step's outputs."""
+    if head is not None and overwrite and head.get("sha256") != new["sha256"]:
+        spare_output(head, new["producer"])
+    return next_head(head, new, overwrite=overwrite)
+
+
+# -- inputs and lineage ------------------------------------------------
+
+
+def input_places(text: str, step: str | None) -> list:
+    """[(step or None, name)] that an input may mean, the likeliest first.
+
+    A key (artifacts/STEP/NAME), STEP:NAME, NAME (of the same step, then shared),
+    STEP/NAME; `shared` is the step of what has none. Usage if it can mean nothing.
+
+    >>> input_places("design:api.md", None)
+    [('design', 'api.md'), (None, 'design:api.md')]
+    >>> input_places("design/api.md", "build")
+    [('build', 'design/api.md'), (None, 'design/api.md'), ('design', 'api.md')]
+    """
+    found = [text[len("artifacts/"):].split("/", 1)] \
+        if text.startswith("artifacts/") else []
+    found += [text.split(":", 1)] if ":" in text else []
+    found += [[step, text]] if step else []
+    found += [["shared", text]]
+    found += [text.split("/", 1)] if "/" in text else []
+    places = []
+    for where, name in (pair for pair in found if len(pair) == 2):
+        try:
+            places.append((None if where == "shared" else step_id(where),
+                           artifact_path(name)))
+        except Usage:
+            continue
+    if not places:
+        raise Usage(f"{shown(text[:80])!r} names no artifact",
+                    hint="an input is NAME, STEP:NAME or artifacts/STEP/NAME")
+    return list(dict.fromkeys(places))
+
+
+def version_of(head: dict | None, sha256: str | None) -> dict | None:
+    """The head, or what `previous` keeps of it, as it was with that digest.
+
+    None when it is older than what is kept.
+    """
+    past = (head or {}).get("previous")
+    for version in [head, *reversed(past if isinstance(past, list) else [])]:
+        if isinstance(version, dict) and version.get("sha256") == sha256:
+            return version
+    return None
+
+
+def inputs_of(head: dict | None, sha256: str | None = None) -> list:
+    """[{artifact, sha256, rev}] that a head, or its version `sha256`, was made from."""
+    version = version_of(head, sha256) if sha256 else head
+    made = (version or {}).get("inputs")
+    return [edge for edge in (made if isinstance(made, list) else ())
+            if isinstance(edge, dict) and isinstance(edge.get("artifact"), str)
+            and isinstance(edge.get("sha256"), (str, type(None)))]
+
+
+def input_state(head: dict | None, sha256: object) -> str:
+    """What became of the version of an input that was used: 'current', 'replaced',
+    'deleted', or 'unknown' where no head tells."""
+    if head is None:
+        return "unknown"
+    if head.get("deleted_at"):
+        return "deleted"
+    return "current" if head.get("sha256") == sha256 else "replaced"
+
+
+# == 5. Messages =======================================================
 #
 # Pure: where mail goes, what a read cursor has shown, whether a message is genuine,
 # where the newest page of a mailbox begins. Knows no store and no clock.
@@ -1219,7 +1366,7 @@ def leap(keys: list, end_ns: int) -> int | None:
         return None
     goal = end_ns - (times[-1] - times[0]) * (LIST_PAGE // 2) // len(times)
     return goal if goal > times[-1] else None
-# == 5. Plans ==========================================================
+# == 6. Plans ==========================================================
 #
 # Pure: a plan as text -> specs of steps, everything that is wrong with it, what is
 # ready, and drawings of it. Knows no store. Rules: protocol.md 4, next.
@@ -1498,7 +1645,7 @@ def _graph_line(row: dict) -> str:
     title = f"  {shown(row['title'])}" if row.get("title") else ""
     state = "" if box in "x " and row["state"] != "waiting" else f"  [{row['state']}]"
     return f"[{box}] {row['step']}{title}{needs}{state}"
-# == 6. Patterns =======================================================
+# == 7. Patterns =======================================================
 #
 # Glob patterns over paths: whether one matches a path, whether some path matches two.
 # Pure. A path is names joined by '/'; no name is empty, '.' or '..'.
@@ -1778,7 +1925,7 @@ def _undotted(name: object) -> list:
         _common(token, NO_DOT) for token in tokens) if rest]
 
 
-# == 7. Events =========================================================
+# == 8. Events =========================================================
 #
 # Pure: (key, document) -> what happened, as a list of plain dicts; one row of EVENTS
 # for each kind of key. Timeline, watch and every later view of the past read these.
@@ -2120,7 +2267,7 @@ def event_line(row: dict) -> str:
     return f"{str(row['at'])[:19]}Z  {row['kind']:<11} {shown(row['text'])}"
 
 
-# == 8. Leftovers ======================================================
+# == 9. Leftovers ======================================================
 #
 # Pure: which objects no rule needs any more (protocol.md 1.2), from what a listing and
 # the records say. Claims, locks, counters, verdicts, specs and heads never are.
@@ -2213,7 +2360,7 @@ def moved_cursor(doc: dict, streams: dict, entries: dict) -> dict:
         done = {key for key, _ in entries[name]} - fresh
         moved[name] = {**stream, "floor": None, "seen": stream["seen"] | done}
     return with_streams(doc, moved)
-# == 9. Reservation records ============================================
+# == 10. Reservation records ===========================================
 #
 # Pure: (reservations.json, event, the store's time) -> its successor or a refusal.
 # One document holds them all, so that "no two overlap" is one compare-and-swap
@@ -2431,7 +2578,7 @@ def _names(word: str, words: dict, entry: Booked) -> bool:
     return word == entry.id or words[word] in entry.doc["globs"]
 
 
-# == 10. Run records ===================================================
+# == 11. Run records ===================================================
 #
 # Pure: what becomes of runs/<run>/meta.json, and how metric lines are read, merged
 # and summed up. Knows no store and no clock. Rules: protocol.md 9.
@@ -2841,7 +2988,7 @@ def _brief(metric: dict | None) -> dict | None:
     return metric and {name: metric[name] for name in ("last", "min", "max", "count")}
 
 
-# == 11. Wire ==========================================================
+# == 12. Wire ==========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -3067,7 +3214,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 12. HTTP ==========================================================
+# == 13. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -3722,7 +3869,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 13. Stores ========================================================
+# == 14. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -4084,9 +4231,12 @@ def url_path(text: str) -> str:
     return uri_escape(text, True).replace("%3A", ":")
 
 
-def file_chunks(file: object, *, total: int, progress: object = None) -> object:
-    """Yield the rest of an open file in pieces; progress(done, total) after each."""
-    done = 0
+def file_chunks(file: object, *, total: int, done: int = 0,
+                progress: object = None) -> object:
+    """Yield the rest of an open file in pieces; progress(done, total) after each.
+
+    done: bytes that count as read already.
+    """
     while True:
         piece = file.read(CHUNK)
         if not piece:
@@ -4538,9 +4688,9 @@ class DirectoryStore:
             pieces = file_chunks(source, total=total, progress=progress)
             return self._place(key, pieces, if_none_match=if_none_match)
 
-    def download(self, key: str, file: object, *, size: int,
+    def download(self, key: str, file: object, *, size: int, start: int = 0,
                  progress: object = None) -> None:
-        """Copy the object into `file`, open for writing in binary.
+        """Copy the object from byte `start` on to `file`, open for writing in binary.
 
         Moved when it does not have `size` bytes: it was replaced since it was listed.
         """
@@ -4548,7 +4698,8 @@ class DirectoryStore:
             there = os.fstat(source.fileno()).st_size
             if there != size:
                 raise Moved(f"{shown(key)} has {there} bytes, not {size}", key=key)
-            for piece in file_chunks(source, total=size, progress=progress):
+            source.seek(start)
+            for piece in file_chunks(source, total=size, done=start, progress=progress):
                 file.write(piece)
 
     def copy(self, key_from: str, key_to: str) -> Stamp:
@@ -4569,7 +4720,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 14. S3 ============================================================
+# == 15. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -5188,12 +5339,14 @@ def _sha256(data: bytes) -> str:
 class Download:
     """The bytes of one object on their way into a file, in as many tries as it takes.
 
-    All tries must see one object: If-Match, and its ETag and size are compared.
+    All tries must see one object: If-Match, and its ETag and size are compared. done:
+    bytes that the file has already, of an object that the caller knows to be the same.
     """
 
-    def __init__(self, file: object, *, size: int | None, progress: object) -> None:
+    def __init__(self, file: object, *, size: int | None, progress: object,
+                 done: int = 0) -> None:
         self._file, self._size, self._progress = file, size, progress
-        self.done, self.etag, self.trouble, self._skip = 0, "", None, 0
+        self.done, self.etag, self.trouble, self._skip = done, "", None, 0
 
     def begin(self, answer: Answer) -> object:
         """The sink for an answer (Http.send); None for those that bring no object."""
@@ -5238,9 +5391,9 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 15. S3 store ======================================================
+# == 16. S3 store ======================================================
 #
-# The interface of section 6 over signed requests. Knows conditions and ETag dialects;
+# The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
 
 
@@ -5376,12 +5529,13 @@ class S3Reader(S3Client):
         return Listing(entries, prefixes, now=now, truncated=pages.more or cut)
 
     def download(self, key: str, file: object, *, size: int | None = None,
-                 progress: object = None) -> None:
-        """The object into `file`, open for writing in binary. NotFound, Moved.
+                 start: int = 0, progress: object = None) -> None:
+        """The object from byte `start` on to `file`, open for writing in binary.
 
-        A broken transfer goes on where it broke, for as long as bytes keep coming.
+        NotFound, Moved. A broken transfer goes on where it broke, for as long as bytes
+        keep coming.
         """
-        load, doing = Download(file, size=size, progress=progress), \
+        load, doing = Download(file, size=size, done=start, progress=progress), \
             f"download {shown(key)}"
         while True:
             before = load.done
@@ -5396,8 +5550,9 @@ class S3Reader(S3Client):
     def _load(self, key: str, load: Download, *, doing: str) -> None:
         headers, before = {}, load.done
         if load.done:
-            headers = {"range": f"bytes={load.done}-",
-                       "if-match": self._condition(load.etag)}
+            headers["range"] = f"bytes={load.done}-"
+        if load.etag:
+            headers["if-match"] = self._condition(load.etag)
         answer = self.call("GET", self._path(key), doing=doing, headers=headers,
                            sink=load.begin)
         if answer.status not in (200, 206):
@@ -5407,6 +5562,33 @@ class S3Reader(S3Client):
         if not load.whole():
             raise Lost(f"cannot {doing}: it ended at byte {load.done}")
 
+    def presigned(self, key: str, expires: int) -> dict:
+        """{url, expires_in_s, temporary}: whoever has the URL may GET the object.
+
+        Without a request. expires: seconds, cut to what is left of credentials that
+        end; temporary: that they do. Denied without any.
+        """
+        from urllib.parse import urlsplit
+        keys, now = self._keys(), self.clock()
+        if keys is None:
+            raise Denied("requests to this store are not signed, so no URL can be",
+                         hint="a public object needs none; else set AWS_ACCESS_KEY_ID")
+        if keys.expires_at is not None:
+            expires = min(expires, int(keys.expires_at - now))
+            if expires < 1:
+                raise Denied("the temporary credentials have run out",
+                             hint="sign in again")
+        origin, base = s3_place(self.bucket, endpoint=self.endpoint, region=self.region,
+                                path_style=self._path_style)
+        parts, path = urlsplit(origin), base + self._path(key)
+        # What others send as Host is signed: they leave a default port out.
+        host = parts.netloc.removesuffix(":443" if parts.scheme == "https" else ":80")
+        query = presign("GET", host=host, path=path, at=now, credentials=keys,
+                        region=self.region, expires=expires)
+        where = f"{parts.scheme}://{host}{uri_escape(path, keep_slash=True)}"
+        return {"url": f"{where}?{query}", "expires_in_s": expires,
+                "temporary": bool(keys.token)}
+
     def _known_dialect(self) -> str:
         return (self.verdict or {}).get("dialect") or self._dialect
 
@@ -5415,7 +5597,7 @@ class S3Reader(S3Client):
 
 
 class S3Store(S3Reader):
-    """One project in an S3 bucket. Methods: section 6. Keys are those in the project.
+    """One project in an S3 bucket. Methods: see "Stores". Keys: those in the project.
 
     verdict: what the probe said, or None; its dialect decides how If-Match is written.
     environ: for proxies, CA bundles and TRACECRAFT_HTTP. trace: callable(line).
@@ -5599,10 +5781,10 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 16. Probe =========================================================
+# == 17. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
-# (protocol.md 2). Works through the interface of section 6 alone.
+# (protocol.md 2). Works through the interface of "Stores" alone.
 
 
 class Probe:
@@ -5809,7 +5991,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 17. Settings ======================================================
+# == 18. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -6183,7 +6365,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 18. Local state ===================================================
+# == 19. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -6378,7 +6560,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 19. Command settings ==============================================
+# == 20. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -6590,7 +6772,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 20. Credentials ===================================================
+# == 21. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -6968,7 +7150,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 21. Ledger ========================================================
+# == 22. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -7377,10 +7559,10 @@ class Who:
             self.state.set(name, value)
 
 
-# == 22. Leases ========================================================
+# == 23. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
-# told that it went to another. The decisions are those of section 3.
+# told that it went to another. The decisions are those of "Records".
 
 
 def poll_pause(tries: int) -> float:
@@ -7597,7 +7779,7 @@ class Leases:
             raise
 
 
-# == 23. Hints =========================================================
+# == 24. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -7725,7 +7907,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 24. Step records ==================================================
+# == 25. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -7978,7 +8160,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 25. Frontier ======================================================
+# == 26. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -8046,9 +8228,9 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 26. Steps =========================================================
+# == 27. Steps =========================================================
 #
-# Describing, claiming, ending: the decisions of section 3 carried out on records.
+# Describing, claiming, ending: the decisions of "Records" carried out on records.
 
 
 class Claim:
@@ -8403,7 +8585,7 @@ class Steps:
             tries += 1
 
 
-# == 27. Tasks =========================================================
+# == 28. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -8727,7 +8909,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 28. Memory ========================================================
+# == 29. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -8930,7 +9112,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 29. Mailboxes =====================================================
+# == 30. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -9357,7 +9539,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 30. Mail ==========================================================
+# == 31. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -9582,7 +9764,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 31. Channels and threads ==========================================
+# == 32. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -9812,26 +9994,12 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 32. Artifacts =====================================================
+# == 33. Bytes =========================================================
 #
-# Files with manifests. The head (manifests/…/_head.json) is the truth; bytes are
-# written before it. A head of rev 1 may name the 0.2 key; later ones name a blob, and
-# the 0.2 key is a copy for 0.2 clients that we never read then. protocol.md 8.
-# Knows the ledger and the project's `me`; must not know commands or other records.
+# Files and blobs on their way to and from a store: digests, temporary files, resuming.
+# Knows the ledger and local state; must not know what heads say or who may write.
 
-READ_PART = 8 << 20  # bytes hashed at a time: bounds the memory
-READ_TRIES = 5  # rounds of a download that follows a head moving under it
-
-
-class Place:
-    """Where the artifact `name` of step `sid` (None: shared) lives: key and head."""
-
-    __slots__ = ("name", "sid", "key", "head")
-
-    def __init__(self, name: str, step: str | None) -> None:
-        self.name, self.sid = name, None if step is None else step_id(step)
-        path = f"{self.sid or 'shared'}/{name}"
-        self.key, self.head = f"artifacts/{path}", f"manifests/{path}/_head.json"
+KEEP = 8 << 20  # bytes from which a broken download is kept to go on with
 
 
 class Source:
@@ -9880,41 +10048,134 @@ class Spool:
         os.unlink(self.path)
 
 
-class NewFile:
-    """`with NewFile(target) as temp:` an empty file beside `target`, to be renamed.
+class Digest:
+    """A file to write to that keeps only the digest and the size of what is written."""
 
-    Makes the directories that `target` needs. Gone afterwards unless it was renamed.
+    __slots__ = ("size", "_sha")
+
+    def __init__(self) -> None:
+        import hashlib
+        self.size, self._sha = 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Take `data` in."""
+        self._sha.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def sha256(self) -> str:
+        """The digest of all of it, in hex."""
+        return self._sha.hexdigest()
+
+
+class Landing:
+    """`with Landing(target, sha256) as landing:` a file beside `target` that takes its
+    name with land(), or is never seen.
+
+    sha256: of the bytes to come. What a broken transfer leaves is then kept under a
+    name that tells it, and the next process goes on with it. That file is locked: of
+    two at once, the second gets a new one, as anybody does with sha256 "".
     """
 
-    __slots__ = ("target", "temp")
+    __slots__ = ("target", "path", "file", "_mark", "_sha256", "_kept", "_landed")
 
-    def __init__(self, target: str) -> None:
-        import secrets
-        folder = os.path.dirname(target) or "."
-        self.target = target
-        self.temp = os.path.join(folder, f"{TEMP}{os.getpid()}-{secrets.token_hex(8)}")
+    def __init__(self, target: str, sha256: str) -> None:
+        self.target, self._sha256 = target, sha256
+        self._mark = os.path.join(os.path.dirname(target) or ".", TEMP)
+        self._kept, self._landed, self.file = False, False, None
 
-    def __enter__(self) -> str:
+    def __enter__(self) -> Landing:
         with FileTrouble("write", self.target):
-            os.makedirs(os.path.dirname(self.temp), exist_ok=True)
-            os.close(os.open(self.temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        return self.temp
+            os.makedirs(os.path.dirname(self._mark), exist_ok=True)
+            if self._sha256:
+                leaf = digest_of(os.path.basename(self.target))[:8]
+                self.path = f"{self._mark}{leaf}-{self._sha256[:32]}"
+                self.file = open_alone(self.path)
+                self._kept = self.file is not None
+                self._sweep(f"{self._mark}{leaf}-")
+            if self.file is None:
+                self.path = f"{self._mark}{os.getpid()}-{os.urandom(8).hex()}"
+                self.file = open(self.path, "x+b")
+        return self
 
-    def __exit__(self, *why: object) -> None:
-        if os.path.lexists(self.temp):
-            os.unlink(self.temp)
+    def _sweep(self, mark: str) -> None:
+        """Remove what was left here of other content, unless somebody writes it now."""
+        folder, start = os.path.split(mark)
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if name.startswith(start) and path != self.path:
+                file = open_alone(path)
+                if file is not None:
+                    os.unlink(path)
+                    file.close()
+
+    def begin(self, size: int) -> int:
+        """How many of `size` bytes are there; writing goes on behind them."""
+        there = self.file.seek(0, os.SEEK_END)
+        if there > size:
+            there = self.clear()
+        return there
+
+    def clear(self) -> int:
+        """Forget what is there: 0."""
+        self.file.seek(0)
+        self.file.truncate()
+        return 0
+
+    def digest(self) -> tuple:
+        """(sha256, size) of what is there, as the disk has it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.seek(0)
+        sink = Digest()
+        for piece in iter(lambda: self.file.read(CHUNK), b""):
+            sink.write(piece)
+        return sink.sha256(), sink.size
+
+    def land(self) -> None:
+        """Give the file its name."""
+        if os.name == "nt":
+            self.file.close()  # an open file cannot be renamed there
+        patiently(os.replace, self.path, self.target)
+        self._landed = True
+
+    def __exit__(self, kind: object, why: object, trace: object) -> None:
+        # Only a transfer that broke is worth going on with, not one that went wrong.
+        broke = kind is not None and not (isinstance(why, Error) and not why.retryable)
+        keep = self._kept and broke and self.file.tell() > 0
+        if os.name == "nt":
+            self.file.close()
+        if not (keep or self._landed):
+            os.unlink(self.path)  # before its lock is given up
+        self.file.close()
+
+
+def open_alone(path: str) -> object:
+    """The regular file `path`, made if missing, open for reading and writing and locked
+    until it is closed; None when another has it, or it cannot be had so."""
+    import stat
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) \
+        | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError:
+        return None
+    mine = False
+    try:
+        # The name is looked at again: its last holder may have renamed the file.
+        mine = stat.S_ISREG(os.fstat(fd).st_mode) and try_lock(fd) \
+            and os.path.samestat(os.fstat(fd), os.lstat(path))
+    except OSError:
+        pass
+    finally:
+        if not mine:
+            os.close(fd)
+    return os.fdopen(fd, "r+b") if mine else None
 
 
 def blob_key(sha256: object) -> str:
     """The key of the bytes with this digest."""
     return f"blobs/{sha256}"
-
-
-def readable_name(name: str) -> str:
-    """`name` if an artifact can have had it: 0.2 also stored names that begin '_'."""
-    folder, slash, leaf = name.rpartition("/")
-    artifact_path(f"{folder}{slash}{leaf.lstrip('_') or leaf}")
-    return name
 
 
 def media_type(name: str) -> str:
@@ -9958,17 +10219,11 @@ def file_source(path: str) -> Source:
     return Source(path, small, sha256=digest.hexdigest(), size=size, stamp=stamp)
 
 
-def remote_digest(store: object, key: str) -> tuple:
-    """(sha256, size) of an object, read in parts. NotFound; Moved if it is replaced."""
-    import hashlib
-    found, digest, done = store.head(key), hashlib.sha256(), 0
-    while done < found.size:
-        part = store.get(key, start=done, limit=READ_PART)
-        if not part.body or not same_etag(part.etag, found.etag):
-            raise Moved(f"{shown(key)} was replaced while it was read", key=key)
-        digest.update(part.body)
-        done += len(part.body)
-    return digest.hexdigest(), done
+def remote_digest(store: object, key: str, *, progress: object = None) -> tuple:
+    """(sha256, size) of an object, read and not kept. NotFound; Moved if replaced."""
+    sink = Digest()
+    store.download(key, sink, size=store.head(key).size, progress=progress)
+    return sink.sha256(), sink.size
 
 
 def target_path(name: str, output: str | None) -> str:
@@ -9993,56 +10248,6 @@ def target_path(name: str, output: str | None) -> str:
     return target
 
 
-def checked_head(doc: dict | None, place: Place) -> dict | None:
-    """The head `doc` if it has the shape of one, else Corrupt. None: there is none."""
-    if doc is None:
-        return None
-    digest, size = doc.get("sha256"), doc.get("size")
-    sound = isinstance(digest, str) and len(digest) == 64 and digest.isalnum() \
-        and isinstance(size, int) and doc.get("key") in (place.key, blob_key(digest)) \
-        and isinstance(doc.get("producer") or {}, dict)
-    if not sound:
-        raise Corrupt(f"{shown(place.head)} is no manifest head", key=place.head,
-                      hint="doctor lists every damaged object")
-    return doc
-
-
-def named(subject: str, why: Error) -> Error:
-    """`why`, whose sentence of section 3 lacks its subject, with it in front."""
-    joint = ": " if isinstance(why, Fenced) else " "
-    why.message = f"{subject}{joint}{why.message}"
-    why.args = (why.message,)
-    return why
-
-
-def output_token(claim: dict | None, me: Me) -> int | None:
-    """The token under which `me` may add outputs to a step now; None: under none.
-
-    Anybody may add to a step that nobody works on, as 0.2 does; it does not count as
-    its output. Fenced with an old token, Held when another holds it.
-    """
-    if claim is None and me.token is None:
-        return None
-    ended_by_me = claim is not None and claim.get("agent") == me.agent \
-        and me.token == token_of(claim) and state_of(claim) in ENDED
-    if ended_by_me or holds(claim, me):
-        return token_of(claim)
-    if me.token is None and state_of(claim) != "in_progress":
-        return None
-    raise refusal(claim, me)
-
-
-def output_head(head: dict | None, new: dict, *, overwrite: bool) -> dict:
-    """next_head(), except that --overwrite without a token spares a step's outputs."""
-    was, now = (head or {}).get("producer") or {}, new["producer"]
-    if now["step"] and not now["token"] and number(was, "token") and overwrite \
-            and head.get("sha256") != new["sha256"]:
-        raise Conflict(f"is an output of token {number(was, 'token')} of its step",
-                       there=head.get("sha256"), here=new["sha256"],
-                       hint="claim that step with --reopen to change its outputs")
-    return next_head(head, new, overwrite=overwrite)
-
-
 def insist(act: object, ledger: object) -> object:
     """act(), repeated until the deadline while the store is busy or an answer is lost.
 
@@ -10059,17 +10264,6 @@ def insist(act: object, ledger: object) -> object:
             continue
         ledger.restart()
         return result
-
-
-def mark_of(head: dict | None) -> tuple:
-    """What tells one version of a head from another."""
-    return () if head is None else (head.get("rev"), head.get("nonce"))
-
-
-def older(found: object, record: object) -> bool:
-    """Whether an object was certainly or perhaps written before that record was."""
-    unknown = None in (found.modified, record.modified)
-    return unknown or found.modified <= record.modified
 
 
 class Resume(dict):
@@ -10164,6 +10358,115 @@ class Bytes:
         return body
 
 
+# == 34. Artifact heads ================================================
+#
+# The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
+# rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
+# clients that we never read then. A tombstone is a head with deleted_at; its bytes wait
+# for gc. protocol.md 8.
+# Knows the ledger; must not know who acts.
+
+READ_TRIES = 5  # rounds of a download that follows a head moving under it
+
+
+class Place:
+    """Where the artifact `name` of step `sid` (None: shared) lives: key and head."""
+
+    __slots__ = ("name", "sid", "key", "head")
+
+    def __init__(self, name: str, step: str | None) -> None:
+        self.name, self.sid = name, None if step is None else step_id(step)
+        path = f"{self.sid or 'shared'}/{name}"
+        self.key, self.head = f"artifacts/{path}", f"manifests/{path}/_head.json"
+
+
+def readable_name(name: str) -> str:
+    """`name` if an artifact can have had it: 0.2 also stored names that begin '_'."""
+    folder, slash, leaf = name.rpartition("/")
+    artifact_path(f"{folder}{slash}{leaf.lstrip('_') or leaf}")
+    return name
+
+
+def checked_head(doc: dict | None, place: Place) -> dict | None:
+    """The head `doc` if it has the shape of one, else Corrupt. None: there is none."""
+    if doc is None:
+        return None
+    digest, size = doc.get("sha256"), doc.get("size")
+    sound = isinstance(digest, str) and len(digest) == 64 and digest.isalnum() \
+        and isinstance(size, int) and doc.get("key") in (place.key, blob_key(digest)) \
+        and isinstance(doc.get("producer") or {}, dict)
+    if not sound:
+        raise Corrupt(f"{shown(place.head)} is no manifest head", key=place.head,
+                      hint="doctor lists every damaged object")
+    return doc
+
+
+def sound_head(record: Record, place: Place) -> dict | None:
+    """The head of a record that was read in passing; None for none and for damage."""
+    try:
+        return None if record.fault else checked_head(record.doc, place)
+    except Corrupt:
+        return None
+
+
+def standing_head(place: Place, new: dict, record: Record, body: object) -> dict | None:
+    """The head that an upload of `new` would leave just as it is; None if it may not.
+
+    body: the Entry of the 0.2 key, which is to be the bytes of the head or, newer than
+    it, a copy of them.
+    """
+    head = sound_head(record, place)
+    if head is None or head["sha256"] != new["sha256"] or head["size"] != body.size:
+        return None
+    if (head["key"] == place.key) != listed_older(body, record):
+        return None
+    return head if next_head(head, new, overwrite=False) is head else None
+
+
+def named(subject: str, why: Error) -> Error:
+    """`why`, whose sentence lacks its subject, with it in front."""
+    joint = ": " if isinstance(why, Fenced) else " "
+    why.message = f"{subject}{joint}{why.message}"
+    why.args = (why.message,)
+    return why
+
+
+def mark_of(head: dict | None) -> tuple:
+    """What tells one version of a head from another."""
+    return () if head is None else (head.get("rev"), head.get("nonce"))
+
+
+def older(found: object, record: object) -> bool:
+    """Whether an object was certainly or perhaps written before that record was."""
+    unknown = None in (found.modified, record.modified)
+    return unknown or found.modified <= record.modified
+
+
+def listed_older(entry: object, record: object) -> bool:
+    """older() for an Entry: listings of some stores tell fractions of a second, headers
+    never do. For what may err: a look too many, a row too few."""
+    fine = None in (entry.modified, record.modified) or record.modified % 1
+    return older(entry, record) or (not fine and int(entry.modified) <= record.modified)
+
+
+def after_deletion(found: object, tombstone: object, place: Place) -> bool:
+    """Whether the 0.2 key may hold what an 0.2 client put there after the deletion.
+
+    found: what the store says of that key. tombstone: the head's Record.
+    """
+    head = tombstone.doc
+    replaced = head["key"] == place.key and found.size != head["size"]
+    return replaced or not listed_older(found, tombstone)
+
+
+def deleted_error(head: dict, place: Place) -> NotFound:
+    """The sentence that says who deleted an artifact and when."""
+    by, at = head.get("deleted_by"), head["deleted_at"]
+    return NotFound(f"Artifact {place.key} was deleted by {shown(by)} at {shown(at)}",
+                    key=place.key, deleted_by=by, deleted_at=at,
+                    hint="upload it again, or ask who deleted it")
+
+
 class Heads:
     """The heads: read with what they name, and kept true against 0.2 clients."""
 
@@ -10176,18 +10479,41 @@ class Heads:
 
     def current(self, place: Place) -> dict:
         """The head; for bytes without one what is known of them, rev 0. NotFound."""
-        head = self.read(place)
+        record = self._ledger.read(place.head)
+        while self._revived(place, record):
+            record = self._ledger.read(place.head)
+        head = checked_head(record.doc, place)
         if head is not None and not head.get("deleted_at"):
             return head
         found = self._bytes.find(place.key) if head is None else None
         if found is None:
-            raise self._missing(place)
+            raise self.missing(place) if head is None else deleted_error(head, place)
         at = None if found.modified is None else iso(found.modified)
         return {"sha256": None, "size": found.size, "type": media_type(place.name),
                 "key": place.key, "producer": None, "inputs": [], "previous": [],
                 "created_at": at, "rev": 0}
 
-    def _missing(self, place: Place) -> NotFound:
+    def _revived(self, place: Place, record: Record) -> bool:
+        """Whether a tombstone ended because an 0.2 client uploaded the name again.
+
+        What was deleted stays at the 0.2 key until gc. A late copy of it there is no
+        upload, so only other bytes count.
+        """
+        head = checked_head(record.doc, place)
+        if head is None or not head.get("deleted_at"):
+            return False
+        found = self._bytes.find(place.key)
+        if found is None or not after_deletion(found, record, place):
+            return False
+        with Spool(self._ledger.store, place.key) as there:
+            if there.sha256 == head["sha256"]:
+                return False
+            self._bytes.blob(there)
+            self.adopt(place, head, sha256=there.sha256, size=there.size)
+        return True
+
+    def missing(self, place: Place) -> NotFound:
+        """The sentence for a name that is not there, with the nearest that is."""
         folder = place.key[:len(place.key) - len(place.name)]
         others = self._ledger.list(folder, limit=1000).entries
         names = [entry.key[len(folder):] for entry in others]
@@ -10199,6 +10525,8 @@ class Heads:
         while True:
             record = self._ledger.read(place.head)
             head = checked_head(record.doc, place)
+            if self._revived(place, record):
+                continue
             if head is None or head["key"] != place.key or head.get("deleted_at"):
                 return record
             found = self._bytes.find(place.key)
@@ -10244,6 +10572,36 @@ class Heads:
         if self._ledger.change(place.head, decide).wrote and head is not None:
             self._ledger.warn(f"{place.key} was replaced by an 0.2 client:"
                               f" {sha256[:12]} adopted over {head['sha256'][:12]}")
+
+    def inputs(self, texts: tuple, step: str | None) -> list:
+        """[{artifact, sha256, rev}] of what `texts` name now, as input_places() reads
+        them. NotFound."""
+        meant = [(text, [Place(name, where) for where, name in
+                         input_places(text, step)]) for text in texts]
+        keys = dict.fromkeys(place.head for _, places in meant for place in places)
+        known = dict(zip(keys, self._ledger.read_many(list(keys))))
+        found = [self._input(text, places, known) for text, places in meant]
+        return list({edge["artifact"]: edge for edge in found}.values())
+
+    def _input(self, text: str, places: list, known: dict) -> dict:
+        for place in places:
+            record = known[place.head]
+            if record.fault:
+                raise record.fault
+            head = checked_head(record.doc, place)
+            if head is not None and not head.get("deleted_at"):
+                return {"artifact": place.key, "sha256": head["sha256"],
+                        "rev": number(head, "rev")}
+        for place in places:  # bytes of an 0.2 client, or again those of a tombstone
+            try:
+                head = self.current(place)
+            except NotFound as why:
+                trouble = why
+                continue
+            digest = head["sha256"] or remote_digest(self._ledger.store, place.key)[0]
+            return {"artifact": place.key, "sha256": digest, "rev": head["rev"]}
+        raise NotFound(f"input {shown(text)}: {trouble.message}", key=places[0].key,
+                       hint="upload it first; STEP:NAME names one of another step")
 
     def copy_out(self, place: Place, head: dict) -> None:
         """Bring the 0.2 key up to the head: copy, re-read, until they are equal.
@@ -10293,9 +10651,17 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-class Artifacts:
-    """The project's files. Every method may be killed between any two requests; the
-    same call again finishes what was begun.
+# == 35. Artifacts =====================================================
+#
+# One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
+# Knows the project's `me`; must not know commands or other records than claims.
+
+MAX_EXPIRES = 604_800  # seconds that S3 lets a presigned URL live
+
+
+class Files:
+    """The project's files, one at a time. Every method may be killed between any two
+    requests; the same call again finishes what was begun.
 
     project: its `agent`, `who` and `me(sid, token)` say who acts.
     Keys: artifacts/, blobs/, manifests/; reads steps/<sid>/claim.json.
@@ -10313,12 +10679,14 @@ class Artifacts:
 
         With it: name, step, artifact (the 0.2 key) and changed (False: it was there).
         Conflict if the name has other content; Fenced or Held if the step is not ours.
-        progress(bytes done, bytes in all).
+        inputs: artifacts it was made from, as input_places() reads them; the head keeps
+        [{artifact, sha256, rev}]. progress(bytes done, bytes in all).
         """
         own = os.path.basename(os.path.abspath(path))
         place = Place(artifact_path(own if name is None else name), step)
+        made_from = self._heads.inputs(inputs, step)
         return self._put(place, file_source(path), overwrite=overwrite, token=token,
-                         inputs=inputs, progress=progress)
+                         inputs=made_from, progress=progress)
 
     def put_bytes(self, name: str, data: bytes, *, step: str | None = None,
                   overwrite: bool = False, token: int | None = None,
@@ -10326,7 +10694,7 @@ class Artifacts:
         """upload() of bytes in memory."""
         place = Place(artifact_path(name), step)
         return self._put(place, bytes_source(data), overwrite=overwrite, token=token,
-                         inputs=inputs)
+                         inputs=self._heads.inputs(inputs, step))
 
     def blob(self, data: bytes) -> dict:
         """Store bytes under their digest: {sha256, size, key}."""
@@ -10339,54 +10707,112 @@ class Artifacts:
         return self._bytes.read_blob(sha256)
 
     def download(self, name: str, *, step: str | None = None,
-                 output: str | None = None, progress: object = None) -> str:
+                 output: str | None = None, progress: object = None,
+                 keep: int = KEEP) -> str:
         """Fetch an artifact; the path of the file, which appears whole or not at all.
 
-        output: a file, or a directory to put `name` in (default: the current one).
+        output: a file, or a directory to put `name` in (default: the current one). One
+        that broke off goes on where it broke, if it has at least `keep` bytes.
         NotFound; Corrupt when the bytes are not those of the head.
         """
         place = Place(readable_name(name), step)
         self._heads.current(place)  # nothing is created for one that is not there
         target = target_path(place.name, output)
-        with NewFile(target) as temp:
-            self._heads.checked(place, lambda head: self._fetch(head, temp, progress))
-            with FileTrouble("write", target):
-                patiently(os.replace, temp, target)
-        self._ledger.restart()
+        self._land(place, target, keep=keep, progress=progress)
         return target
 
-    def _fetch(self, head: dict, path: str, progress: object) -> tuple:
-        """Write the bytes of `head` to the file `path`; the (sha256, size) it has."""
-        with FileTrouble("write", path), open(path, "wb") as file:
-            self._ledger.store.download(head["key"], file, size=head["size"],
-                                        progress=progress)
-            file.flush()
-            os.fsync(file.fileno())
-        got = file_source(path)
-        return got.sha256, got.size
+    def _land(self, place: Place, target: str, *, keep: int, progress: object) -> dict:
+        """Bring the bytes of the current head to the file `target`; that head."""
+        def fetch(head: dict) -> tuple:
+            resumable = head["sha256"] if head["size"] >= keep else ""
+            with FileTrouble("write", target), \
+                    Landing(target, resumable or "") as landing:
+                got = self._fetch(head, landing, progress)
+                if got == (head["sha256"] or got[0], head["size"]):
+                    landing.land()
+            return got
 
-    def list(self, step: str | None = None) -> list:
-        """[{key, name, step, size, modified, age_s}] by one listing, in key order."""
-        prefix = "artifacts/" if step is None else f"artifacts/{step_id(step)}/"
-        listing, rows = self._ledger.list(prefix), []
-        for entry in listing.entries:
-            where, _, name = entry.key[len("artifacts/"):].partition("/")
-            at = entry.modified
-            if name:
-                rows.append({
-                    "key": entry.key, "name": name, "size": entry.size,
-                    "step": None if where == "shared" else where,
-                    "modified": None if at is None else iso(at),
-                    "age_s": None if at is None else int(max(0, listing.now - at))})
-        return rows
+        head = self._heads.checked(place, fetch)
+        self._ledger.restart()
+        return head
+
+    def _fetch(self, head: dict, landing: Landing, progress: object) -> tuple:
+        """Write the bytes of `head` behind what is there; the (sha256, size) of all."""
+        start = landing.begin(head["size"])
+        if start < head["size"] or not start:
+            self._ledger.store.download(head["key"], landing.file, size=head["size"],
+                                        start=start, progress=progress)
+        got = landing.digest()
+        if start and got[0] != head["sha256"]:  # what was there was damaged
+            landing.clear()
+            return self._fetch(head, landing, progress)
+        return got
 
     def show(self, name: str, step: str | None = None) -> dict:
         """The head, with name, step and artifact (the 0.2 key). NotFound.
 
-        Bytes of an 0.2 client have no head: rev 0, sha256 None.
+        Bytes of an 0.2 client have no head: rev 0, sha256 None. A deleted one still has
+        its head: deleted_at, deleted_by.
         """
         place = Place(readable_name(name), step)
-        return self._view(place, self._heads.current(place))
+        try:
+            return self._view(place, self._heads.current(place))
+        except NotFound as why:
+            if "deleted_at" not in why.details:
+                raise
+            return self._view(place, self._heads.read(place))
+
+    def delete(self, name: str, *, step: str | None = None, token: int | None = None,
+               op: str = "") -> dict:
+        """Make the head a tombstone and return it, with changed (False: it was one).
+
+        The bytes stay until gc, and so does the 0.2 key: a client of 0.2 sees it until
+        then. NotFound. An output of a step may only be deleted under its token: Fenced,
+        Held, Conflict. Keys: CAS manifests/…/_head.json.
+        """
+        place = Place(readable_name(name), step)
+        self._ledger.require_arbiter()
+        record = self._heads.sound(place)
+        if record.doc is None:  # bytes of an 0.2 client: a tombstone needs a head
+            self._heads.current(place)
+            digest, size = remote_digest(self._ledger.store, place.key)
+            self._heads.adopt(place, None, sha256=digest, size=size)
+            record = self._heads.sound(place)
+        at = self._ledger.at()
+
+        def decide(record: Record) -> dict:
+            head = checked_head(record.doc, place)
+            if head is None:
+                raise self._heads.missing(place)
+            now = self._producer(place, token)  # later than the head, as in _decision()
+            try:
+                return deleted_head(head, now, at=at)
+            except (Conflict, Fenced) as why:
+                raise named(f"Artifact {place.key}", why)
+
+        change = self._ledger.change(place.head, decide, first=record, op=op)
+        return {**self._view(place, change.doc), "changed": change.wrote}
+
+    def url(self, name: str, *, step: str | None = None, expires: int = 3600) -> dict:
+        """{url, expires_in_s, expires_at, temporary, key, sha256, size}: whoever has
+        the URL reads the content of the current head for `expires` seconds.
+
+        temporary: it also ends with the credentials that signed it. NotFound; Usage in
+        a directory store; Denied without credentials.
+        """
+        place, store = Place(readable_name(name), step), self._ledger.store
+        if not 1 <= expires <= MAX_EXPIRES:
+            raise Usage(f"--expires is {expires}, not 1 to {MAX_EXPIRES} seconds",
+                        hint="S3 signs for a week at most")
+        head = self._heads.checked(
+            place, lambda now: (now["sha256"], store.head(now["key"]).size))
+        if store.kind != "s3":
+            path = os.path.join(store.bucket, store.project, *head["key"].split("/"))
+            raise Usage(f"{store.url} is a directory and has no URLs", path=path,
+                        hint=f"the file is {shown(path)}")
+        shared = store.presigned(head["key"], expires)
+        return {**self._view(place, head), **shared,
+                "expires_at": iso(self._ledger.now() + shared["expires_in_s"])}
 
     def verify(self, name: str, step: str | None = None) -> dict:
         """show(), after the bytes were read and agree with it; else Corrupt."""
@@ -10426,12 +10852,15 @@ class Artifacts:
 
     def _new_head(self, place: Place, source: Source, *, token: int | None,
                   inputs: tuple) -> dict:
-        producer = {"agent": self._project.agent, "step": place.sid,
-                    "token": self._token(place, token)}
+        producer = self._producer(place, token)
         return {"sha256": source.sha256, "size": source.size,
                 "type": media_type(place.name), "key": blob_key(source.sha256),
                 "producer": producer, "inputs": [*inputs],
                 "created_at": self._ledger.at()}
+
+    def _producer(self, place: Place, token: int | None) -> dict:
+        return {"agent": self._project.agent, "step": place.sid,
+                "token": self._token(place, token)}
 
     def _token(self, place: Place, token: int | None) -> int | None:
         """Read the claim; the token to record. Fenced or Held unless it is mine."""
@@ -10456,13 +10885,15 @@ class Artifacts:
         old = head
         if old is not None and old["key"] == place.key:
             old = {**old, "key": blob_key(old["sha256"])}  # where _next() put it
+            if old.get("deleted_at"):
+                del old["key"]  # it kept nothing of what was deleted
 
         def decide(record: Record) -> dict | None:
             if mark_of(record.doc) != mark_of(head):
                 return record.doc  # a rival was first: _put() begins again
             # The head was read before the claim: whoever sees a head of the next
             # holder also sees the next holder's claim.
-            producer = {**new["producer"], "token": self._token(place, token)}
+            producer = self._producer(place, token)
             return self._judged(place, old, new={**new, "producer": producer},
                                 overwrite=overwrite)
         return decide
@@ -10514,7 +10945,7 @@ class Artifacts:
             self._heads.copy_out(place, head)
 
 
-# == 33. Reservations ==================================================
+# == 36. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -10664,7 +11095,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 34. Runs ==========================================================
+# == 37. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -11126,7 +11557,406 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 35. Project =======================================================
+# == 38. Artifact trees ================================================
+#
+# Many artifacts at once: directories there and back, all of a step, every one verified,
+# and what was made from what. Knows section "Artifacts"; must not know commands.
+
+JOBS = 8  # files under way at once in a bucket; in a directory the disk is the limit
+NOT_UPLOADED = (".git", ".tracecraft", ".tracecraft.json")  # others' state, and secrets
+LINEAGE = 1000  # artifacts of one lineage; there are more, it says so
+LINEAGE_DEPTH = 50  # levels of it
+LINEAGE_HEADS = 10_000  # heads read to find out what was made from something
+
+
+def side_by_side(act: object, items: list, *, jobs: int) -> list:
+    """[act(item)] in the order of `items`, `jobs` at a time.
+
+    What an act raises ends it: the others under way finish, none begins.
+    """
+    if jobs < 2 or len(items) < 2:
+        return [act(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(min(jobs, len(items))) as pool:
+        return list(pool.map(act, items))
+
+
+def attempted(act: object, about: dict) -> dict:
+    """act(), or `about` with the error that only this one file has.
+
+    What would happen to the next file just the same is raised.
+    """
+    try:
+        return act()
+    except (Unavailable, Fenced, Held, Unsafe):
+        raise
+    except Error as why:
+        return {**about, "error": {"code": why.code, "exit": why.exit, "hint": why.hint,
+                                   "message": why.message}}
+
+
+class Tally:
+    """Progress over many files: each is counted when it is done."""
+
+    def __init__(self, progress: object, total: int) -> None:
+        import threading
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """So many bytes more are done."""
+        if self._progress is not None and count:
+            with self._lock:
+                self._done += count
+                self._progress(self._done, self._total)
+
+
+def name_prefix(folder: str) -> str:
+    """What the names of artifacts in `folder` begin with: "" or a/b/. Usage.
+
+    >>> name_prefix("a/b"), name_prefix("a/b/"), name_prefix(".")
+    ('a/b/', 'a/b/', '')
+    """
+    folder = folder.rstrip("/") if folder.strip("/") else ""
+    return "" if folder in ("", ".") else artifact_path(folder + "/x")[:-1]
+
+
+def files_below(folder: str, *, spare: str = "", warn: object) -> list:
+    """[(path relative to `folder`, with '/'; size)] of its files, sorted.
+
+    Left out: .git, tracecraft's own state, temporary files, and the directory `spare`.
+    A link counts as the file it leads to, if that lies in `folder`; links to
+    directories are not followed. warn(text): of links and special files left out.
+    """
+    top, found, todo = os.path.realpath(folder), [], [""]
+    while todo:
+        base = todo.pop()
+        with FileTrouble("read", os.path.join(folder, base)):
+            with os.scandir(os.path.join(folder, base) or ".") as scan:
+                items = list(scan)
+        for item in items:
+            name = base + item.name
+            if item.name in NOT_UPLOADED or item.name.startswith(TEMP) \
+                    or os.path.realpath(item.path) == spare:
+                continue
+            inside = os.path.realpath(item.path).startswith(top + os.sep)
+            if item.is_dir(follow_symlinks=False):
+                todo.append(name + "/")
+            elif item.is_file() and inside:
+                found.append((name, item.stat().st_size))
+            else:
+                why = "leads nowhere or out of it, or to a directory" \
+                    if item.is_symlink() else "is no regular file"
+                warn(f"{shown(name)} {why}: not uploaded")
+    return sorted(found)
+
+
+def place_of(key: str) -> Place | None:
+    """The Place of artifacts/<step or shared>/<name>; None if there can be none."""
+    top, where, name = (*key.split("/", 2), "", "")[:3]
+    try:
+        return Place(readable_name(name), None if where == "shared" else where) \
+            if top == "artifacts" else None
+    except Usage:
+        return None
+
+
+def _row(key: str, found: object, *, now: float | None) -> dict | None:
+    """A row of a listing from an Entry, or from a head's Record when there is none."""
+    where, _, name = key[len("artifacts/"):].partition("/")
+    at = found.modified
+    return None if not name else {
+        "key": key, "name": name, "size": getattr(found, "size", 0), "sha256": None,
+        "rev": 0, "step": None if where == "shared" else where,
+        "modified": None if at is None else iso(at),
+        "age_s": None if None in (at, now) else int(max(0, now - at))}
+
+
+def _node(edge: dict, head: dict | None) -> dict:
+    """A node of lineage(): the version that `edge` names, of what now has `head`."""
+    place, version = place_of(edge["artifact"]), version_of(head, edge.get("sha256"))
+    node = {"artifact": edge["artifact"], "name": place.name if place else None,
+            "step": place.sid if place else None, "sha256": edge.get("sha256"),
+            "rev": edge.get("rev"), "agent": producer_of(version).get("agent"),
+            "state": input_state(head, edge.get("sha256"))}
+    if node["state"] == "replaced":
+        node["now"] = head["sha256"]
+    return node
+
+
+class Lineage:
+    """What was made from what, level by level, in parallel, each head read once."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._heads, self._room = ledger, {}, LINEAGE
+        self.truncated = False
+
+    def climb(self, root: dict, head: dict) -> None:
+        """Give `root` and all above it `from`: the nodes it was made from."""
+        seen = {(root["artifact"], root["sha256"])}
+        level = [(root, inputs_of(head, root["sha256"]))]
+        for _ in range(LINEAGE_DEPTH):
+            self._read([edge["artifact"] for _, edges in level for edge in edges])
+            level = [pair for node, edges in level
+                     for pair in self._above(node, edges, seen)]
+        self.truncated |= any(edges for _, edges in level)
+
+    def _above(self, node: dict, edges: list, seen: set) -> list:
+        """Hang a node for each edge below `node`; [(node, its edges)] to go on with."""
+        node["from"], more = [], []
+        for edge in edges:
+            head, mark = self._heads[edge["artifact"]], (
+                edge["artifact"], edge.get("sha256"))
+            child = self._hang(node["from"], _node(edge, head), mark, seen)
+            if child:
+                more.append((child, inputs_of(head, edge.get("sha256"))))
+        return more
+
+    def _hang(self, branch: list, child: dict, mark: object, seen: set) -> dict | None:
+        """Add a node while there is room; the node if it is met for the first time."""
+        if not self._room:
+            self.truncated = True
+            return None
+        self._room -= 1
+        branch.append(child)
+        if mark in seen:
+            child["seen"] = True
+            return None
+        seen.add(mark)
+        return child
+
+    def _read(self, artifacts: list) -> None:
+        """Read the heads of these keys that are not known yet; None: there is none."""
+        places = {key: place_of(key) for key in artifacts if key not in self._heads}
+        self._heads.update(dict.fromkeys(places))
+        there = [(key, place) for key, place in places.items() if place]
+        records = self._ledger.read_many([place.head for _, place in there])
+        for (key, place), record in zip(there, records):
+            self._heads[key] = sound_head(record, place)
+
+    def descend(self, root: dict) -> None:
+        """Give `root` and all below it `into`: the nodes made from it."""
+        uses, seen, level = self._uses(), {root["artifact"]}, [root]
+        for _ in range(LINEAGE_DEPTH):
+            level = [child for node in level for child in self._below(node, uses, seen)]
+        self.truncated |= any(node["artifact"] in uses for node in level)
+
+    def _below(self, node: dict, uses: dict, seen: set) -> list:
+        node["into"], more = [], []
+        for artifact, used in uses.get(node["artifact"], ()):
+            head = self._heads[artifact]
+            child = _node({"artifact": artifact, "sha256": head["sha256"],
+                           "rev": head.get("rev")}, head)
+            if child["state"] == "current":  # is what it was made from still so?
+                child["state"] = input_state(self._heads.get(node["artifact"]), used)
+            child = self._hang(node["into"], child, artifact, seen)
+            more += [child] if child else []
+        return more
+
+    def _uses(self) -> dict:
+        """{artifact: [(artifact made from it, digest used)]} of all current heads."""
+        listing = self._ledger.list("manifests/", limit=LINEAGE_HEADS)
+        self.truncated |= listing.truncated
+        keys = ["artifacts/" + entry.key[len("manifests/"):-len("/_head.json")]
+                for entry in listing.entries if entry.key.endswith("/_head.json")]
+        uses = {}
+        for start in range(0, len(keys), 500):
+            self._read(keys[start:start + 500])
+        for key in keys:
+            for edge in inputs_of(self._heads[key]):
+                uses.setdefault(edge["artifact"], []).append((key, edge.get("sha256")))
+        return uses
+
+
+class Artifacts(Files):
+    """Files, with what concerns many of them."""
+
+    def _jobs(self, jobs: int | None) -> int:
+        return jobs or (1 if self._ledger.store.kind == "file" else JOBS)
+
+    # -- listing
+
+    def list(self, step: str | None = None) -> list:
+        """[{key, name, step, size, sha256, rev, modified, age_s}] in key order.
+
+        Of all, or of one step. Two listings and a read of each head, which alone tells
+        what was deleted. sha256 None, rev 0: bytes without a head.
+        """
+        return self._rows("" if step is None else f"{step_id(step)}/")
+
+    def _rows(self, folder: str) -> list:
+        """The rows of list() whose keys begin with artifacts/<folder>."""
+        listing = self._ledger.list(f"artifacts/{folder}")
+        bodies = {entry.key: entry for entry in listing.entries}
+        heads = [entry.key for entry in self._ledger.list(f"manifests/{folder}").entries
+                 if entry.key.endswith("/_head.json")]
+        rows = {key: _row(key, entry, now=listing.now) for key, entry in bodies.items()}
+        for record in self._ledger.read_many(heads):
+            key = "artifacts/" + record.key[len("manifests/"):-len("/_head.json")]
+            place = place_of(key)
+            if place is not None and (record.doc or record.fault):
+                self._judge_row(rows, place, record, bodies.get(key))
+        return [rows[key] for key in sorted(rows) if rows[key] is not None]
+
+    def _judge_row(self, rows: dict, place: Place, record: Record,
+                   body: object) -> None:
+        """Put what a head says into its row, or the row out if it is a tombstone."""
+        try:
+            if record.fault:
+                raise record.fault
+            head = checked_head(record.doc, place)
+        except Corrupt as why:
+            self._ledger.warn(why.message)
+            rows.setdefault(place.key, _row(place.key, record, now=record.now))
+            return
+        if head.get("deleted_at"):
+            if body is None or not after_deletion(body, record, place):
+                rows[place.key] = None
+            return
+        row = rows.get(place.key) or _row(place.key, record, now=record.now)
+        rows[place.key] = {**row, "size": head["size"], "sha256": head["sha256"],
+                           "rev": number(head, "rev")}
+
+    # -- directories
+
+    def upload_folder(self, folder: str, *, step: str | None = None,
+                      prefix: str | None = None, overwrite: bool = False,
+                      token: int | None = None, inputs: tuple = (),
+                      progress: object = None, jobs: int | None = None) -> list:
+        """upload() of every file in `folder`, as prefix/relative path; its answers.
+
+        prefix: default the directory's own name; "" or ".": none. One that fails is
+        {path, name, step, artifact, error}, and the others go on. What is there already
+        costs one read each. Raises what would meet every file: Fenced, Held, …
+        """
+        self._ledger.require_arbiter()
+        own = os.path.basename(os.path.abspath(folder)) if prefix is None else prefix
+        lead = name_prefix(own)
+        found = files_below(folder, spare=self._own_folder(), warn=self._ledger.warn)
+        tally = Tally(progress, sum(size for _, size in found))
+        sid = None if step is None else step_id(step)
+        where = f"artifacts/{sid or 'shared'}/{lead}"
+        made_from = self._heads.inputs(inputs, step)
+        producer = self._producer(Place("any", step), token)
+        known = self._known(f"{sid or 'shared'}/{lead}", [name for name, _ in found])
+
+        def one(item: tuple) -> dict:
+            name, size = item
+            about = {"path": os.path.join(folder, name), "name": lead + name,
+                     "step": sid, "artifact": where + name}
+            result = attempted(lambda: self._sync(
+                about, known.get(about["artifact"]), producer=producer, token=token,
+                inputs=made_from, overwrite=overwrite), about)
+            tally.add(size)
+            return {**result, "path": about["path"]}
+        return side_by_side(one, found, jobs=self._jobs(jobs))
+
+    def _known(self, folder: str, names: list) -> dict:
+        """{artifact key: (head's Record, Entry of its 0.2 key)} of what is there."""
+        bodies = {e.key: e for e in self._ledger.list(f"artifacts/{folder}").entries}
+        listed = {e.key for e in self._ledger.list(f"manifests/{folder}").entries}
+        keys = {f"manifests/{folder}{name}/_head.json": f"artifacts/{folder}{name}"
+                for name in names}
+        there = [key for key in keys if key in listed and keys[key] in bodies]
+        return {keys[record.key]: (record, bodies[keys[record.key]])
+                for record in self._ledger.read_many(there)}
+
+    def _sync(self, about: dict, there: tuple | None, *, producer: dict,
+              token: int | None, inputs: list, overwrite: bool) -> dict:
+        """Upload one file of a directory, unless `there` says that it need not be."""
+        place = Place(artifact_path(about["name"]), about["step"])
+        source = file_source(about["path"])
+        new = {"sha256": source.sha256, "producer": producer, "inputs": inputs}
+        head = there and standing_head(place, new, *there)
+        if head:
+            return {**self._view(place, head), "changed": False}
+        return self._put(place, source, overwrite=overwrite, token=token, inputs=inputs)
+
+    def _own_folder(self) -> str:
+        store = self._ledger.store
+        return os.path.realpath(store.bucket) if store.kind == "file" else ""
+
+    def download_folder(self, prefix: str = "", *, step: str | None = None,
+                        output: str | None = None, overwrite: bool = False,
+                        progress: object = None, jobs: int | None = None) -> list:
+        """download() of all artifacts of a step (None: shared) below `prefix`.
+
+        [{name, step, artifact, path, sha256, size, changed}], or with error in place of
+        the last three. What is there with the same content is left alone (changed
+        False); other content is a Conflict unless `overwrite`. NotFound without any.
+        """
+        where, prefix = "shared" if step is None else step_id(step), name_prefix(prefix)
+        base = output or "."
+        if os.path.lexists(base) and not os.path.isdir(base):
+            raise Usage(f"{shown(base)} is not a directory", hint="choose another")
+        rows = self._rows(f"{where}/{prefix}")
+        if not rows:
+            raise NotFound(f"No artifacts below artifacts/{where}/{shown(prefix)}",
+                           hint="artifact list shows what is there")
+        tally = Tally(progress, sum(row["size"] for row in rows))
+
+        def one(row: dict) -> dict:
+            about = {"name": row["name"], "step": row["step"], "artifact": row["key"]}
+            result = attempted(lambda: self._bring(row, base, overwrite), about)
+            tally.add(row["size"])
+            return {**about, **result}
+        return side_by_side(one, rows, jobs=self._jobs(jobs))
+
+    def _bring(self, row: dict, base: str, overwrite: bool) -> dict:
+        """Fetch one artifact of a listing into the directory `base`, if need be."""
+        place = Place(readable_name(row["name"]), row["step"])
+        target = target_path(place.name, base + "/")
+        if os.path.lexists(target) and not overwrite:
+            same = not os.path.islink(target) and row["sha256"] \
+                and os.stat(target).st_size == row["size"] \
+                and file_source(target).sha256 == row["sha256"]
+            if not same:
+                raise Conflict(f"{shown(target)} is there with other content",
+                               hint="--overwrite replaces it")
+            return {"path": target, "sha256": row["sha256"], "size": row["size"],
+                    "changed": False}
+        head = self._land(place, target, keep=KEEP, progress=None)
+        return {"path": target, "sha256": head["sha256"], "size": head["size"],
+                "changed": True}
+
+    def verify_all(self, step: str | None = None, *, progress: object = None,
+                   jobs: int | None = None) -> list:
+        """verify() of every artifact, of all steps or of one: [{name, step, artifact,
+        sha256, size, ok}], ok False with error. Memory does not grow with sizes."""
+        rows = self.list(step)
+        tally = Tally(progress, sum(row["size"] for row in rows))
+
+        def one(row: dict) -> dict:
+            about = {"name": row["name"], "step": row["step"], "artifact": row["key"],
+                     "sha256": row["sha256"], "size": row["size"], "ok": False}
+            result = attempted(lambda: self.verify(row["name"], row["step"]), about)
+            tally.add(row["size"])
+            return {name: result[name] for name in (*about, "error") if name in result}
+        return side_by_side(one, rows, jobs=self._jobs(jobs))
+
+    # -- lineage
+
+    def lineage(self, name: str, *, step: str | None = None, up: bool = True,
+                down: bool = True) -> dict:
+        """The artifact as a node, with `from` (what it was made from) and `into` (what
+        was made from it), each a list of nodes like it; truncated: there are more.
+
+        A node: {artifact, name, step, sha256, rev, agent, state, now}. sha256, rev: of
+        the version used, state: what became of it (input_state()), now: the digest that
+        replaced it. One met before is `seen` and not gone into again. NotFound.
+        """
+        head = self.show(name, step)
+        root = _node({"artifact": head["artifact"], "sha256": head["sha256"],
+                      "rev": number(head, "rev")}, head)
+        tree = Lineage(self._ledger)
+        if up:
+            tree.climb(root, head)
+        if down:
+            tree.descend(root)
+        return {**root, "truncated": tree.truncated}
+
+
+# == 39. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -11477,7 +12307,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 36. Context =======================================================
+# == 40. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -11628,7 +12458,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 37. Views =========================================================
+# == 41. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -11976,7 +12806,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 38. Timeline ======================================================
+# == 42. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -12243,7 +13073,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 39. Housekeeping ==================================================
+# == 43. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -12487,7 +13317,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 40. Archive =======================================================
+# == 44. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -12877,7 +13707,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 41. Doctor ========================================================
+# == 45. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -13193,7 +14023,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 42. Trials ========================================================
+# == 46. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -13707,7 +14537,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 43. Drill =========================================================
+# == 47. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -13929,7 +14759,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 44. Bench =========================================================
+# == 48. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -14316,7 +15146,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 45. Rows ==========================================================
+# == 49. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -14539,7 +15369,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 46. Commands under a lease ========================================
+# == 50. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -14736,7 +15566,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 47. Step commands =================================================
+# == 51. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -15030,9 +15860,9 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 48. Task commands =================================================
+# == 52. Task commands =================================================
 #
-# Plans, the next step, what went before. As section "Step commands".
+# Plans, the next step, what went before. As "Step commands".
 
 
 def split_names(texts_given: list) -> list:
@@ -15192,9 +16022,9 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 49. Commands of memory and files ==================================
+# == 53. Memory commands ===============================================
 #
-# As section 25: rows and words, no rules.
+# As the step commands: rows and words, no rules.
 
 
 @command(
@@ -15314,42 +16144,99 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
+# == 54. Artifact commands =============================================
+#
+# Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
+
+
 @command(
-    "artifact upload", "share a file", arg("path", help="the file"),
+    "artifact upload", "share a file, or all in a directory",
+    arg("path", help="the file or directory"),
     arg("--step", metavar="STEP", help="the step that made it"),
-    arg("--name", metavar="NAME", help="its name there; default: the file's"),
+    arg("--name", metavar="NAME", help="its name there, or the directory's (.: none)"),
     arg("--overwrite", action="store_true", help="replace other content"),
-    arg("--input", action="append", default=[], metavar="NAME",
-        help="an artifact it was made from; repeatable"), TOKEN_ARG,
+    arg("--input", "--inputs", action="append", default=[], metavar="NAME,…",
+        help="made from NAME or STEP:NAME; repeatable"), TOKEN_ARG,
     examples=("artifact upload api.md --step design",
-              "artifact upload out.csv --name data/out.csv --overwrite"),
-    exits="0 2 3 4 7 9", op=True)
-def cmd_artifact_upload(project: object, options: object) -> None:
-    if not os.path.isfile(options.path):
+              "artifact upload site --step build --input design:api.md"),
+    exits="0 1 2 3 4 7 9", op=True)
+def cmd_artifact_upload(project: object, options: object) -> int:
+    if not os.path.exists(options.path):
         raise Usage(f"{shown(options.path)} is not a file", hint="name a readable file")
-    head = project.artifacts.upload(
-        options.path, step=options.step, name=options.name, overwrite=options.overwrite,
-        token=options.token, inputs=tuple(options.input),
-        progress=progress_to(options, "uploaded"))
-    name = options.name or os.path.basename(options.path)
-    where = f"artifacts/{step_id(options.step) if options.step else 'shared'}/{name}"
-    line = f"Uploaded {name} -> {where}"
-    answer(options, line if head.get("changed", True) else f"{line} (unchanged)", head)
+    how = {"step": options.step, "overwrite": options.overwrite, "token": options.token,
+           "inputs": names_in(options.input),
+           "progress": progress_to(options, "uploaded")}
+    if os.path.isdir(options.path):
+        items = project.artifacts.upload_folder(options.path, prefix=options.name,
+                                                **how)
+        return answer_files(options, items, uploaded_line)
+    head = project.artifacts.upload(options.path, name=options.name, **how)
+    answer(options, uploaded_line(head), head)
+    return 0
+
+
+def names_in(words: list) -> tuple:
+    """The names of --input A --inputs B,C."""
+    return tuple(name.strip() for word in words for name in word.split(",")
+                 if name.strip())
+
+
+def uploaded_line(head: dict) -> str:
+    """What 0.2 says of an upload; that nothing was to be done is said as well."""
+    line = f"Uploaded {shown(head['name'])} -> {shown(head['artifact'])}"
+    return line if head.get("changed", True) else f"{line} (unchanged)"
+
+
+def downloaded_line(item: dict) -> str:
+    """What 0.2 says of a download; that nothing was to be done is said as well."""
+    line = f"Downloaded {shown(item['artifact'])} -> {shown(item['path'])}"
+    return line if item.get("changed", True) else f"{line} (unchanged)"
+
+
+def answer_files(options: object, items: list, line_of: object) -> int:
+    """What became of many files; the refused ones on stderr. The worst exit code."""
+    refused = [item for item in items if item.get("error")]
+    done = [item for item in items if not item.get("error")]
+    if options.as_json:
+        put_out(json_text({"items": items, "truncated": False, "cursor": None}))
+    else:
+        lines = [line_of(item) for item in done[:LINES]]
+        lines += [f"+{len(done) - LINES} more"] if len(done) > LINES else []
+        put_out("".join(line + "\n" for line in lines or ["No files."]))
+        for item in refused[:LINES]:
+            say(f"Error: {shown(item.get('path') or item['artifact'])}:"
+                f" {item['error']['message']}\n")
+        if len(refused) > LINES:
+            say(f"+{len(refused) - LINES} more errors, --json lists all\n")
+    return max((item["error"]["exit"] for item in refused), default=0)
 
 
 @command(
-    "artifact download", "fetch a file, checked by its sha256", arg("name"),
+    "artifact download", "fetch files, checked by their sha256",
+    arg("name", nargs="?", help="a name; DIR/: all below it; none: all of the step"),
     arg("--step", metavar="STEP", help="the step that made it"),
     arg("--output", "-o", metavar="PATH", help="where to; default: its name, here"),
+    arg("--overwrite", action="store_true",
+        help="of many files: replace what is there with other content"),
     examples=("artifact download api.md --step design",
-              "artifact download data/out.csv -o out.csv"), exits="0 1 2 7 8")
-def cmd_artifact_download(project: object, options: object) -> None:
-    path = project.artifacts.download(
-        options.name, step=options.step, output=options.output,
-        progress=progress_to(options, "downloaded"))
+              "artifact download --step build -o build"), exits="0 1 2 3 7 8")
+def cmd_artifact_download(project: object, options: object) -> int:
+    progress = progress_to(options, "downloaded")
+    if not options.name and not options.step:
+        raise Usage("artifact download needs a NAME, a DIR/ or a --step",
+                    hint="artifact list shows what is there")
+    if not options.name or options.name.endswith("/"):
+        items = project.artifacts.download_folder(
+            options.name or "", step=options.step, output=options.output,
+            overwrite=options.overwrite, progress=progress)
+        return answer_files(options, items, downloaded_line)
+    path = project.artifacts.download(options.name, step=options.step,
+                                      output=options.output, progress=progress)
     where = f"artifacts/{step_id(options.step) if options.step else 'shared'}"
-    answer(options, f"Downloaded {where}/{options.name} -> {shown(path)}",
+    item = {"artifact": f"{where}/{options.name}", "path": str(path)}
+    answer(options, downloaded_line(item),
            {"name": options.name, "step": options.step, "path": str(path)})
+    return 0
 
 
 @command("artifact list", "the files shared so far",
@@ -15357,15 +16244,79 @@ def cmd_artifact_download(project: object, options: object) -> None:
          examples=("artifact list", "artifact list --step design"), exits="0 7")
 def cmd_artifact_list(project: object, options: object) -> None:
     items = project.artifacts.list(options.step)
-    lines = [shown(item.get("shown_key") or artifact_key(item)) for item in items]
-    answer_list(options, items, lines, empty="No artifacts found.")
+    answer_list(options, items, [shown(item["key"]) for item in items],
+                empty="No artifacts found.")
 
 
-def artifact_key(item: dict) -> str:
-    """The 0.2 key of an artifact, whatever object holds its bytes."""
-    if item.get("name"):
-        return f"artifacts/{item.get('step') or 'shared'}/{item['name']}"
-    return str(item.get("key"))
+@command(
+    "artifact delete", "delete an artifact; its manifest stays", arg("name"),
+    arg("--step", metavar="STEP", help="the step that made it"), TOKEN_ARG,
+    examples=("artifact delete draft.md", "artifact delete api.md --step design"),
+    exits="0 1 3 4 7 9", op=True)
+def cmd_artifact_delete(project: object, options: object) -> None:
+    head = project.artifacts.delete(options.name, step=options.step,
+                                    token=options.token, op=options.op)
+    by = f" (by {shown(head['deleted_by'])} at {shown(head['deleted_at'])})"
+    answer(options, f"Deleted {shown(head['artifact'])}"
+           + ("" if head["changed"] else by), head)
+
+
+@command(
+    "artifact url", "a URL that reads it without credentials", arg("name"),
+    arg("--step", metavar="STEP", help="the step that made it"),
+    arg("--expires", type=int, default=3600, metavar="SECONDS",
+        help="until then; default 3600, at most 604800"),
+    examples=("artifact url api.md --step design",
+              "artifact url out.csv --expires 600 --json"), exits="0 1 2 7 8 11")
+def cmd_artifact_url(project: object, options: object) -> None:
+    doc = project.artifacts.url(options.name, step=options.step,
+                                expires=options.expires)
+    remark(options, "warning: whoever has this URL can read the file, for"
+           f" {doc['expires_in_s']}s" + (", or until the temporary credentials that"
+                                         " signed it end" if doc["temporary"] else ""))
+    answer(options, doc["url"], doc)
+
+
+@command(
+    "artifact lineage", "what it was made from, and into", arg("name"),
+    arg("--step", metavar="STEP", help="the step that made it"),
+    arg("--up", action="store_true", help="only what it was made from"),
+    arg("--down", action="store_true", help="only what was made from it"),
+    examples=("artifact lineage report.md --step report",
+              "artifact lineage data.csv --down --json"), exits="0 1 7 8")
+def cmd_artifact_lineage(project: object, options: object) -> None:
+    tree = project.artifacts.lineage(
+        options.name, step=options.step, up=options.up or not options.down,
+        down=options.down or not options.up)
+    lines = [node_line(tree), *branch_lines(tree, "from", "  "),
+             *branch_lines(tree, "into", "  ")]
+    shows = lines[:LINES]
+    more = len(lines) - len(shows)
+    shows += [f"+{more} more, --json shows all"] if more else []
+    shows += ["there are more"] if tree["truncated"] else []
+    answer(options, "\n".join(shows), tree)
+
+
+def branch_lines(node: dict, way: str, indent: str) -> list:
+    """The lines of what hangs below a node of a lineage on one side."""
+    lines = []
+    for child in node.get(way, ()):
+        lines.append(f"{indent}{way} {node_line(child)}")
+        lines += branch_lines(child, way, indent + "  ")
+    return lines
+
+
+def node_line(node: dict) -> str:
+    """artifacts/shared/a.csv 0123456789ab rev 1 (ada), stale: now cdef01234567"""
+    digest = shown(str(node.get("sha256"))[:12]) if node.get("sha256") else "no digest"
+    line = f"{shown(node['artifact'])} {digest} rev {shown(node.get('rev'))}"
+    line += f" ({shown(node['agent'])})" if node.get("agent") else ""
+    if node["state"] == "replaced":
+        now = f": now {shown(str(node['now'])[:12])}" if node.get("now") else ""
+        line += f", stale{now}"
+    elif node["state"] != "current":
+        line += f", {node['state']}"
+    return line + (", as above" if node.get("seen") else "")
 
 
 @command("artifact show", "an artifact's digest, size and maker", arg("name"),
@@ -15380,21 +16331,46 @@ def cmd_artifact_show(project: object, options: object) -> None:
              f"  by: {shown(made.get('agent'))}" + (
                  f" (step {shown(made['step'])}, token {shown(made.get('token'))})"
                  if made.get("step") else "")]
-    lines += [f"  from: {shown(name)}" for name in head.get("inputs") or ()]
+    lines += [f"  from: {shown(edge['artifact'])} {shown(edge.get('sha256'))[:12]}"
+              for edge in inputs_of(head)]
+    if head.get("deleted_at"):
+        lines.append(f"  deleted: by {shown(head.get('deleted_by'))}"
+                     f" at {shown(head['deleted_at'])}")
     answer(options, "\n".join(lines), head)
 
 
-@command("artifact verify", "read the bytes and check them", arg("name"),
+@command("artifact verify", "read the bytes and check them", arg("name", nargs="?"),
          arg("--step", metavar="STEP", help="the step that made it"),
-         examples=("artifact verify api.md --step design", "artifact verify a.txt"),
-         exits="0 1 7 8")
-def cmd_artifact_verify(project: object, options: object) -> None:
+         arg("--all", action="store_true", help="all there are, or all of the step"),
+         examples=("artifact verify api.md --step design", "artifact verify --all"),
+         exits="0 1 2 7 8")
+def cmd_artifact_verify(project: object, options: object) -> int:
+    if options.all == bool(options.name):
+        raise Usage("artifact verify needs a NAME or --all, not both",
+                    hint="artifact list shows what is there")
+    if options.all:
+        items = project.artifacts.verify_all(
+            options.step, progress=progress_to(options, "verified"))
+        return answer_verified(options, items)
     doc = project.artifacts.verify(options.name, options.step)
     answer(options, f"{options.name}: sha256 {str(doc.get('sha256'))[:12]},"
            f" {size_text(number(doc, 'size'))}, as recorded", doc)
+    return 0
 
 
-# == 50. Reservation commands ==========================================
+def answer_verified(options: object, items: list) -> int:
+    """A line for each damaged artifact and one for all; 8 if any is damaged."""
+    bad = [item for item in items if item.get("error")]
+    lines = [f"{shown(item['artifact'])}: {item['error']['message']}" for item in bad]
+    size = size_text(sum(number(item, "size") for item in items))
+    lines.append(f"{len(items)} artifacts, {size}: " + (
+        f"{len(bad)} damaged" if bad else "all as recorded"))
+    answer(options, "\n".join(lines), {"items": items, "truncated": False,
+                                       "cursor": None})
+    return max((item["error"]["exit"] for item in bad), default=0)
+
+
+# == 55. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -15626,9 +16602,9 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 51. Commands of presence, views and set-up ========================
+# == 56. Commands of presence, views and set-up ========================
 #
-# As section 25. `init`, `join` and `install` also write files of this machine.
+# As the step commands. `init`, `join` and `install` also write files of this machine.
 
 
 @command("agents", "who is here",
@@ -16097,9 +17073,9 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 52. House commands ================================================
+# == 57. House commands ================================================
 #
-# As section Step commands: rows and words, no rules.
+# As "Step commands": rows and words, no rules.
 
 
 SINCE_ARG = arg("--since", metavar="WHEN", help="2h, 3d, or an ISO time")
@@ -16272,7 +17248,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 53. Commands of mail ==============================================
+# == 58. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -16532,7 +17508,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 54. Run commands ==================================================
+# == 59. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -16989,7 +17965,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 55. Command line ==================================================
+# == 60. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -17010,7 +17986,8 @@ GROUPS = (
               cmd_channel_join, cmd_channel_leave, cmd_channel_list, cmd_search)),
     ("reservations", (cmd_reserve, cmd_reservations, cmd_unreserve, cmd_guard)),
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
-                   cmd_artifact_show, cmd_artifact_verify)),
+                   cmd_artifact_show, cmd_artifact_verify, cmd_artifact_lineage,
+                   cmd_artifact_url, cmd_artifact_delete)),
     ("house", (cmd_timeline, cmd_watch, cmd_gc, cmd_export, cmd_import)),
     ("runs", (cmd_run_start, cmd_run_log, cmd_run_note, cmd_run_artifact, cmd_run_end,
               cmd_run_list, cmd_run_show, cmd_run_compare)),
@@ -17031,7 +18008,7 @@ TOP_HELP = (
     ("inbox", "read messages; --new once each      (listen, thread, search)"),
     ("channel", "join / leave / list"),
     ("reserve", "files, by pattern       (reservations, unreserve, guard)"),
-    ("artifact", "upload / download / list / show / verify"),
+    ("artifact", "upload / download / list / show / verify / lineage / url / …"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
     ("timeline", "what happened; watch: what happens  (gc, export, import)"),
     ("doctor", "check store and objects; --fix      (config)"),
