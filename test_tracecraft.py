@@ -6246,8 +6246,8 @@ class MemoryStore:
         with open(path, "rb") as file:
             return self.put(key, file.read(), if_none_match=if_none_match)
 
-    def download(self, key, file, *, size, progress=None):
-        file.write(self.get(key).body)
+    def download(self, key, file, *, size, start=0, progress=None):
+        file.write(self.get(key).body[start:])
 
     def copy(self, key_from, key_to):
         return self.put(key_to, self.get(key_from).body)
@@ -8198,6 +8198,1125 @@ def test_the_cursor_keeps_no_keys_that_its_floor_covers(ada, bob, bucket):
 
 
 # == Plans =============================================================
+# == Broken transfers ==================================================
+#
+# Uploads and downloads that a process does not live to finish: the next one goes on,
+# two at once do not meet in one file, and no size of file needs more memory.
+
+
+TRANSFER = """
+import os, sys
+import tracecraft
+tracecraft.MULTIPART, tracecraft.PART = 3 << 20, 1 << 20
+act, url, path, last = sys.argv[1:]
+
+def progress(done, total):
+    if done >= int(last):
+        os.kill(os.getpid(), 9)
+
+if act == "upload":
+    sys.argv[1:] = ["artifact", "upload", path, "--store", url]
+    tracecraft.main()
+else:
+    with tracecraft.connect(url) as project:
+        project.artifacts.download("big", output=path, keep=1, progress=progress)
+with open("/proc/self/status") as file:  # getrusage would tell our parent's peak
+    print(*(line.split()[1] for line in file if line.startswith("VmHWM")))
+"""
+
+
+def transfer(act, url, path, environ, last=1 << 60):
+    """A process that moves one file and is killed at byte `last`, started."""
+    environ = {**environ, "PYTHONPATH": os.path.dirname(PROGRAM), "TRACECRAFT_AGENT": "a",
+               "HOME": str(pathlib.Path(path).parent), "PATH": "/usr/bin:/bin"}
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", TRANSFER, act, url, str(path), str(last)],
+        cwd=environ["HOME"], env=environ, encoding="utf-8", stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+
+
+def finished(process):
+    """The peak memory in MiB of a transfer that ends well."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return int(out.split()[-1]) / 1024
+
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+
+
+@pytest.fixture
+def big_there(s3):
+    """(store URL, bytes) of an artifact `big` of 6 MiB in a bucket."""
+    data = random.Random(1).randbytes(6 << 20)
+    with on_s3(s3) as project:
+        project.artifacts.put_bytes("big", data)
+    s3.clear_log()
+    return f"s3://bucket/p?endpoint={s3.url}", data
+
+
+def on_s3(s3, agent="ada", **keys):
+    """A library handle on the project `p` of the suite's S3 server."""
+    return tracecraft.connect(f"s3://bucket/p?endpoint={s3.url}", agent=agent,
+                              environ={**s3.env(), **keys}, cwd="/")
+
+
+def ranges(s3):
+    return [req.headers.get("range") for req in s3.log
+            if req.method == "GET" and "/big" in req.key and "manifests" not in req.key]
+
+
+def partials(folder):
+    return [name for name in os.listdir(folder) if name.startswith(".tmp-")]
+
+
+@linux
+def test_a_download_killed_by_the_kernel_goes_on_where_it_broke(s3, big_there, tmp_path):
+    url, data = big_there
+    target = tmp_path / "out"
+    assert transfer("download", url, target, s3.env(), 4 << 20).wait(60) == -9
+    [part] = partials(tmp_path)
+    there = (tmp_path / part).stat().st_size
+    assert 3 << 20 < there < 6 << 20 and not target.exists()
+    finished(transfer("download", url, target, s3.env()))
+    assert ranges(s3)[-1] == f"bytes={there}-"
+    assert target.read_bytes() == data and partials(tmp_path) == []
+
+
+@linux
+def test_an_upload_killed_by_the_kernel_sends_only_the_parts_that_lack(s3, tmp_path):
+    s3.latency, path = 0.15, tmp_path / "big"
+    data = random.Random(2).randbytes(12 << 20)
+    path.write_bytes(data)
+    url = f"s3://bucket/p?endpoint={s3.url}"
+    process = transfer("upload", url, path, s3.env())
+    until = time.monotonic() + 60
+    while not s3.uploads or len(next(iter(s3.uploads.values())).parts) < 4:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    time.sleep(0.3)  # what was under way lands or does not
+    [upload] = s3.uploads.values()
+    s3.latency, there = 0, len(upload.parts)
+    s3.clear_log()
+    finished(transfer("upload", url, path, s3.env()))
+    assert len(sent_parts(s3)) == 12 - there and there >= 4
+    assert s3.body(f"p/blobs/{sha(data)}") == data and not s3.uploads
+
+
+def test_a_stale_partial_of_other_content_is_discarded(project, tmp_path):
+    project.artifacts.put_bytes("a", b"first content")
+    with pytest.raises(Crash):
+        broken_download(project, tmp_path / "a", after=5)
+    assert len(partials(tmp_path)) == 1
+    project.artifacts.put_bytes("a", b"other content", overwrite=True)
+    project.artifacts.download("a", output=str(tmp_path / "a"), keep=1)
+    assert (tmp_path / "a").read_bytes() == b"other content"
+    assert partials(tmp_path) == []
+
+
+def broken_download(project, target, after, how=Crash):
+    """A download that ends after some bytes, as by a signal or by the network."""
+    inner = project.ledger.store.download
+
+    def download(key, file, **more):
+        data = project.ledger.store.get(key).body
+        file.write(data[more.get("start", 0):after])
+        raise how
+    project.ledger.store.download = download
+    try:
+        project.artifacts.download("a", output=str(target), keep=1)
+    finally:
+        project.ledger.store.download = inner
+
+
+def test_a_damaged_partial_costs_a_second_try_and_is_not_believed(project, tmp_path):
+    project.artifacts.put_bytes("a", b"0123456789")
+    with pytest.raises(Crash):
+        broken_download(project, tmp_path / "a", after=5)
+    [part] = partials(tmp_path)
+    (tmp_path / part).write_bytes(b"01X34")
+    project.artifacts.download("a", output=str(tmp_path / "a"), keep=1)
+    assert (tmp_path / "a").read_bytes() == b"0123456789" and partials(tmp_path) == []
+
+
+@pytest.mark.parametrize("left, fetched", [(b"", 0), (b"01234", 5), (b"0123456789", None),
+                                           (b"0123456789more", 0)])
+def test_what_a_partial_has_is_not_fetched_again(project, tmp_path, left, fetched):
+    project.artifacts.put_bytes("a", b"0123456789")
+    with pytest.raises(Crash):
+        broken_download(project, tmp_path / "a", after=5)
+    [part] = partials(tmp_path)
+    (tmp_path / part).write_bytes(left)
+    inner, starts = project.ledger.store.download, []
+
+    def download(key, file, **more):
+        starts.append(more["start"])
+        return inner(key, file, **more)
+    project.ledger.store.download = download
+    project.artifacts.download("a", output=str(tmp_path / "a"), keep=1)
+    assert starts == ([] if fetched is None else [fetched])
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("why, kept", [(tracecraft.Unavailable("503"), 1),
+                                       (KeyboardInterrupt(), 1),
+                                       (tracecraft.Denied("403"), 0)])
+def test_only_a_transfer_that_broke_leaves_something_behind(project, tmp_path, why, kept):
+    project.artifacts.put_bytes("a", b"0123456789")
+    with pytest.raises(type(why)):
+        broken_download(project, tmp_path / "a", after=5, how=why)
+    assert len(partials(tmp_path)) == kept
+
+
+def test_two_downloads_side_by_side_write_two_files(handle, tmp_path):
+    first, second, target = handle(), handle("bob"), tmp_path / "a"
+    first.artifacts.put_bytes("a", b"0123456789")
+    inner = first.ledger.store.download
+
+    def download(key, file, **more):
+        file.write(b"01234")
+        file.flush()
+        second.artifacts.download("a", output=str(target), keep=1)
+        assert target.read_bytes() == b"0123456789"
+        target.unlink()
+        return inner(key, file, **{**more, "start": 5})
+    first.ledger.store.download = download
+    first.artifacts.download("a", output=str(target), keep=1)
+    assert target.read_bytes() == b"0123456789" and partials(tmp_path) == []
+
+
+def test_a_partial_that_became_the_target_is_not_written_to(tmp_path):
+    """Between open and lock its holder may have given it its name."""
+    with tracecraft.Landing(str(tmp_path / "a"), "f" * 64) as landing:
+        landing.file.write(b"whole")
+        path, landed = landing.path, tracecraft.try_lock
+
+        def try_lock(fd):
+            landing.land()
+            landing.file.close()
+            return landed(fd)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tracecraft, "try_lock", try_lock)
+            assert tracecraft.open_alone(path) is None
+
+
+def test_a_link_in_place_of_a_partial_is_not_followed(project, tmp_path):
+    project.artifacts.put_bytes("a", b"0123456789")
+    with pytest.raises(Crash):
+        broken_download(project, tmp_path / "a", after=5)
+    [part] = partials(tmp_path)
+    (tmp_path / part).unlink()
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / part).symlink_to(tmp_path / "mine")
+    project.artifacts.download("a", output=str(tmp_path / "a"), keep=1)
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+def test_a_server_that_ignores_the_range_costs_bytes_but_no_damage(s3, store3, tmp_path):
+    store3.put("big", b"0123456789")
+    s3.get_key, inner = lambda req: inner(without_range(req)), s3.get_key
+    with open(tmp_path / "f", "w+b") as file:
+        file.write(b"01234")
+        store3.download("big", file, size=10, start=5)
+        file.seek(0)
+        assert file.read() == b"0123456789"
+
+
+def without_range(req):
+    req.headers.pop("range", None)
+    return req
+
+
+def test_a_remote_digest_keeps_nothing_and_asks_twice(s3, store3):
+    store3.put("big", b"0123456789")
+    s3.clear_log()
+    assert tracecraft.remote_digest(store3, "big") == (sha(b"0123456789"), 10)
+    assert [req.method for req in s3.log] == ["HEAD", "GET"]
+
+
+@linux
+@pytest.mark.slow
+def test_a_large_file_needs_no_more_memory_than_a_small_one(s3, tmp_path):
+    moved_within_64_mib(f"s3://bucket/p?endpoint={s3.url}", s3.env(), tmp_path, 48)
+
+
+@linux
+@pytest.mark.soak
+@pytest.mark.bucket
+def test_soak_a_gibibyte_goes_there_and_back_in_64_mib(real_bucket, tmp_path):
+    url, environ = real_bucket
+    head, _, query = url.partition("?")
+    url = f"{head}/big{uuid.uuid4().hex[:6]}" + ("?" + query if query else "")
+    keys = {name: value for name, value in environ.items() if name.startswith("AWS_")}
+    moved_within_64_mib(url, keys, tmp_path, 1024)
+
+
+def moved_within_64_mib(url, environ, folder, mib):
+    path, rng = folder / "big", random.Random(3)
+    with open(path, "wb") as file:
+        for _ in range(mib):
+            file.write(rng.randbytes(1 << 20))
+    with tracecraft.connect(url, environ=environ, cwd=str(folder)) as project:
+        project.store.ensure()
+    assert finished(transfer("upload", url, path, environ)) < 64
+    digest = tracecraft.file_source(str(path)).sha256
+    (folder / "back").mkdir()
+    killed = transfer("download", url, folder / "back" / "big", environ, mib << 19)
+    assert killed.wait(300) == -9
+    assert finished(transfer("download", url, folder / "back" / "big", environ)) < 64
+    assert tracecraft.file_source(str(folder / "back" / "big")).sha256 == digest
+
+
+# == Artifacts by the dozen ============================================
+#
+# Deleting, directories there and back, lineage, URLs, everything verified: what a stale
+# holder, a crash at any request, an 0.2 client and a hostile name can do to them.
+
+
+def tree_of(folder, **files):
+    """A directory with these files; a '/' in a name is written as '__'."""
+    for name, data in files.items():
+        path = pathlib.Path(folder, *name.replace("_dot_", ".").split("__"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return str(folder)
+
+
+def names_of(items):
+    return [item["name"] for item in items]
+
+
+def errors_of(items):
+    return {item["name"]: item["error"]["code"] for item in items if "error" in item}
+
+
+def head_faults(bucket):
+    """What is wrong with the chains of revisions of all heads; [] if nothing."""
+    log = [entry for entry in bucket.log if entry[0].endswith("/_head.json")]
+    return chain_faults(types.SimpleNamespace(log=log))
+
+
+HEAD_F = "manifests/shared/f/_head.json"
+
+
+# -- deleting ----------------------------------------------------------
+
+
+def test_a_deleted_artifact_says_by_whom_and_when_and_keeps_its_manifest(ada, bob, bucket):
+    ada.artifacts.put_bytes("f", b"one")
+    head = bob.artifacts.delete("f")
+    assert (head["changed"], head["deleted_by"], head["rev"]) == (True, "bob", 2)
+    assert head["sha256"] == sha(b"one") and head["producer"]["agent"] == "ada"
+    why = refused(tracecraft.NotFound, ada.artifacts.download, "f")
+    assert f"was deleted by bob at {head['deleted_at']}" in why.message
+    assert ada.artifacts.show("f")["deleted_by"] == "bob"
+    assert ada.artifacts.list() == [] and bucket.under("artifacts/")
+
+
+def test_deleted_twice_is_once(ada, bob, bucket):
+    ada.artifacts.put_bytes("f", b"one")
+    first = ada.artifacts.delete("f")
+    again = bob.artifacts.delete("f")
+    assert (again["changed"], again["deleted_by"]) == (False, "ada")
+    assert bucket.writes(HEAD_F) == 2 == first["rev"]
+
+
+def test_a_delete_repeated_by_its_op_is_done_once(ada, bucket):
+    ada.artifacts.put_bytes("f", b"one")
+    ada.artifacts.delete("f", op="d1")
+    ada.artifacts.put_bytes("f", b"two")
+    assert ada.artifacts.delete("f", op="d1")["changed"] is False
+    assert "deleted_at" not in bucket.doc(HEAD_F)
+
+
+@pytest.mark.parametrize("data", [b"one", b"two"])
+def test_a_deleted_name_can_be_used_again(ada, bucket, data):
+    ada.artifacts.put_bytes("f", b"one")
+    ada.artifacts.delete("f")
+    head = ada.artifacts.put_bytes("f", data)
+    assert (head["rev"], head["key"]) == (3, f"blobs/{sha(data)}")
+    assert "deleted_at" not in head and "deleted_by" not in head
+    [old] = head["previous"]
+    assert old["deleted_by"] == "ada" and "key" not in old
+    assert bucket.shared.objects["artifacts/shared/f"][0] == data
+    assert ada.artifacts.verify("f")["ok"]
+
+
+def test_what_was_never_there_cannot_be_deleted(ada, bucket):
+    ada.artifacts.put_bytes("report.md", b"x")
+    why = refused(tracecraft.NotFound, ada.artifacts.delete, "repor.md")
+    assert "did you mean report.md" in why.message
+    assert not bucket.under("manifests/shared/repor.md")
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_delete_with_a_lost_answer_is_one_tombstone(ada, bucket, fault):
+    ada.artifacts.put_bytes("f", b"one")
+    ada.store.fault(fault, key=HEAD_F)
+    assert ada.artifacts.delete("f")["changed"] is True
+    assert [doc["rev"] for doc in bucket.history(HEAD_F)] == [1, 2]
+
+
+def test_a_delete_that_crashed_anywhere_can_be_repeated():
+    points = 0
+    for bucket, ada, where in crashes(lambda b, a: a.artifacts.put_bytes("f", b"one"),
+                                      lambda a: a.artifacts.delete("f")):
+        points += 1
+        ada.artifacts.delete("f")
+        assert bucket.doc(HEAD_F)["deleted_by"] == "ada", where
+        assert bucket.writes(HEAD_F) == 2 and head_faults(bucket) == [], where
+        assert tracecraft.diagnose(ada)["ok"], where
+    assert points >= 6
+
+
+def test_an_artifact_of_02_gets_a_head_to_be_deleted_by(ada, bucket):
+    bucket.place("artifacts/shared/f", b"by 0.2")
+    head = ada.artifacts.delete("f")
+    assert (head["rev"], head["sha256"]) == (2, sha(b"by 0.2"))
+    refused(tracecraft.NotFound, ada.artifacts.show, "g")
+    assert bucket.shared.objects["artifacts/shared/f"][0] == b"by 0.2"
+
+
+@pytest.mark.parametrize("act", ["download", "list", "upload"])
+def test_what_02_uploads_after_the_deletion_is_there_again(ada, bucket, tmp_path, act):
+    """Invariant 7: no acknowledged byte of an 0.2 client counts as deleted."""
+    ada.artifacts.put_bytes("f", b"one")
+    ada.artifacts.delete("f")
+    pass_time(bucket, 5)
+    bucket.place("artifacts/shared/f", b"two by 0.2")
+    if act == "download":
+        path = ada.artifacts.download("f", output=str(tmp_path / "f"))
+        assert open(path, "rb").read() == b"two by 0.2"
+    elif act == "list":
+        assert names_of(ada.artifacts.list()) == ["f"]
+    else:
+        refused(tracecraft.Conflict, ada.artifacts.put_bytes, "f", b"three")
+        assert ada.artifacts.show("f")["sha256"] == sha(b"two by 0.2")
+
+
+def test_a_late_copy_of_what_was_deleted_is_no_upload(ada, bucket):
+    """An uploader may be so slow that its 0.2 copy lands after the tombstone."""
+    ada.artifacts.put_bytes("f", b"one")
+    ada.artifacts.put_bytes("f", b"two", overwrite=True)
+    ada.artifacts.delete("f")
+    pass_time(bucket, 5)
+    bucket.place("artifacts/shared/f", b"two")
+    why = refused(tracecraft.NotFound, ada.artifacts.download, "f")
+    assert "was deleted by ada" in why.message and bucket.writes(HEAD_F) == 3
+
+
+# -- who may -----------------------------------------------------------
+
+
+def test_an_output_of_an_ended_step_is_deleted_by_nobody_else(ada, bob, bucket):
+    ada.claim("s")
+    ada.artifacts.put_bytes("f", b"one", step="s")
+    ada.complete("s")
+    why = refused(tracecraft.Conflict, bob.artifacts.delete, "f", step="s")
+    assert "artifacts/s/f is an output of token 1" in why.message
+    assert ada.artifacts.delete("f", step="s")["changed"]
+
+
+def test_a_step_held_by_another_has_nothing_deleted_by_me(ada, bob):
+    ada.claim("s")
+    ada.artifacts.put_bytes("f", b"one", step="s")
+    why = refused(tracecraft.Held, bob.artifacts.delete, "f", step="s")
+    assert why.message.startswith("Step s is claimed by 'ada'")
+
+
+def test_the_next_holder_deletes_what_a_fenced_one_has_made(ada, bob, bucket):
+    ada.claim("s")
+    ada.artifacts.put_bytes("f", b"one", step="s")
+    pass_time(bucket)
+    bob.claim("s")
+    assert bob.artifacts.delete("f", step="s")["changed"]
+    refused(tracecraft.Fenced, ada.artifacts.put_bytes, "f", b"one", step="s")
+
+
+STALE_ACTS = {
+    "delete": lambda a: a.artifacts.delete("f", step="s"),
+    "overwrite": lambda a: a.artifacts.put_bytes("f", b"stale", step="s", overwrite=True),
+    "the same": lambda a: a.artifacts.put_bytes("f", b"ada's", step="s"),
+}
+
+
+def overtaken(act):
+    """Ada's act with bob taking the step over and uploading before each request of it;
+    the points after which something else than bob's counts as the output."""
+    wrong, at = [], 1
+    while True:
+        bucket = MemoryStore()
+        ada, bob = agent_on(bucket, "ada"), agent_on(bucket, "bob")
+        ada.claim("s")
+        ada.artifacts.put_bytes("f", b"ada's", step="s")
+        if not interrupted(ada, at, lambda: take_over(bucket, bob), act):
+            return wrong
+        head = bucket.doc("manifests/s/f/_head.json")
+        bytes_there = bucket.shared.objects[head["key"]][0]
+        if head.get("deleted_at") or bytes_there != b"bob's":
+            wrong.append(at)
+        at += 1
+
+
+def take_over(bucket, bob):
+    pass_time(bucket)
+    bob.claim("s")
+    bob.artifacts.put_bytes("f", b"bob's", step="s")
+
+
+def interrupted(ada, at, between, act):
+    """Run an act, something else before its request number `at`; whether it came so far."""
+    inner, left = ada.store._request, [at]
+
+    def request(*how):
+        left[0] -= 1
+        if left[0] == 0:
+            between()
+        return inner(*how)
+    ada.store._request = request
+    try:
+        act(ada)
+    except tracecraft.Error:
+        pass
+    return left[0] <= 0
+
+
+@pytest.mark.parametrize("name", STALE_ACTS)
+def test_a_stale_holder_never_changes_what_counts_as_output(name):
+    """Invariant 3 of protocol.md 11, at every request."""
+    assert overtaken(STALE_ACTS[name]) == []
+
+
+def believes_what_it_read(patch):
+    patch.setattr(tracecraft.Files, "_producer", lambda self, place, token: {
+        "agent": "ada" if self._project.agent == "ada" else "bob", "step": place.sid,
+        "token": 1 if self._project.agent == "ada" else 2})
+    patch.setattr(tracecraft, "spare_output", lambda head, now: None)
+
+
+def writes_blindly(patch):
+    inner = MemoryStore.put
+
+    def put(self, key, data, *, if_match=None, if_none_match=False):
+        return inner(self, key, data, if_none_match=if_none_match)
+    patch.setattr(MemoryStore, "put", put)
+
+
+@pytest.mark.parametrize("broken", [believes_what_it_read, writes_blindly])
+@pytest.mark.parametrize("name", ["delete", "overwrite"])
+def test_the_check_of_stale_holders_notices_a_broken_rule(monkeypatch, broken, name):
+    broken(monkeypatch)
+    assert overtaken(STALE_ACTS[name]) != []
+
+
+@pytest.mark.parametrize("was, now, good", [
+    (None, None, True), (1, 1, True), (1, 2, True), (2, 1, False), (1, None, False)])
+def test_a_tombstone_needs_the_token_of_the_output(was, now, good):
+    by = {"agent": "a", "step": "s", "token": now}
+    old = head("x", was)
+    if good:
+        new = t.deleted_head(old, by, at="T")
+        assert new == {**old, "deleted_at": "T", "deleted_by": "a"}
+        assert t.deleted_head(new, by, at="later") is new
+    else:
+        with pytest.raises((t.Fenced, t.Conflict)):
+            t.deleted_head(old, by, at="T")
+
+
+# -- directories -------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path):
+    return tree_of(tmp_path / "site", a=b"A", sub__b=b"B", sub__deep__c=b"")
+
+
+def test_a_directory_keeps_its_paths_there_and_back(ada, site, tmp_path):
+    items = ada.artifacts.upload_folder(site)
+    assert names_of(items) == ["site/a", "site/sub/b", "site/sub/deep/c"]
+    assert [item["size"] for item in items] == [1, 1, 0]
+    back = ada.artifacts.download_folder("site/", output=str(tmp_path / "out"))
+    assert [item["changed"] for item in back] == [True] * 3
+    for name in ("a", "sub/b", "sub/deep/c"):
+        assert (tmp_path / "out" / "site" / name).read_bytes() == \
+            (tmp_path / "site" / name).read_bytes()
+
+
+@pytest.mark.parametrize("prefix, lead", [(None, "site/"), ("x/y", "x/y/"), ("x/", "x/"),
+                                          (".", ""), ("", "")])
+def test_a_directory_goes_below_its_own_name_or_another(ada, site, prefix, lead):
+    items = ada.artifacts.upload_folder(site, prefix=prefix, step="s")
+    assert names_of(items) == [f"{lead}a", f"{lead}sub/b", f"{lead}sub/deep/c"]
+    assert items[0]["artifact"] == f"artifacts/s/{lead}a"
+
+
+@pytest.mark.parametrize("prefix", ["..", "../x", "/etc", "a//b", "a\nb"])
+def test_a_directory_below_no_name_is_refused_as_a_whole(ada, site, bucket, prefix):
+    refused(tracecraft.Usage, ada.artifacts.upload_folder, site, prefix=prefix)
+    refused(tracecraft.Usage, ada.artifacts.download_folder, prefix)
+    assert not bucket.log
+
+
+@pytest.mark.parametrize("listed, header, result", [
+    (10.9, 10.0, True), (11.0, 10.0, False), (10.9, 10.2, False), (10.1, 10.2, True),
+    (None, 10.0, True), (10.0, None, True)])
+def test_a_listing_in_fractions_is_compared_with_a_header_in_seconds(
+        listed, header, result):
+    entry = tracecraft.Entry("k", size=1, etag=None, modified=listed)
+    assert tracecraft.listed_older(
+        entry, tracecraft.Record("h", {}, modified=header)) is result
+
+
+def test_an_unchanged_directory_costs_two_listings_and_a_read_of_each_head(ada, site):
+    ada.artifacts.upload_folder(site, jobs=1)
+    cost = spent(ada, ada.artifacts.upload_folder, site)
+    heads = {f"GET manifests/shared/site/{name}/_head.json": 1
+             for name in ("a", "sub/b", "sub/deep/c")}
+    assert cost == {"LIST artifacts/shared/site/": 1, "LIST manifests/shared/site/": 1,
+                    **heads}
+
+
+def test_only_what_changed_is_sent_again(ada, bucket, site):
+    ada.artifacts.upload_folder(site)
+    tree_of(site, a=b"new")
+    items = ada.artifacts.upload_folder(site, overwrite=True)
+    assert [item["changed"] for item in items] == [True, False, False]
+    assert items[0]["rev"] == 2 and bucket.writes("artifacts/shared/site/sub/b") == 1
+
+
+def test_a_refused_file_does_not_keep_the_others_from_going(ada, site):
+    ada.artifacts.put_bytes("site/sub/b", b"theirs")
+    tree_of(site, sub___init_dot_py=b"", z=b"Z")
+    items = ada.artifacts.upload_folder(site)
+    assert errors_of(items) == {"site/sub/b": "conflict", "site/sub/_init.py": "usage"}
+    assert ada.artifacts.show("site/z")["size"] == 1
+    assert ada.artifacts.verify("site/a")["ok"]
+
+
+def test_state_of_others_and_links_out_of_the_tree_are_left_out(ada, site, tmp_path):
+    tree_of(site, _dot_git__config=b"x", _dot_tmp_x=b"x", _dot_tracecraft_dot_json=b"key")
+    pathlib.Path(site, ".tmp-12").write_bytes(b"half")
+    (tmp_path / "secret").write_bytes(b"secret")
+    for name, there in (("out", tmp_path / "secret"), ("in", tmp_path / "site" / "a"),
+                        ("loop", tmp_path / "site"), ("gone", tmp_path / "nothing")):
+        pathlib.Path(site, name).symlink_to(there)
+    names = names_of(ada.artifacts.upload_folder(site, prefix="."))
+    assert names == [".tmp_x", "a", "in", "sub/b", "sub/deep/c"]
+    assert sorted(line.split()[0] for line in ada.warned) == ["gone", "loop", "out"]
+
+
+def test_a_directory_store_never_uploads_itself(tmp_path):
+    tree_of(tmp_path / "work", a=b"A")
+    url = f"file://{tmp_path}/work/store/p"
+    with tracecraft.connect(url, agent="ada", cwd=str(tmp_path),
+                            environ={"HOME": str(tmp_path)}) as project:
+        for _ in range(2):
+            items = project.artifacts.upload_folder(str(tmp_path / "work"))
+            assert names_of(items) == ["work/a"]
+
+
+def test_what_would_meet_every_file_is_raised_at_once(ada, bob, bucket, site):
+    ada.claim("s")
+    refused(tracecraft.Held, bob.artifacts.upload_folder, site, step="s")
+    pass_time(bucket)
+    bob.claim("s")
+    refused(tracecraft.Fenced, ada.artifacts.upload_folder, site, step="s")
+    assert not bucket.under("artifacts/s/")
+
+
+def test_a_directory_upload_that_crashed_anywhere_is_finished_by_the_same_one(site):
+    points, contents = 0, {"a": b"A", "sub/b": b"B", "sub/deep/c": b""}
+
+    def act(project):
+        project.artifacts.upload_folder(site, jobs=1, overwrite=True)
+    before = {"site/a": b"old", "site/sub/b": b"B"}
+    for bucket, ada, where in crashes(
+            lambda b, a: [a.artifacts.put_bytes(*pair) for pair in before.items()], act):
+        points += 1
+        assert all(row["ok"] for row in ada.artifacts.verify_all()), where
+        act(ada)
+        for name, data in contents.items():
+            assert ada.artifacts.verify(f"site/{name}")["sha256"] == sha(data), where
+            assert bucket.shared.objects[f"artifacts/shared/site/{name}"][0] == data
+        assert ada.artifacts.read_blob(sha(b"old")) == b"old", where
+        assert head_faults(bucket) == [], where
+    assert points > 20
+
+
+def test_progress_over_many_files_ends_at_their_size(ada, site, tmp_path):
+    for act in (lambda how: ada.artifacts.upload_folder(site, progress=how),
+                lambda how: ada.artifacts.verify_all(progress=how),
+                lambda how: ada.artifacts.download_folder(
+                    "site/", output=str(tmp_path / "out"), progress=how)):
+        seen = []
+        act(lambda *at: seen.append(at))
+        assert seen == sorted(seen) and seen[-1] == (2, 2)
+
+
+def test_many_files_go_side_by_side_to_a_bucket(s3, tmp_path):
+    files = {f"f{n:02d}": os.urandom(2000 + n) for n in range(40)}
+    folder = tree_of(tmp_path / "many", **files)
+    s3.latency = 0.02
+    with on_s3(s3) as project:
+        begun = time.monotonic()
+        assert not errors_of(project.artifacts.upload_folder(folder))
+        took = time.monotonic() - begun
+        project.artifacts.download_folder("many/", output=str(tmp_path / "out"))
+    assert took < 40 * 3 * 0.02  # three requests each, one after the other
+    assert {name: (tmp_path / "out" / "many" / name).read_bytes()
+            for name in files} == files
+
+
+# -- fetching many -----------------------------------------------------
+
+
+def test_what_is_there_is_skipped_and_what_differs_is_refused(ada, site, tmp_path):
+    ada.artifacts.upload_folder(site, step="s")
+    out = tree_of(tmp_path / "out", site__a=b"A", site__sub__b=b"mine")
+    items = ada.artifacts.download_folder(step="s", output=out)
+    assert errors_of(items) == {"site/sub/b": "conflict"}
+    assert [item.get("changed") for item in items] == [False, None, True]
+    assert (tmp_path / "out/site/sub/b").read_bytes() == b"mine"
+    items = ada.artifacts.download_folder(step="s", output=out, overwrite=True)
+    assert not errors_of(items) and (tmp_path / "out/site/sub/b").read_bytes() == b"B"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\\x", "a\x1bb", ".."])
+def test_a_hostile_name_is_refused_and_the_others_are_fetched(ada, bucket, tmp_path, name):
+    ada.artifacts.put_bytes("good", b"x", step="s")
+    bucket.place(f"artifacts/s/{name}", b"evil")
+    bucket.place(f"manifests/s/{name}/_head.json", {
+        "sha256": sha(b"evil"), "size": 4, "key": f"artifacts/s/{name}"})
+    items = ada.artifacts.download_folder(step="s", output=str(tmp_path / "in" / "out"))
+    assert errors_of(items) == {name: "usage"}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["good", "in", "out"]
+
+
+def test_a_link_on_the_way_does_not_lead_out(ada, site, tmp_path):
+    ada.artifacts.upload_folder(site)
+    (tmp_path / "out" / "site").mkdir(parents=True)
+    (tmp_path / "away").mkdir()
+    (tmp_path / "out" / "site" / "sub").symlink_to(tmp_path / "away")
+    (tmp_path / "out" / "site" / "a").symlink_to(tmp_path / "away" / "a")
+    items = ada.artifacts.download_folder("site/", output=str(tmp_path / "out"))
+    assert errors_of(items) == {"site/a": "conflict", "site/sub/b": "usage",
+                                "site/sub/deep/c": "usage"}
+    assert os.listdir(tmp_path / "away") == []
+
+
+def test_a_damaged_artifact_among_many_is_named_and_leaves_no_file(ada, bucket, site,
+                                                                   tmp_path):
+    ada.artifacts.upload_folder(site)
+    ada.artifacts.put_bytes("site/a", b"new", overwrite=True)
+    bucket.place(f"blobs/{sha(b'new')}", b"n3w")
+    items = ada.artifacts.download_folder("site/", output=str(tmp_path / "out"))
+    assert errors_of(items) == {"site/a": "corrupt"}
+    assert not (tmp_path / "out" / "site" / "a").exists()
+    assert (tmp_path / "out" / "site" / "sub" / "b").exists()
+
+
+def test_nothing_below_a_prefix_is_not_found(ada, site):
+    ada.artifacts.upload_folder(site)
+    for how in ({"prefix": "sit/"}, {"step": "other"}):
+        refused(tracecraft.NotFound, ada.artifacts.download_folder, **how)
+
+
+# -- listing and verifying ---------------------------------------------
+
+
+def test_a_listing_tells_digests_and_keys_of_02_and_nothing_deleted(ada, bucket):
+    ada.artifacts.put_bytes("a", b"1")
+    ada.artifacts.put_bytes("b", b"2", step="s")
+    ada.artifacts.put_bytes("c", b"3")
+    ada.artifacts.delete("c")
+    bucket.place("artifacts/shared/old", b"0.2")
+    rows = ada.artifacts.list()
+    assert [(row["key"], row["rev"], row["sha256"]) for row in rows] == [
+        ("artifacts/s/b", 1, sha(b"2")), ("artifacts/shared/a", 1, sha(b"1")),
+        ("artifacts/shared/old", 0, None)]
+    assert spent(ada, ada.artifacts.list, "s") == {
+        "LIST artifacts/s/": 1, "LIST manifests/s/": 1, "GET manifests/s/b/_head.json": 1}
+
+
+def test_a_head_whose_02_copy_is_missing_is_listed_all_the_same(ada, bucket):
+    ada.artifacts.put_bytes("a", b"1")
+    ada.artifacts.put_bytes("a", b"22", overwrite=True)
+    ada.store.delete("artifacts/shared/a")
+    [row] = ada.artifacts.list()
+    assert (row["name"], row["size"], row["rev"]) == ("a", 2, 2)
+
+
+def test_verifying_all_finds_each_kind_of_damage(ada, bucket):
+    for name in "abcd":
+        ada.artifacts.put_bytes(name, b"one " + name.encode())
+        ada.artifacts.put_bytes(name, b"two " + name.encode(), overwrite=True)
+    bucket.place(f"blobs/{sha(b'two a')}", b"tw0 a")
+    ada.store.delete(f"blobs/{sha(b'two b')}")
+    bucket.place("manifests/shared/c/_head.json", b"{")
+    items = ada.artifacts.verify_all()
+    assert errors_of(items) == dict.fromkeys("abc", "corrupt")
+    assert [item["ok"] for item in items] == [False, False, False, True]
+    assert all(item["error"]["exit"] == 8 for item in items[:3])
+
+
+# -- inputs and lineage ------------------------------------------------
+
+
+def test_an_input_is_recorded_with_its_digest_and_revision(ada):
+    ada.artifacts.put_bytes("data", b"1")
+    ada.artifacts.put_bytes("data", b"2", overwrite=True)
+    ada.artifacts.put_bytes("api.md", b"api", step="design")
+    head = ada.artifacts.put_bytes("out", b"o", inputs=("data", "design:api.md"))
+    assert head["inputs"] == [
+        {"artifact": "artifacts/shared/data", "sha256": sha(b"2"), "rev": 2},
+        {"artifact": "artifacts/design/api.md", "sha256": sha(b"api"), "rev": 1}]
+
+
+@pytest.mark.parametrize("text, key", [
+    ("x", "artifacts/build/x"), ("shared:x", "artifacts/shared/x"),
+    ("design:x", "artifacts/design/x"), ("design/x", "artifacts/design/x"),
+    ("artifacts/shared/x", "artifacts/shared/x"), ("d/x", "artifacts/shared/d/x"),
+    ("S1.A:x", "artifacts/s1-a/x")])
+def test_an_input_is_found_where_it_is_likeliest(ada, text, key):
+    for step in ("build", "design", "d", None, "s1-a"):
+        ada.artifacts.put_bytes("x", b"x", step=step)
+    ada.artifacts.put_bytes("d/x", b"x")
+    head = ada.artifacts.put_bytes("out", b"o", step="build", inputs=(text,))
+    assert [edge["artifact"] for edge in head["inputs"]] == [key]
+
+
+def test_an_input_that_is_not_there_is_refused_before_a_byte_is_written(ada, bucket):
+    ada.artifacts.put_bytes("data", b"1")
+    why = refused(tracecraft.NotFound, ada.artifacts.put_bytes, "out", b"o",
+                  inputs=("dat",))
+    assert why.message.startswith("input dat: ") and "did you mean data" in why.message
+    refused(tracecraft.Usage, ada.artifacts.put_bytes, "out", b"o", inputs=("../x",))
+    assert not bucket.under("artifacts/shared/out")
+
+
+def test_bytes_of_02_are_an_exact_input_as_well(ada, bucket):
+    bucket.place("artifacts/shared/old", b"by 0.2")
+    head = ada.artifacts.put_bytes("out", b"o", inputs=("old",))
+    assert head["inputs"] == [
+        {"artifact": "artifacts/shared/old", "sha256": sha(b"by 0.2"), "rev": 0}]
+
+
+def test_the_same_bytes_from_other_inputs_are_recorded_so(ada, bucket):
+    ada.artifacts.put_bytes("data", b"1")
+    ada.artifacts.put_bytes("out", b"o", inputs=("data",))
+    ada.artifacts.put_bytes("data", b"2", overwrite=True)
+    head = ada.artifacts.put_bytes("out", b"o", inputs=("data",))
+    assert (head["inputs"][0]["rev"], head["rev"]) == (2, 2)
+    assert head["key"] == f"blobs/{sha(b'o')}" in bucket.shared.objects
+    assert ada.artifacts.put_bytes("out", b"o")["changed"] is False
+
+
+def test_inputs_of_an_output_are_not_changed_by_others():
+    old = {**head("x", 2), "inputs": []}
+    for token, changed in ((None, False), (1, False), (2, True), (3, True)):
+        new = {**head("x", token), "inputs": [{"artifact": "a"}]}
+        assert (t.next_head(old, new, overwrite=True) is not old) is changed
+
+
+def worked_lineage(ada):
+    """raw -> clean -> model -> report, and clean -> report."""
+    ada.artifacts.put_bytes("raw", b"raw")
+    ada.artifacts.put_bytes("clean", b"clean", step="prep", inputs=("raw",))
+    ada.artifacts.put_bytes("model", b"model", inputs=("prep:clean",))
+    ada.artifacts.put_bytes("report", b"report", inputs=("model", "prep:clean"))
+
+
+def test_a_lineage_goes_up_to_the_sources_and_names_each_once(ada):
+    worked_lineage(ada)
+    tree = ada.artifacts.lineage("report", down=False)
+    model, clean = tree["from"]
+    assert [model["artifact"], clean["artifact"]] == ["artifacts/shared/model",
+                                                      "artifacts/prep/clean"]
+    assert clean["from"][0]["name"] == "raw" and clean["step"] == "prep"
+    assert model["from"][0]["seen"] and "from" not in model["from"][0]
+    assert not tree["truncated"] and "into" not in tree
+
+
+def test_a_lineage_goes_down_to_what_depends_on_it(ada):
+    worked_lineage(ada)
+    tree = ada.artifacts.lineage("raw", up=False)
+    [clean] = tree["into"]
+    assert [node["name"] for node in clean["into"]] == ["model", "report"]
+    assert clean["state"] == "current" and "from" not in tree
+
+
+def test_a_replaced_input_is_stale_and_its_own_inputs_stay_exact(ada):
+    worked_lineage(ada)
+    ada.artifacts.put_bytes("raw2", b"raw2")
+    ada.artifacts.put_bytes("clean", b"clean2", step="prep", inputs=("raw2",),
+                            overwrite=True)
+    model, clean = ada.artifacts.lineage("report", down=False)["from"]
+    assert (clean["state"], clean["now"]) == ("replaced", sha(b"clean2"))
+    assert (clean["sha256"], clean["rev"]) == (sha(b"clean"), 1)
+    assert [node["name"] for node in clean["from"]] == ["raw"]
+    assert model["state"] == "current"
+    [model, report] = ada.artifacts.lineage("clean", step="prep", up=False)["into"]
+    assert model["state"] == report["state"] == "replaced"
+
+
+def test_a_deleted_input_is_marked_and_still_traced(ada):
+    worked_lineage(ada)
+    ada.artifacts.delete("model")
+    model, _ = ada.artifacts.lineage("report", down=False)["from"]
+    assert model["state"] == "deleted" and model["from"][0]["name"] == "clean"
+    assert ada.artifacts.lineage("model")["state"] == "deleted"
+
+
+def test_a_cycle_ends(ada):
+    ada.artifacts.put_bytes("a", b"1")
+    ada.artifacts.put_bytes("b", b"1", inputs=("a",))
+    ada.artifacts.put_bytes("a", b"2", inputs=("b",), overwrite=True)
+    ada.artifacts.put_bytes("b", b"1", inputs=("a",))
+    tree = ada.artifacts.lineage("a")
+    text = json.dumps(tree)
+    assert text.count('"seen": true') == 2 and len(text) < 5000
+
+
+@pytest.mark.parametrize("inputs", [
+    "x", [1], [{}], [{"artifact": 5}], [{"artifact": "no"}], ["a"], {"artifact": "a"},
+    [{"artifact": "artifacts/shared/../x", "sha256": []}],
+    [{"artifact": "artifacts/\x1b[2J/x", "sha256": "\x1b"}]])
+def test_a_malformed_lineage_is_no_crash(ada, bucket, inputs):
+    bucket.place(HEAD_F, {"sha256": sha(b"f"), "size": 1, "key": "artifacts/shared/f",
+                          "inputs": inputs, "previous": "x", "producer": None})
+    bucket.place("artifacts/shared/f", b"f")
+    tree = ada.artifacts.lineage("f")
+    lines = [t.node_line(tree), *t.branch_lines(tree, "from", "")]
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("key", ["artifacts/shared/../../x", "artifacts/..//x", "x/y/z",
+                                 "artifacts/shared", "artifacts/s s/x", ""])
+def test_an_input_that_no_artifact_can_be_is_shown_and_not_looked_for(project, key):
+    project.ledger.store.put("artifacts/shared/f", b"f")
+    project.ledger.store.put(HEAD_F, json.dumps({
+        "sha256": sha(b"f"), "size": 1, "key": "artifacts/shared/f", "rev": 1,
+        "inputs": [{"artifact": key, "sha256": "x", "rev": 1}]}).encode())
+    [node] = project.artifacts.lineage("f", down=False)["from"]
+    assert (node["artifact"], node["state"], node["name"]) == (key, "unknown", None)
+
+
+def test_a_lineage_costs_a_read_for_each_artifact_above(ada):
+    worked_lineage(ada)
+    cost = spent(ada, ada.artifacts.lineage, "report", down=False)
+    assert cost == {f"GET manifests/{where}/_head.json": 1 for where in (
+        "shared/report", "shared/model", "prep/clean", "shared/raw")}
+
+
+def test_a_lineage_ends_at_its_limits_and_says_so(ada, monkeypatch):
+    for at in range(8):
+        ada.artifacts.put_bytes(f"n{at}", b"x", inputs=(f"n{at - 1}",) if at else ())
+    monkeypatch.setattr(tracecraft, "LINEAGE_DEPTH", 3)
+    tree = ada.artifacts.lineage("n7", down=False)
+    assert tree["truncated"] and json.dumps(tree).count('"artifact"') == 4
+    monkeypatch.setattr(tracecraft, "LINEAGE_DEPTH", 50)
+    assert not ada.artifacts.lineage("n7")["truncated"]
+    monkeypatch.setattr(tracecraft, "LINEAGE", 5)
+    assert ada.artifacts.lineage("n7")["truncated"]
+
+
+# -- URLs --------------------------------------------------------------
+
+
+def fetched(url):
+    """(status, body) of a plain GET by somebody without credentials."""
+    import urllib.request
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as why:
+        return why.code, b""
+
+
+@pytest.fixture(params=["suite", pytest.param("bucket", marks=pytest.mark.bucket)])
+def shared_one(request, s3):
+    """A handle on a bucket that checks signatures, with `größe 1.txt` in it twice."""
+    url, environ = f"s3://bucket?endpoint={s3.url}", s3.env()
+    if request.param == "bucket":
+        url, environ = request.getfixturevalue("real_bucket")
+    store = s3_store(url, environ, "t" + uuid.uuid4().hex[:10])
+    store.ensure()
+    project = project_on(store, "ada")
+    project.artifacts.put_bytes("größe 1.txt", b"one")
+    project.artifacts.put_bytes("größe 1.txt", b"two", overwrite=True)
+    project.artifacts.put_bytes("d/+ &?.txt", b"odd", step="s")
+    yield project
+    store.close()
+
+
+def test_a_url_reads_the_current_content_without_credentials(shared_one):
+    doc = shared_one.artifacts.url("größe 1.txt", expires=60)
+    assert fetched(doc["url"]) == (200, b"two")
+    assert (doc["sha256"], doc["expires_in_s"]) == (sha(b"two"), 60)
+    assert fetched(shared_one.artifacts.url("d/+ &?.txt", step="s")["url"]) == (200, b"odd")
+
+
+def test_a_tampered_or_expired_url_is_refused(shared_one, s3):
+    url = shared_one.artifacts.url("größe 1.txt", expires=60)["url"]
+    if fetched(url.replace("X-Amz-Signature=", "X-Amz-Signature=0"))[0] == 200:
+        pytest.skip("this server does not verify signatures")
+    for old, new in (("X-Amz-Expires=60", "X-Amz-Expires=600"),
+                     (sha(b"two"), sha(b"one")), ("X-Amz-Signature=", "X-Amz-Signature=0")):
+        assert fetched(url.replace(old, new))[0] == 403
+    if s3.url in url:
+        s3.skew = 61
+        assert fetched(url)[0] == 403
+
+
+def test_a_url_costs_the_head_and_a_look_at_its_bytes(ada, bucket):
+    ada.artifacts.put_bytes("f", b"one")
+    cost = spent(ada, ada.artifacts.url, "f")
+    assert cost == {f"GET {HEAD_F}": 1, "HEAD artifacts/shared/f": 1}
+
+
+@pytest.mark.parametrize("expires", [0, -5, 604_801])
+def test_a_url_lives_at_most_a_week(ada, expires):
+    assert "1 to 604800" in refused(tracecraft.Usage, ada.artifacts.url, "f",
+                                    expires=expires).message
+
+
+def test_a_url_ends_with_temporary_credentials(s3):
+    keys = tracecraft.Keys("testkey", "testsecret", token="tok",
+                           expires_at=time.time() + 100)
+    store = bucket_store(s3, keys=lambda: keys)
+    shared = store.presigned("f", 3600)
+    assert 95 <= shared["expires_in_s"] <= 100 and shared["temporary"]
+    assert "X-Amz-Security-Token=tok" in shared["url"]
+    keys.expires_at = time.time() - 1
+    refused(tracecraft.Denied, store.presigned, "f", 3600)
+
+
+def test_without_credentials_there_is_no_url(s3):
+    store = bucket_store(s3, keys=lambda: None)
+    assert "not signed" in refused(tracecraft.Denied, store.presigned, "f", 60).message
+
+
+def test_a_default_port_is_no_part_of_what_is_signed():
+    keys = tracecraft.Keys("a", "b")
+    for endpoint, host in (("https://s3.x.org:443", "https://s3.x.org/"),
+                           ("http://s3.x.org:80", "http://s3.x.org/"),
+                           ("http://s3.x.org:443", "http://s3.x.org:443/")):
+        store = tracecraft.S3Store("b-1", "p", endpoint=endpoint, keys=lambda: keys)
+        assert store.presigned("f", 60)["url"].startswith(host)
+
+
+def test_a_url_of_what_is_gone_is_not_made(ada, bucket):
+    ada.artifacts.put_bytes("f", b"one")
+    ada.artifacts.put_bytes("f", b"two", overwrite=True)
+    ada.store.delete(f"blobs/{sha(b'two')}")
+    refused(tracecraft.Corrupt, ada.artifacts.url, "f")
+
+
+# -- the commands ------------------------------------------------------
+
+
+def test_a_directory_is_shared_fetched_and_deleted_by_commands(sh):
+    tree_of(sh.cwd + "/site", a=b"A", sub__b=b"B")
+    assert sh.ok("artifact", "upload", "site", "--step", "build") == (
+        "Uploaded site/a -> artifacts/build/site/a\n"
+        "Uploaded site/sub/b -> artifacts/build/site/sub/b\n")
+    assert sh.ok("artifact", "upload", "site", "--step", "build").count("(unchanged)") == 2
+    assert sh.ok("artifact", "download", "--step", "build", "-o", "out") == (
+        "Downloaded artifacts/build/site/a -> out/site/a\n"
+        "Downloaded artifacts/build/site/sub/b -> out/site/sub/b\n")
+    assert sh.ok("artifact", "download", "site/", "--step", "build",
+                 "-o", "out").count("(unchanged)") == 2
+    assert sh.ok("artifact", "delete", "site/a", "--step", "build") == (
+        "Deleted artifacts/build/site/a\n")
+    assert "(by ada at " in sh.ok("artifact", "delete", "site/a", "--step", "build")
+    assert "was deleted by ada at " in sh.refused(1, "artifact", "download", "site/a",
+                                                  "--step", "build")
+    assert sh.ok("artifact", "list") == "artifacts/build/site/sub/b\n"
+    assert "  deleted: by ada at " in sh.ok("artifact", "show", "site/a", "--step", "build")
+
+
+def test_a_long_directory_is_cut_at_20_lines_and_whole_in_json(sh):
+    tree_of(sh.cwd + "/many", **{f"f{n:02d}": b"x" for n in range(25)})
+    lines = sh.ok("artifact", "upload", "many").splitlines()
+    assert len(lines) == 21 and lines[-1] == "+5 more"
+    assert len(sh.json("artifact", "upload", "many")["items"]) == 25
+
+
+def test_refused_files_are_named_and_the_worst_exit_code_is_that_of_the_command(sh):
+    tree_of(sh.cwd + "/site", a=b"A", b=b"B")
+    sh.ok("artifact", "upload", "site")
+    tree_of(sh.cwd + "/site", a=b"changed", c=b"C")
+    done = sh.run("artifact", "upload", "site")
+    assert done.returncode == 3 and "Uploaded site/c" in done.out
+    assert done.err.startswith("Error: site/a: Artifact artifacts/shared/site/a has other")
+    done = sh.run("artifact", "upload", "site", "--json")
+    assert (done.returncode, done.err) == (3, "")
+    assert [item.get("error", {}).get("exit") for item in json.loads(done.out)["items"]] \
+        == [3, None, None]
+
+
+def test_what_to_download_must_be_said(sh):
+    assert "needs a NAME" in sh.refused(2, "artifact", "download")
+    assert "not both" in sh.refused(2, "artifact", "verify")
+    assert "not both" in sh.refused(2, "artifact", "verify", "a", "--all")
+
+
+def test_a_directory_store_has_no_urls_but_says_where_the_file_is(sh):
+    tree_of(sh.cwd, a=b"A")
+    sh.ok("artifact", "upload", "a")
+    err = sh.refused(2, "artifact", "url", "a")
+    path = err.split("the file is ")[1].strip()
+    assert "has no URLs" in err and open(path, "rb").read() == b"A"
+
+
+def test_a_url_is_the_answer_and_its_danger_a_warning(sh, s3):
+    tree_of(sh.cwd, a=b"A")
+    where = {"TRACECRAFT_STORE": f"s3://bucket/p?endpoint={s3.url}", **s3.env()}
+    sh.ok("artifact", "upload", "a", **where)
+    done = sh.run("artifact", "url", "a", "--expires", "60", **where)
+    assert fetched(done.out.strip()) == (200, b"A")
+    assert done.err.count("warning") == 1 and "can read the file, for 60s" in done.err
+    assert "can read" not in sh.run("artifact", "url", "a", "-q", **where).err
+
+
+def test_a_lineage_is_a_tree_of_at_most_20_lines(sh):
+    tree_of(sh.cwd, raw=b"1", out=b"2", **{f"x{n:02d}": b"x" for n in range(25)})
+    sh.ok("artifact", "upload", "raw")
+    sh.ok("artifact", "upload", "out", "--inputs", "raw,raw", "--step", "s")
+    raw, out = sha(b"1")[:12], sha(b"2")[:12]
+    assert sh.ok("artifact", "lineage", "out", "--step", "s") == (
+        f"artifacts/s/out {out} rev 1 (ada)\n"
+        f"  from artifacts/shared/raw {raw} rev 1 (ada)\n")
+    tree_of(sh.cwd, raw=b"3")
+    sh.ok("artifact", "upload", "raw", "--overwrite")
+    assert f"rev 1 (ada), stale: now {sha(b'3')[:12]}\n" in sh.ok(
+        "artifact", "lineage", "out", "--step", "s", "--up")
+    for n in range(25):
+        sh.ok("artifact", "upload", f"x{n:02d}", "--input", "raw")
+    lines = sh.ok("artifact", "lineage", "raw", "--down").splitlines()
+    assert len(lines) == 21 and lines[-1] == "+7 more, --json shows all"
+
+
+def test_verifying_all_names_the_damaged_and_exits_8(sh):
+    tree_of(sh.cwd, a=b"A", b=b"B")
+    sh.ok("artifact", "upload", "a")
+    sh.ok("artifact", "upload", "b", "--step", "s")
+    assert sh.ok("artifact", "verify", "--all") == "2 artifacts, 2 B: all as recorded\n"
+    tree_of(sh.cwd, a=b"A2")
+    sh.ok("artifact", "upload", "a", "--overwrite")
+    [blob] = [path for path in sh.objects() if f"{os.sep}{sha(b'A2')}" in path]
+    pathlib.Path(blob).write_bytes(b"A3")
+    done = sh.run("artifact", "verify", "--all")
+    assert done.returncode == 8 and "artifacts/shared/a: " in done.out
+    assert done.out.endswith("2 artifacts, 3 B: 1 damaged\n")
+    assert sh.run("artifact", "verify", "--all", "--step", "s").returncode == 0
+
+
+# == Requests per command ==============================================
 #
 # Plans as text, graphs, and what a marker means: all pure.
 
@@ -14146,13 +15265,13 @@ def test_the_02_key_is_not_read_while_the_head_names_a_blob(project, tmp_path):
     assert open(path, "rb").read() == b"two"
 
 
-def test_a_listing_shows_02_keys_with_one_request(project):
+def test_a_listing_shows_02_keys_with_two_listings_and_the_heads(project):
     project.artifacts.put_bytes("b", b"bb")
     project.artifacts.put_bytes("x/y", b"1", step="s1")
     project.ledger.store.put("artifacts/shared/_old", b"0.2")
     before = project.ledger.store.requests
     rows = project.artifacts.list()
-    assert project.ledger.store.requests == before + 1
+    assert project.ledger.store.requests == before + 4
     assert [(r["key"], r["step"], r["name"], r["size"]) for r in rows] == [
         ("artifacts/s1/x/y", "s1", "x/y", 1),
         ("artifacts/shared/_old", None, "_old", 3),
@@ -15286,6 +16405,7 @@ def test_context_is_what_went_before(sh):
 
 
 # == 20. Commands of memory, mail and files ============================
+# == 20. Commands of memory and mail ===================================
 
 
 def test_memory_is_set_read_counted_and_deleted(sh):
