@@ -13462,6 +13462,31 @@ def export_to(project: Project, file: object, *, prefix: str = "") -> dict:
         return Exporter(project.ledger, tar, prefix).run()
 
 
+class NewFile:
+    """`with NewFile(target) as temp:` an empty file beside `target`, to be renamed.
+
+    Makes the directories that `target` needs. Gone afterwards unless it was renamed.
+    """
+
+    __slots__ = ("target", "temp")
+
+    def __init__(self, target: str) -> None:
+        import secrets
+        folder = os.path.dirname(target) or "."
+        self.target = target
+        self.temp = os.path.join(folder, f"{TEMP}{os.getpid()}-{secrets.token_hex(8)}")
+
+    def __enter__(self) -> str:
+        with FileTrouble("write", self.target):
+            os.makedirs(os.path.dirname(self.temp), exist_ok=True)
+            os.close(os.open(self.temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return self.temp
+
+    def __exit__(self, *why: object) -> None:
+        if os.path.lexists(self.temp):
+            os.unlink(self.temp)
+
+
 class Archive:
     """A verified tar of a project: members and their places in the file.
 
