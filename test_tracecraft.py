@@ -1420,6 +1420,45 @@ def test_force_by_the_holder_is_an_ordinary_end():
     assert t.end(record(), ME, "failed", at="", handoff={}, force="x")["token"] == 3
 
 
+LOCK_ME = t.Me("a", "i1", token=3, words=t.LOCK_WORDS)
+LOCK_OTHER = t.Me("b", "i3", words=t.LOCK_WORDS)
+
+
+def test_a_lock_is_refused_in_its_own_words_and_a_step_in_those_of_0_2():
+    with pytest.raises(t.Held, match="^is held by a$"):
+        t.take(record(), LOCK_OTHER, 0, at="NOW")
+    with pytest.raises(t.Held, match="^already claimed by a$"):
+        t.take(record(), OTHER, 0, at="NOW")
+    free = t.refusal(None, LOCK_OTHER)
+    assert (free.message, free.hint) == ("is not held", "acquire it first")
+    assert t.refusal(None, OTHER).hint == "claim it first"
+    assert "claim" not in t.refusal(record(), LOCK_OTHER).hint
+    assert t.take(None, LOCK_OTHER, None, at="NOW")["history"][-1]["why"] == "acquired"
+
+
+def test_force_releases_anothers_lease_for_one_token_and_gives_the_reason():
+    new = t.release(record(), LOCK_OTHER, at="NOW", force="he is ill")
+    assert (new["state"], new["token"], new["agent"]) == ("released", 4, t.NOBODY)
+    assert new["history"][-1]["why"] == "forced: he is ill"
+    assert t.refusal(new, LOCK_ME).exit == 4
+    assert t.release(new, LOCK_OTHER, at="", force="again") is new
+
+
+def test_force_by_the_holder_is_an_ordinary_release():
+    assert t.release(record(), LOCK_ME, at="", force="x")["token"] == 3
+
+
+@pytest.mark.parametrize("lease", [None, record("complete")])
+def test_force_makes_nothing_free_that_nobody_holds(lease):
+    with pytest.raises(t.Conflict):
+        t.release(lease, LOCK_OTHER, at="", force="x")
+
+
+def test_an_extension_changes_the_length_only_when_told():
+    assert t.renew(record(), LOCK_ME, at="N", ends="E")["ttl"] == 100
+    assert t.renew(record(), LOCK_ME, at="N", ends="E", ttl=7)["ttl"] == 7
+
+
 def test_releasing_twice_is_once():
     released = ACTS["release"](record(), ME)
     assert brief(released)[:4] == ("released", t.NOBODY, None, 3)
@@ -6053,7 +6092,7 @@ class MemoryStore:
     clock_at: its clock, a number; 1 ms passes with each request. Stamps are whole
     seconds, as on S3. log: every write that landed, in order. sent: every PUT of this
     handle. counts: requests of this handle by (method, key). page: keys of one LIST
-    page; a longer listing counts as so many requests.
+    page; a longer listing counts as so many requests. gate: called before each request.
     """
 
     kind, endpoint, bucket = "memory", "", "memory"
@@ -6063,6 +6102,7 @@ class MemoryStore:
         self.shared = shared or Memories()
         self.verdict = {"atomic": True, "dialect": "quoted", "why": "", "at": ""}
         self.deadline, self.chaos, self.page = time.monotonic() + 60, None, None
+        self.gate = None
         self.forget()
 
     def forget(self):
@@ -6114,6 +6154,8 @@ class MemoryStore:
 
     def _request(self, method, key, act):
         """One attempt: count it, let a fault have its way, perhaps act."""
+        if self.gate:
+            self.gate()
         with self.shared.lock:
             self.requests += 1
             self.counts[method, key] += 1
@@ -13197,11 +13239,12 @@ def crashes(prepare, act):
         number, when = (number, "after") if when == "before" else (number + 1, "before")
 
 
-def step_faults(bucket):
-    """What invariants 1 and 3 of protocol.md 11 forbid, found in the log."""
+def step_faults(bucket, of=lambda key: key.endswith("/claim.json")):
+    """What invariants 1 and 3 of protocol.md 11 forbid, found in the log. of: whether a
+    key is one of the leases that are meant."""
     wrong, last = chain_faults(bucket), {}
     for key, body, at, _ in bucket.log:
-        if not key.endswith("/claim.json"):
+        if not of(key):
             continue
         old = last.get(key)
         if body is None:

@@ -62,9 +62,9 @@ import time
 
 __version__ = "1.0.0"
 __all__ = [
-    "connect", "Project", "Claim", "Error", "Usage", "NotFound", "Conflict", "Held",
-    "Fenced", "Blocked", "TimedOut", "Unavailable", "Throttled", "Corrupt", "Unknown",
-    "Unsafe", "Denied", "main",
+    "connect", "Project", "Claim", "Lease", "Error", "Usage", "NotFound",
+    "Conflict", "Held", "Fenced", "Blocked", "TimedOut", "Unavailable", "Throttled",
+    "Corrupt", "Unknown", "Unsafe", "Denied", "main",
 ]
 
 # == 1. Constants and errors ===========================================
@@ -431,20 +431,31 @@ def common_start(words: list) -> str:
 ENDED = ("complete", "failed", "blocked", "needs_review")
 TO_02 = {"released": "pending", "failed": "blocked"}  # how 0.2 reads our states
 NOBODY = "(released)"
+# How refusals and histories speak of a lease: a step is claimed (words of 0.2) ...
+CLAIM_WORDS = {
+    "take": "claim", "taken": "claimed", "held": "claimed", "act": "claim",
+    "busy": "already claimed by", "holder": "claim-holder",
+    "stop": "stop this work; what you upload no longer counts"}
+# ... anything else is acquired.
+LOCK_WORDS = {
+    "take": "acquire", "taken": "acquired", "held": "held", "act": "request",
+    "busy": "is held by", "holder": "holder",
+    "stop": "stop this work: another may be at it by now"}
 
 
 class Me:
     """Who acts: an agent id, an instance of it, and the token it holds (or None).
 
     explicit: the user named the instance, so the record itself may lend its token.
+    words: in which it is refused, CLAIM_WORDS or LOCK_WORDS.
     """
 
-    __slots__ = ("agent", "instance", "token", "explicit")
+    __slots__ = ("agent", "instance", "token", "explicit", "words")
 
     def __init__(self, agent: str, instance: str, *, token: int | None = None,
-                 explicit: bool = False) -> None:
+                 explicit: bool = False, words: dict = CLAIM_WORDS) -> None:
         self.agent, self.instance = agent, instance
-        self.token, self.explicit = token, explicit
+        self.token, self.explicit, self.words = token, explicit, words
 
 
 def number(doc: dict | None, name: str, default: int = 0) -> int:
@@ -530,6 +541,12 @@ def expired(claim: dict, age: float | None) -> bool:
     return bool(ttl) and age is not None and age >= ttl + GRACE
 
 
+def seconds_left(claim: dict, age: float | None) -> int | None:
+    """Until a takeover may be tried, unless it is renewed; None: never, or unknown."""
+    ttl = number(claim, "ttl")
+    return None if not ttl or age is None else max(0, int(ttl + GRACE - age))
+
+
 def holds(claim: dict | None, me: Me) -> bool:
     """Whether `me` holds the step: agent and token match (protocol 1, Who I am)."""
     if claim is None or state_of(claim) != "in_progress":
@@ -589,9 +606,9 @@ def take(claim: dict | None, me: Me, age: float | None, *, at: str, ends: str = 
         raise Blocked(f"waits for {', '.join(missing)}", missing=list(missing),
                       hint="wait-for them, or --ignore-needs")
     if state == "released":
-        return _taken(claim, me, at=at, ends=ends, ttl=ttl, why="claimed",
+        return _taken(claim, me, at=at, ends=ends, ttl=ttl, why=me.words["taken"],
                       attempt=number(claim, "attempt", 1) + 1)
-    why = "claimed" if claim is None else f"reopened from {state}"
+    why = me.words["taken"] if claim is None else f"reopened from {state}"
     return _taken(claim, me, at=at, ends=ends, ttl=ttl, attempt=1, why=why)
 
 
@@ -621,38 +638,38 @@ def _take_held(claim: dict, me: Me, age: float | None, *, at: str, ends: str, tt
 
 def held(claim: dict, me: Me, age: float | None) -> Held:
     """The refusal that names the holder, the age of its lease and the seconds left."""
-    holder, ttl = shown(claim.get("agent", "unknown")), number(claim, "ttl")
-    left = None if not ttl or age is None else max(0, int(ttl + GRACE - age))
+    holder, left = shown(claim.get("agent", "unknown")), seconds_left(claim, age)
     hint = "its lease never expires; ask it to release" if left is None else \
         f"free in {left}s unless renewed; --wait {left + 5} waits for it"
     if claim.get("agent") == me.agent:
         hint = "another instance of you holds it; --resume takes it over"
-    return Held(f"already claimed by {holder}", hint=hint, holder=claim.get("agent"),
+    return Held(f"{me.words['busy']} {holder}", hint=hint, holder=claim.get("agent"),
                 age_s=None if age is None else int(age), expires_in_s=left,
                 token=token_of(claim))
 
 
 def refusal(claim: dict | None, me: Me, age: float | None = None) -> Error:
-    """Why `me` may not touch this step: fenced, ended, or never held."""
+    """Why `me` may not touch this lease: fenced, ended, or never held."""
+    words = me.words
     if claim is None:
-        return Conflict("is not claimed", hint="claim it first")
+        return Conflict(f"is not {words['held']}", hint=f"{words['take']} it first")
     holder, state = shown(claim.get("agent")), state_of(claim)
     if me.token is not None and me.token < token_of(claim):
         since = claim.get("claimed_at") if state == "in_progress" else _ended_at(claim)
         return Fenced(f"your token {me.token} is fenced: {holder} has token"
                       f" {token_of(claim)} since {shown(since)} ({state})",
-                      hint="stop this work; what you upload no longer counts",
-                      holder=claim.get("agent"), token=token_of(claim), state=state)
+                      hint=words["stop"], holder=claim.get("agent"),
+                      token=token_of(claim), state=state)
     if state in ENDED:
         return Conflict(f"is {state} already (agent: {holder})", state=state,
                         hint="claim it with --reopen to change that")
     if state == "released":
-        return Conflict("was released", state=state, hint="claim it again")
+        return Conflict("was released", state=state, hint=f"{words['take']} it again")
     if claim.get("agent") == me.agent:
         return held(claim, me, age)
-    return Held(f"is claimed by '{holder}', not '{me.agent}'",
+    return Held(f"is {words['held']} by '{holder}', not '{me.agent}'",
                 holder=claim.get("agent"), token=token_of(claim),
-                hint="--force overrides, e.g. if the claim-holder crashed")
+                hint=f"--force overrides, e.g. if the {words['holder']} crashed")
 
 
 def _ended_at(claim: dict) -> object:
@@ -661,23 +678,33 @@ def _ended_at(claim: dict) -> object:
     return last.get("at") if isinstance(last, dict) else None
 
 
-def renew(claim: dict | None, me: Me, *, at: str, ends: str) -> dict:
-    """The claim with its lease begun anew; the token stays."""
+def renew(claim: dict | None, me: Me, *, at: str, ends: str,
+          ttl: int | None = None) -> dict:
+    """The claim with its lease begun anew, of `ttl` seconds if given; the token stays.
+    """
     if not holds(claim, me):
         raise refusal(claim, me)
-    return {**claim, "renewed_at": at, "expires_at": ends}
+    new = {**claim, "renewed_at": at, "expires_at": ends}
+    return new if ttl is None else {**new, "ttl": ttl}
 
 
-def release(claim: dict | None, me: Me, *, at: str, why: str = "released") -> dict:
-    """The claim given back, claimable by anyone. Twice is once."""
+def release(claim: dict | None, me: Me, *, at: str, why: str = "released",
+            force: str = "") -> dict:
+    """The claim given back, claimable by anyone. Twice is once.
+
+    force: a person's reason to take another's away; it costs the holder its token.
+    """
     if claim is not None and state_of(claim) == "released":
         mine = claim.get("released_by") == me.agent and me.token is None
-        if mine or me.token == token_of(claim):
+        if mine or me.token == token_of(claim) or force:
             return claim
+    token = token_of(claim)
     if not holds(claim, me):
-        raise refusal(claim, me)
-    new = _transition(claim, state="released", by=me.agent, token=token_of(claim),
-                      at=at, why=why, agent=NOBODY, released_by=me.agent)
+        if not force or claim is None or state_of(claim) in ENDED:
+            raise refusal(claim, me)
+        token, why = token + 1, f"forced: {force}"
+    new = _transition(claim, state="released", by=me.agent, token=token, at=at, why=why,
+                      agent=NOBODY, released_by=me.agent)
     new.pop("instance", None)
     return new
 
@@ -6580,16 +6607,18 @@ class Settings:
                  "embedded", "notes")
 
     def lent(self) -> dict:
-        """{resource: token}: TRACECRAFT_TOKEN, for the resource it was given with."""
+        """{resource: token}: TRACECRAFT_TOKEN, for the resource it was given with.
+
+        A lock's inside a step's: then the token is that of the lock."""
         text = self.environ.get("TRACECRAFT_TOKEN", "")
         if not text:
             return {}
         token = whole("TRACECRAFT_TOKEN", text)
         step, lock = (
             self.environ.get(name) for name in ("TRACECRAFT_STEP", "TRACECRAFT_LOCK"))
-        if step:
-            return {f"step/{step_id(step)}": token}
-        return {f"lock/{lock}": token} if lock else {}
+        if lock:
+            return {f"lock/{lock}": token}
+        return {f"step/{step_id(step)}": token} if step else {}
 
     def verdicts(self) -> Verdicts:
         """The cache for this store's verdict."""
@@ -7207,6 +7236,8 @@ def naming(subject: str, decide: object) -> object:
     def deciding(record: Record) -> dict:
         try:
             return decide(record)
+        except Corrupt:
+            raise  # it names its key
         except Error as why:
             joint = ": " if isinstance(why, Fenced) else " "
             why.message = f"{subject}{joint}{why.message}"
@@ -7571,18 +7602,20 @@ def poll_pause(tries: int) -> float:
     return min(15.0, 0.2 * 1.3 ** min(tries, 20)) * (0.5 + random.random() / 2)
 
 
-def waiting(ledger: Ledger, wait: float, act: object) -> object:
+def waiting(ledger: Ledger, wait: float, act: object, *,
+            outlast: tuple = (), pause: object = time.sleep) -> object:
     """act(), again and again while another holds it or needs are missing.
 
     wait: seconds; 0 tries once and raises what act raised, else TimedOut at the end.
-    The pause follows the lease that is in the way, never a fixed period.
+    The pause follows the lease that is in the way, never a fixed period. outlast:
+    further kinds of Error that are waited out. pause: callable(seconds).
     """
     until, tries = time.monotonic() + wait, 0
     while True:
         ledger.restart()
         try:
             return act()
-        except (Held, Blocked) as why:
+        except (Held, Blocked, *outlast) as why:
             left = until - time.monotonic()
             if wait <= 0:
                 raise
@@ -7591,7 +7624,7 @@ def waiting(ledger: Ledger, wait: float, act: object) -> object:
                                **why.details) from why
             expires = why.details.get("expires_in_s")
             due = 15 if expires is None else expires + 1
-            time.sleep(max(0.05, min(left, poll_pause(tries), due)))
+            pause(max(0.05, min(left, poll_pause(tries), due)))
             tries += 1
 
 
@@ -7605,17 +7638,27 @@ def checked_ttl(ttl: int | None, default: int = TTL) -> int:
     return ttl
 
 
+def sound_lease(record: Record) -> dict | None:
+    """The lease in a record; Corrupt when it does not say who holds it."""
+    if record.doc is not None and not isinstance(record.doc.get("agent"), str):
+        raise Corrupt(f"{record.key} does not say who holds it", key=record.key,
+                      hint="doctor names such records; mend it by hand")
+    return record.doc
+
+
 class Lease:
     """A lease I hold. As a context manager it is given back on leaving.
 
     name: what it is called. resource: how local state calls it. token; doc (the record
-    as written); fresh (False: it was mine already).
+    as written); fresh (False: it was mine already); begun: time.monotonic() before it
+    was taken, from when it counts.
     """
 
     def __init__(self, leases: object, key: str, *, resource: str, subject: str,
-                 doc: dict, fresh: bool) -> None:
+                 doc: dict, fresh: bool, begun: float = 0) -> None:
         self.leases, self.key, self.resource = leases, key, resource
         self.subject, self.doc, self.fresh = subject, doc, fresh
+        self.begun = begun
         self.name = resource.partition("/")[2]
         self.token, self.done = token_of(doc), False
 
@@ -7642,19 +7685,21 @@ class Lease:
 class Leases:
     """Takes, renews and releases lease records of any key, as one agent.
 
-    who: see Who. notify: callable(agent, text, step) told of takeovers. resource: the
-    name under which local state keeps the token, e.g. lock/models.py.
+    who: see Who. notify: callable(agent, text, step) told of takeovers. words: in which
+    it is refused. resource: the name under which local state keeps the token, e.g.
+    lock/models.py.
     """
 
-    def __init__(self, ledger: Ledger, who: object, notify: object) -> None:
-        self.ledger, self.who, self.notify = ledger, who, notify
+    def __init__(self, ledger: Ledger, who: object, notify: object, *,
+                 words: dict = CLAIM_WORDS) -> None:
+        self.ledger, self.who, self.notify, self.words = ledger, who, notify, words
 
     def me(self, resource: str, token: int | None = None) -> Me:
         """Who I am towards a resource: with the token given, passed on, or kept."""
         if token is None:
             token = self.who.token_for(resource)
         return Me(self.who.agent, self.who.instance, token=token,
-                  explicit=self.who.explicit)
+                  explicit=self.who.explicit, words=self.words)
 
     def ends(self, ttl: int) -> str:
         """When a lease of `ttl` seconds that begins now ends; "" for never."""
@@ -7662,30 +7707,34 @@ class Leases:
 
     def take(self, key: str, resource: str, *, subject: str, ttl: int | None = None,
              wait: float = 0, resume: bool = False, op: str = "",
-             fields: dict | None = None) -> Lease:
+             fields: dict | None = None, outlast: tuple = (),
+             pause: object = time.sleep) -> Lease:
         """Take the lease at `key`: one winner per token.
 
-        fields: what else the record says. wait: seconds to wait for its holder. Raises
-        Held, TimedOut, Unknown.
+        fields: what else the record says. wait: seconds to wait for its holder, and for
+        an end of the kinds of Error in `outlast`. Raises Held, TimedOut, Unknown.
         Keys: CAS `key`"""
         how = {"ttl": checked_ttl(ttl), "resume": resume}
-        return waiting(self.ledger, wait, lambda: self._take(
-            key, resource, subject=subject, how=how, op=op, fields=fields or {}))
+        return waiting(self.ledger, wait, lambda: self.take_now(
+            key, resource, subject=subject, how=how, op=op, fields=fields),
+            outlast=outlast, pause=pause)
 
-    def _take(self, key: str, resource: str, *, subject: str, how: dict, op: str,
-              fields: dict) -> Lease:
+    def take_now(self, key: str, resource: str, *, subject: str, how: dict,
+                 op: str = "", fields: dict | None = None,
+                 first: Record | None = None) -> Lease:
+        """One try of `take`. how: ttl, resume. first: the record if it was read."""
         begun, me = time.monotonic(), self.me(resource)
 
         def decide(record: Record) -> dict:
-            new = take(record.doc, me, record.age, at=self.ledger.at(), max_attempts=0,
-                       ends=self.ends(how["ttl"]), **how)
-            return new if new is record.doc else {**new, **fields}
-        change = self.ledger.change(key, naming(subject, decide), op=op)
+            new = take(sound_lease(record), me, record.age, at=self.ledger.at(),
+                       max_attempts=0, ends=self.ends(how["ttl"]), **how)
+            return new if new is record.doc else {**new, **(fields or {})}
+        change = self.ledger.change(key, naming(subject, decide), op=op, first=first)
         raised = self.won(change, resource, subject=subject)
         if raised:
             self.tell_former(change, subject, about="")
         lease = Lease(self, key, resource=resource, subject=subject, doc=change.doc,
-                      fresh=raised)
+                      fresh=raised, begun=begun)
         self.hurry(lease, begun)
         return lease
 
@@ -7700,15 +7749,16 @@ class Leases:
                 mine and state_of(doc) == "in_progress"):
             raise self._moved_on(subject, doc)  # a repeated --op: it landed, long ago
         if token_of(change.after.doc) != token_of(doc):
-            raise Fenced(f"{subject}: your claim landed, but the lease was taken over"
-                         " before its answer was settled", token=token_of(doc))
+            raise Fenced(f"{subject}: your {self.words['act']} landed, but the lease"
+                         " was taken over before its answer was settled",
+                         token=token_of(doc))
         if state_of(doc) == "in_progress":
             self.who.hold(resource, token_of(doc), ttl=number(doc, "ttl"))
         return token_of(doc) > token_of(before)
 
     def _moved_on(self, subject: str, doc: dict) -> Error:
         kind = Fenced if state_of(doc) == "in_progress" else Conflict
-        return kind(f"{subject}: that claim landed, but it has moved on:"
+        return kind(f"{subject}: that {self.words['act']} landed, but it has moved on:"
                     f" {shown(doc.get('agent'))} has token {token_of(doc)}"
                     f" ({state_of(doc)})", holder=doc.get("agent"),
                     token=token_of(doc), state=state_of(doc))
@@ -7728,16 +7778,18 @@ class Leases:
         if ttl and time.monotonic() - begun > ttl / 3:
             lease.renew()
 
-    def renew(self, key: str, resource: str, *, subject: str,
+    def renew(self, key: str, resource: str, *, subject: str, ttl: int | None = None,
               token: int | None = None, op: str = "") -> dict:
         """Push the end of my lease to now + its ttl. Raises Fenced, Conflict, Unknown.
 
-        Keys: CAS `key`"""
+        ttl: the lease has that many seconds from now on. Keys: CAS `key`"""
         me = self.me(resource, token)
+        ttl = None if ttl is None else checked_ttl(ttl)
 
         def decide(record: Record) -> dict:
-            return renew(record.doc, me, at=self.ledger.at(),
-                         ends=self.ends(number(record.doc, "ttl")))
+            length = number(record.doc, "ttl") if ttl is None else ttl
+            return renew(sound_lease(record), me, at=self.ledger.at(), ttl=ttl,
+                         ends=self.ends(length))
         return self.kept(self._change(key, resource, decide, subject=subject, op=op),
                          resource, me=me, subject=subject)
 
@@ -7752,18 +7804,21 @@ class Leases:
         return doc
 
     def release(self, key: str, resource: str, *, subject: str,
-                token: int | None = None, why: str = "released",
+                token: int | None = None, why: str = "released", force: str = "",
                 op: str = "") -> dict:
         """Give a lease back, so that anyone may take it. Twice is once.
 
-        Keys: CAS `key`"""
+        force: a person's reason to take another's away. Keys: CAS `key`"""
         me = self.me(resource, token)
 
         def decide(record: Record) -> dict:
-            return release(record.doc, me, at=self.ledger.at(), why=why)
-        doc = self._change(key, resource, decide, subject=subject, op=op).doc
-        self.forget(resource, doc)
-        return doc
+            return release(sound_lease(record), me, at=self.ledger.at(), why=why,
+                           force=force)
+        change = self._change(key, resource, decide, subject=subject, op=op)
+        if change.wrote and token_of(change.doc) > token_of(change.before.doc):
+            self.tell_former(change, subject, about="")
+        self.forget(resource, change.doc)
+        return change.doc
 
     def forget(self, resource: str, doc: dict) -> None:
         """Renew no more what was given back or has ended under my token."""
@@ -7971,10 +8026,8 @@ class StepReader:
         """The view of records that load() read; what it misses is left empty."""
         record, status = found["claim.json"], found["status.json"]
         claim = adopt(record.doc, status.doc, status.stamp)
-        ttl, state = number(claim, "ttl"), state_of(claim)
-        left = None
-        if state == "in_progress" and ttl and record.age is not None:
-            left = max(0, int(ttl + GRACE - record.age))
+        state = state_of(claim)
+        left = seconds_left(claim, record.age) if state == "in_progress" else None
         spec = found["spec.json"].doc or {}
         return {"step": sid, "state": state, "agent": (claim or {}).get("agent"),
                 "token": token_of(claim), "expires_in_s": left,
@@ -15514,6 +15567,15 @@ class Stoppable:
             self._idle = False
 
 
+def lent_environ(project: object, **names: object) -> dict:
+    """The environment of CMD: what we have, where and who we are, and `names`, each as
+    TRACECRAFT_<NAME>."""
+    names.update(store=project.store.url, project=project.settings.project,
+                 agent=project.agent, instance=project.instance)
+    return {**os.environ, **{f"TRACECRAFT_{name.upper()}": str(value)
+                             for name, value in names.items()}}
+
+
 def run_under(lease: object, words: list, environ: dict, *, subject: str,
               asked: float) -> int:
     """Run CMD while its lease is kept alive; its exit code (128 + signal).
@@ -15632,16 +15694,11 @@ def cmd_claim(project: object, options: object) -> int:
 def child_environ(project: object, claim: object) -> dict:
     """The environment of a command run under a claim (cli.md, Exit codes)."""
     spec = claim.spec or {}
-    return {
-        **os.environ,
-        "TRACECRAFT_STEP": claim.step, "TRACECRAFT_TOKEN": str(claim.token),
-        "TRACECRAFT_TITLE": str(spec.get("title") or ""),
-        "TRACECRAFT_NEEDS": ",".join(texts(spec, "needs")),
-        "TRACECRAFT_ATTEMPT": str(claim.attempt),
-        "TRACECRAFT_STORE": project.store.url,
-        "TRACECRAFT_PROJECT": project.settings.project,
-        "TRACECRAFT_AGENT": project.agent, "TRACECRAFT_INSTANCE": project.instance,
-    }
+    environ = lent_environ(
+        project, step=claim.step, token=claim.token, title=spec.get("title") or "",
+        needs=",".join(texts(spec, "needs")), attempt=claim.attempt)
+    environ.pop("TRACECRAFT_LOCK", None)  # of a lock around us: the token is the step's
+    return environ
 
 
 def run_claimed(project: object, claim: object, words: list, *, options: object,
