@@ -13018,6 +13018,1043 @@ def test_a_stream_takes_no_op_and_a_point_repeated_under_one_is_once(sh):
     assert sh.json("run", "start", "--op", "mine")["id"] == "mine"
 
 
+# == Locks and barriers ================================================
+#
+# Locks, semaphores and barriers of protocol.md 6: what each verb does, its crash points
+# and requests, and invariants 1 and 4 under schedules that a seed repeats.
+
+# -- pure: slots, verdicts
+
+
+@pytest.mark.parametrize("lease, age, state, left", [
+    (None, None, "free", None), (record("released", agent=t.NOBODY), 9, "free", None),
+    (record(), 10, "held", 95), (record(), 105, "expired", 0),
+    (record(ttl=0), 10**6, "held", None), (record(), None, "held", None)])
+def test_a_lease_is_shown_as_free_held_or_expired(lease, age, state, left):
+    view = t.lease_view(lease, age)
+    assert (view["state"], view["expires_in_s"]) == (state, left)
+    assert view["holder"] == (None if state == "free" else "a")
+
+
+def test_only_an_election_has_a_leader_and_only_while_it_is_held():
+    assert "leader" not in t.lease_view(record(), 0)
+    assert t.lease_view(record(elect=True), 0)["leader"] == "a"
+    assert t.lease_view(record(elect=True), 106)["leader"] is None
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 50])
+def test_every_slot_is_tried_once_and_instances_begin_apart(k):
+    orders = [t.slot_order(f"i{n}", k) for n in range(100)]
+    assert all(sorted(order) == list(range(k)) for order in orders)
+    assert len({order[0] for order in orders}) > k / 2
+
+
+@pytest.mark.parametrize("key, slot", [
+    ("semaphores/g/0.json", 0), ("semaphores/g/12.json", 12), ("semaphores/g/x.json", None),
+    ("semaphores/g/config.json", None), ("semaphores/g/12", None), ("s/-1.json", None),
+    ("semaphores/g/99999999.json", None), ("semaphores/g/.json", None)])
+def test_only_a_number_is_a_slot(key, slot):
+    assert t.slot_of(key) == slot
+
+
+@pytest.mark.parametrize("folder, gen", [("g1", 1), ("g120", 120), ("g", None),
+                                         ("g0", None), ("g01", None), ("x1", None),
+                                         ("g1x", None), ("", None), ("g" * 12, None)])
+def test_only_g_and_a_number_is_a_generation(folder, gen):
+    assert t.generation_in(folder) == gen
+
+
+@pytest.mark.parametrize("arrived", range(5))
+def test_a_barrier_opens_with_n_arrivals_and_breaks_only_with_fewer(arrived):
+    names = [f"a{n}" for n in range(arrived)]
+    verdict = t.verdict_on(names[::-1], 3, broken="late")
+    assert verdict["state"] == ("open" if arrived >= 3 else "broken")
+    assert verdict["participants"] == names
+    assert (t.verdict_on(names, 3) is None) == (arrived < 3)
+
+
+def test_the_most_slots_there_ever_were_are_remembered():
+    config = t.resized({"k": 3, "peak": 3}, 1)
+    assert (config["k"], t.most_slots(config)) == (1, 3)
+    assert t.most_slots(t.resized(config, 5)) == 5
+    assert t.resized(config, 1) is config
+
+
+# -- locks
+
+
+def test_a_lock_has_one_holder_until_it_is_released(ada, bob):
+    lease = ada.lock("db")
+    why = refused(t.Held, bob.lock, "db")
+    assert (why.message, lease.token) == ("Lock db is held by ada", 1)
+    ada.locks.release("db")
+    assert bob.lock("db").token == 2
+    assert refused(t.Fenced, ada.locks.extend, "db").exit == 4
+
+
+def test_a_lock_acquired_again_by_the_same_instance_is_the_same(ada, bucket):
+    ada.lock("db")
+    again = ada.lock("db")
+    assert (again.token, again.fresh, bucket.writes("locks/db.json")) == (1, False, 1)
+
+
+def test_another_instance_takes_my_lock_only_when_it_says_resume(ada, bucket):
+    ada.lock("db")
+    twin = agent_on(bucket, "ada", instance="i2")
+    assert "--resume" in refused(t.Held, twin.lock, "db").hint
+    assert twin.lock("db", resume=True).token == 2
+    assert refused(t.Fenced, ada.locks.release, "db").exit == 4
+
+
+def test_an_expired_lock_is_taken_over_and_its_holder_is_told(ada, bob, bucket):
+    ada.lock("db", ttl=30)
+    pass_time(bucket, 34)
+    assert refused(t.Held, bob.lock, "db").details["expires_in_s"] == 1
+    pass_time(bucket, 2)
+    assert bob.lock("db").token == 2
+    assert any("Lock db" in text for text in mail_texts(ada.inbox()))
+
+
+def test_a_lock_that_never_expires_is_never_taken_over(ada, bob, bucket):
+    ada.lock("db", ttl=0)
+    pass_time(bucket, 10**7)
+    assert refused(t.Held, bob.lock, "db").details["expires_in_s"] is None
+
+
+def test_force_releases_a_lock_fences_its_holder_and_tells_it(ada, bob, bucket):
+    ada.lock("db")
+    assert bob.locks.release("db", force="ada is gone")["token"] == 2
+    assert refused(t.Fenced, ada.locks.extend, "db").exit == 4
+    assert ["forced: ada is gone" in text for text in mail_texts(ada.inbox())] == [True]
+    assert bob.locks.view("db")["state"] == "free" and ada.lock("db").token == 3
+
+
+def test_a_lock_is_extended_to_another_length(ada, bucket):
+    ada.lock("db", ttl=30)
+    assert ada.locks.extend("db", ttl=500)["ttl"] == 500
+    pass_time(bucket, 400)
+    assert ada.locks.view("db")["state"] == "held"
+
+
+def test_with_gives_a_lock_back_also_after_an_error(ada, bob):
+    with pytest.raises(KeyError):
+        with ada.lock("db"):
+            raise KeyError
+    with bob.lock("db") as lease:
+        assert lease.token == 2
+    assert bob.locks.view("db")["state"] == "free"
+
+
+def test_waiting_for_a_lock_ends_when_it_is_free_or_with_6(ada, bob):
+    ada.lock("db")
+    assert refused(t.TimedOut, bob.lock, "db", wait=0.3).exit == 6
+    threading.Timer(0.3, ada.locks.release, ["db"]).start()
+    assert bob.lock("db", wait=20).token == 2
+
+
+def test_who_waits_to_be_elected_outlasts_a_store_that_is_down(ada, bob):
+    ada.store.fault("dead", "GET", times=2)
+    assert refused(t.Unavailable, ada.lock, "db", wait=5).exit == 7
+    assert ada.lock("db", wait=5, elect=True).token == 1
+    assert bob.locks.view("db")["leader"] == "ada"
+
+
+def test_checking_in_renews_locks_and_slots_and_names_those_that_are_lost(ada, bob,
+                                                                          bucket):
+    ada.lock("a"), ada.lock("b"), ada.semaphore("gpu", 1)
+    bob.locks.release("b", force="mine")
+    pass_time(bucket, 100)
+    seen = ada.checkin()
+    assert (seen["renewed"], seen["lost"]) == (["lock a", "semaphore gpu/0"], ["lock b"])
+    assert ada.locks.view("a")["age_s"] == 0
+
+
+def test_all_locks_are_listed_and_a_damaged_one_is_warned_of(ada, bucket):
+    for name in ("b", "a.py"):
+        ada.lock(name)
+    bucket.place("locks/x.json", {"token": []})
+    assert [view["lock"] for view in ada.locks.all()] == ["a.py", "b"]
+    assert ["locks/x.json" in text for text in ada.warned] == [True]
+
+
+@pytest.mark.parametrize("doc", [{}, {"agent": 3}, b"[1]", b"{", {"agent": None}])
+def test_a_damaged_lock_is_reported_by_its_key_and_never_overwritten(ada, bucket, doc):
+    bucket.place("locks/db.json", doc)
+    before = bucket.shared.objects["locks/db.json"][0]
+    for act in (ada.lock, ada.locks.extend, ada.locks.release, ada.locks.view):
+        assert "locks/db.json" in refused(t.Corrupt, act, "db").message
+    assert bucket.shared.objects["locks/db.json"][0] == before
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "_x", "..", "a b", "é", "x" * 201])
+def test_a_name_that_cannot_be_a_key_is_refused_before_any_request(ada, name):
+    for act in (ada.lock, ada.semaphore, ada.barrier, ada.locks.view):
+        assert refused(t.Usage, act, name).hint
+    assert ada.store.requests == 0
+
+
+def test_the_token_passed_on_is_of_the_inner_of_a_step_and_a_lock(tmp_path):
+    def lent(**environ):
+        environ = {"HOME": str(tmp_path), "TRACECRAFT_TOKEN": "3", **environ}
+        return t.load_settings({}, environ, str(tmp_path)).lent()
+    assert lent(TRACECRAFT_STEP="S", TRACECRAFT_LOCK="db") == {"lock/db": 3}
+    assert lent(TRACECRAFT_STEP="S") == {"step/s": 3}
+
+
+# -- semaphores
+
+
+def crowd(bucket, count):
+    return [agent_on(bucket, f"a{n}") for n in range(count)]
+
+
+def test_a_semaphore_admits_its_limit_and_no_more(bucket):
+    *some, late = crowd(bucket, 4)
+    slots = [agent.semaphore("gpu", 3).doc["slot"] for agent in some]
+    assert sorted(slots) == [0, 1, 2]
+    why = refused(t.Held, late.semaphore, "gpu")
+    assert "is full: 3 hold it" in why.message and why.details["expires_in_s"] > 0
+    some[1].semaphores.release("gpu")
+    assert late.semaphore("gpu").doc["slot"] == slots[1]
+
+
+def test_a_slot_acquired_again_is_the_same_also_by_the_next_process(bucket):
+    state = LocalState()
+    slot = agent_on(bucket, "ada", state=state).semaphore("gpu", 5).doc["slot"]
+    again = agent_on(bucket, "ada", state=state).semaphore("gpu")
+    assert (again.doc["slot"], again.token, again.fresh) == (slot, 1, False)
+    assert bucket.writes(f"semaphores/gpu/{slot}.json") == 1
+
+
+def test_an_instance_without_local_state_finds_its_slot_by_its_name(bucket):
+    for _ in range(3):
+        agent_on(bucket, "ada", instance="me", explicit=True).semaphore("gpu", 5)
+    assert len(bucket.under("semaphores/gpu/")) == 2
+
+
+def test_an_extra_slot_of_mine_is_given_back_when_it_is_seen(bucket, ada):
+    ada.semaphore("gpu", 3)
+    mine = bucket.under("semaphores/gpu/")[0]
+    for slot in range(3):
+        bucket.place(f"semaphores/gpu/{slot}.json", bucket.doc(mine))
+    agent_on(bucket, "ada", explicit=True).semaphore("gpu")
+    assert ada.semaphores.view("gpu")["held"] == 1
+
+
+def test_the_limit_is_fixed_at_creation_and_only_resize_changes_it(ada, bob):
+    assert refused(t.NotFound, ada.semaphore, "gpu").exit == 1
+    ada.semaphore("gpu", 2)
+    why = refused(t.Conflict, bob.semaphore, "gpu", 3)
+    assert why.message == "Semaphore gpu has --limit 2, not 3" and "resize" in why.hint
+    assert bob.semaphores.resize("gpu", 3)["k"] == 3
+    assert bob.semaphore("gpu", 3).token == 1
+    assert refused(t.NotFound, ada.semaphores.resize, "none", 3).exit == 1
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1001, 1.5, True, "3"])
+def test_a_limit_that_is_no_number_of_slots_is_refused(ada, limit):
+    assert "whole number" in refused(t.Usage, ada.semaphore, "gpu", limit).message
+    assert ada.store.requests == 0
+
+
+@pytest.mark.parametrize("doc", [{}, {"k": 0}, {"k": "3"}, {"k": -2}, {"k": None}, b"["])
+def test_a_damaged_config_is_reported_by_its_key(ada, bucket, doc):
+    bucket.place("semaphores/gpu/config.json", doc)
+    for act in (lambda: ada.semaphore("gpu", 3), lambda: ada.semaphores.view("gpu"),
+                lambda: ada.semaphores.resize("gpu", 2)):
+        assert "semaphores/gpu/config.json" in refused(t.Corrupt, act).message
+    assert ada.semaphores.all() == [] and ada.warned
+
+
+def test_a_damaged_slot_costs_one_place_and_a_warning(ada, bob, bucket):
+    ada.semaphore("gpu", 2)
+    [free] = {0, 1} - {view["slot"] for view in ada.semaphores.view("gpu")["slots"]}
+    bucket.place(f"semaphores/gpu/{free}.json", {"agent": 7})
+    assert "is full: 1 hold it" in refused(t.Held, bob.semaphore, "gpu").message
+    assert "does not say who holds it" in bob.warned[0]
+
+
+def test_holders_beyond_a_shrunk_limit_finish_and_nobody_comes_before_that(bucket):
+    agents = crowd(bucket, 4)
+    for agent in agents[:3]:
+        agent.semaphore("gpu", 3)
+    late = agents[3]
+    late.semaphores.resize("gpu", 1)
+    by_slot = {agent.semaphore("gpu").doc["slot"]: agent for agent in agents[:3]}
+    assert [view["draining"] for view in late.semaphores.view("gpu")["slots"]] == [
+        False, True, True]
+    by_slot[0].semaphores.release("gpu")
+    refused(t.Held, late.semaphore, "gpu")  # slot 0 is free; 1 and 2 are still at it
+    for slot in (2, 1):
+        by_slot[slot].semaphores.extend("gpu")
+        by_slot[slot].semaphores.release("gpu")
+    assert late.semaphore("gpu").doc["slot"] == 0
+    refused(t.Held, by_slot[1].semaphore, "gpu")
+
+
+def test_a_shrink_while_a_slot_is_being_won_sends_its_winner_back(bucket):
+    ada, bob, eve = crowd(bucket, 3)
+    ada.semaphore("gpu", 2)
+    [free] = {0, 1} - {view["slot"] for view in ada.semaphores.view("gpu")["slots"]}
+    bob.store.fault("ok", "PUT", f"gpu/{free}.json",
+                    after=lambda: eve.semaphores.resize("gpu", 1))
+    refused(t.Held, bob.semaphore, "gpu")
+    assert [view["holder"] for view in eve.semaphores.view("gpu")["slots"]] == ["a0"]
+
+
+def test_a_slot_of_which_it_is_not_known_that_it_may_be_kept_is_not_extended(bucket):
+    state = LocalState()
+    ada = agent_on(bucket, "ada", state=state)
+    ada.store.fault("crash-before", "GET", "config.json")
+    ada.store.fault("ok", "GET", "config.json")
+    ada.store.faults.reverse()  # the second reading of the config, after the slot is won
+    with pytest.raises(Crash):
+        ada.semaphore("gpu", 1)
+    ada = agent_on(bucket, "ada", state=state)
+    assert "acquire it again" in refused(t.Conflict, ada.semaphores.extend, "gpu").hint
+    assert ada.semaphore("gpu").fresh is False
+    assert ada.semaphores.extend("gpu")["token"] == 1
+
+
+def test_a_slot_can_be_taken_away_by_force(ada, bob):
+    slot = ada.semaphore("gpu", 1).doc["slot"]
+    assert "--slot" in refused(t.Usage, bob.semaphores.release, "gpu", force="x").hint
+    assert bob.semaphores.release("gpu", slot=slot, force="hangs")["token"] == 2
+    assert refused(t.Fenced, ada.semaphores.extend, "gpu").exit == 4
+
+
+def test_a_token_alone_finds_the_slot_it_is_of(ada, bucket):
+    ada.semaphore("gpu", 3)
+    there = agent_on(bucket, "ada", instance="other")
+    refused(t.Conflict, there.semaphores.release, "gpu")
+    assert there.semaphores.release("gpu", token=1)["state"] == "released"
+
+
+# -- barriers
+
+
+def test_nobody_passes_a_barrier_before_all_have_arrived(bucket):
+    agents = crowd(bucket, 3)
+    for agent in agents[:2]:
+        assert agent.barrier("p", 3).arrive()["verdict"] is None
+        why = refused(t.TimedOut, agent.barrier("p").verdict, 0)
+        assert why.exit == 6 and "of 3 have arrived" in why.message
+    assert agents[2].barrier("p").arrive()["verdict"] == "open"
+    for agent in agents:
+        assert agent.barrier("p").verdict(0)["participants"] == ["a0", "a1", "a2"]
+
+
+def test_a_barrier_waits_until_the_last_has_come(ada, bob):
+    threading.Timer(0.4, lambda: bob.barrier("p").arrive()).start()
+    assert ada.barrier("p", 2).wait(20)["verdict"] == "open"
+
+
+def test_arriving_twice_is_arriving_once_while_the_barrier_is_shut(ada, bucket):
+    twin = agent_on(bucket, "ada", instance="i2")
+    for agent in (ada, ada, twin):
+        assert agent.barrier("p", 2).arrive()["arrived"] == ["ada"]
+    assert bucket.writes("barriers/p/g1/arrive/ada") == 1
+
+
+def test_after_the_verdict_the_next_generation_begins(ada, bob):
+    for gen in (1, 2, 3):
+        ada.barrier("p", 2).arrive()
+        assert bob.barrier("p", 2).wait(5)["gen"] == gen
+        assert ada.barrier("p").verdict(5)["gen"] == gen
+    assert ada.barrier("p").status(gen=2)["verdict"] == "open"
+
+
+@pytest.mark.parametrize("how", [{"gen": 1}, {"op": "o1"}])
+def test_a_late_repetition_that_says_which_one_does_not_begin_the_next(ada, bob, how):
+    ada.barrier("p", 2).arrive(**({} if "gen" in how else how))
+    bob.barrier("p", 2).arrive()
+    assert ada.barrier("p", 2).arrive(**how)["gen"] == 1
+    assert ada.barrier("p", 2).arrive()["gen"] == 2
+
+
+def test_each_generation_may_have_its_own_count_but_only_one(ada, bob):
+    ada.barrier("p", 1).arrive()
+    ada.barrier("p", 2).arrive()
+    why = refused(t.Conflict, bob.barrier("p", 3).arrive)
+    assert "generation 2, has --count 2, not 3" in why.message
+    assert refused(t.NotFound, bob.barrier("q").arrive).exit == 1
+
+
+def test_a_barrier_is_broken_for_everybody_or_for_nobody(ada, bob, bucket):
+    ada.barrier("p", 2).arrive()
+    why = refused(t.Blocked, ada.barrier("p").verdict, 0, break_=True)
+    assert why.exit == 5 and "ada waited 0s" in why.message
+    refused(t.Blocked, bob.barrier("p").verdict, 5, gen=1)
+    assert bob.barrier("p", 2).arrive()["gen"] == 2
+    assert bucket.writes("barriers/p/g1/verdict.json") == 1
+
+
+def test_breaking_a_barrier_that_is_complete_opens_it(ada, bob, bucket):
+    ada.barrier("p", 2).arrive()
+    bob.store.fault("crash-before", "PUT", "verdict.json")
+    with pytest.raises(Crash):
+        bob.barrier("p").arrive()
+    assert ada.barrier("p").verdict(0, break_=True)["verdict"] == "open"
+
+
+def test_of_open_and_broken_at_once_one_wins_and_both_see_it(ada, bob, bucket):
+    ada.barrier("p", 2).arrive()
+    ada.store.fault("ok", "PUT", "verdict.json",
+                    before=lambda: bob.barrier("p").arrive())
+    assert ada.barrier("p").verdict(0, break_=True)["verdict"] == "open"
+    assert bucket.writes("barriers/p/g1/verdict.json") == 1
+
+
+def test_who_comes_after_the_verdict_goes_to_the_next_generation(ada, bob, bucket):
+    ada.barrier("p", 1)
+    eve = agent_on(bucket, "eve")
+    bob.barrier("p", 2).arrive()
+    ada.store.fault("ok", "PUT", "arrive/ada", before=lambda: eve.barrier("p").arrive())
+    view = ada.barrier("p", 2).arrive()
+    assert (view["gen"], view["verdict"]) == (2, None)
+    assert bob.barrier("p").status(gen=1)["participants"] == ["bob", "eve"]
+
+
+@pytest.mark.parametrize("leaf, doc", [
+    ("config.json", {}), ("config.json", {"n": 0}), ("config.json", b"{"),
+    ("verdict.json", {}), ("verdict.json", {"state": 3}), ("verdict.json", b"[]")])
+def test_a_damaged_barrier_is_reported_by_its_key(ada, bucket, leaf, doc):
+    bucket.place(f"barriers/p/g1/{leaf}", doc)
+    for act in (ada.barrier("p", 2).status,
+                lambda: ada.barrier("p", 2).arrive(gen=1)):
+        assert leaf in refused(t.Corrupt, act).message
+
+
+def test_a_barrier_that_is_not_there_is_not_found_and_can_be_waited_for(ada, bob):
+    assert refused(t.NotFound, ada.barrier("p").status).exit == 1
+    threading.Timer(0.3, lambda: bob.barrier("p", 1).arrive()).start()
+    assert ada.barrier("p").verdict(20)["gen"] == 1
+
+
+# -- requests
+
+
+def test_a_lock_costs_two_requests_to_take_and_two_to_give_back(ada, bob):
+    key = "locks/db.json"
+    both = {f"GET {key}": 1, f"PUT {key}": 1}
+    assert spent(ada, ada.lock, "db") == both
+    assert spent(ada, ada.locks.extend, "db") == both
+    assert spent(bob, bob.lock, "db") == {f"GET {key}": 1}
+    assert spent(ada, ada.locks.release, "db") == both
+
+
+def test_a_slot_costs_at_most_four_requests_to_take_and_two_to_give_back(ada, bob):
+    config = "semaphores/gpu/config.json"
+    cost = spent(ada, ada.semaphore, "gpu", 1)  # it makes the semaphore
+    assert cost == {f"GET {config}": 2, f"PUT {config}": 1, "PUT semaphores/gpu/0.json": 1}
+    both = {"GET semaphores/gpu/0.json": 1, "PUT semaphores/gpu/0.json": 1}
+    assert spent(ada, ada.semaphores.extend, "gpu") == both
+    assert spent(ada, ada.semaphores.release, "gpu") == both
+    assert spent(ada, ada.semaphore, "gpu") == {f"GET {config}": 2, **both}
+    assert spent(bob, bob.semaphore, "gpu") == {
+        f"GET {config}": 1, "LIST semaphores/gpu/": 1, "GET semaphores/gpu/0.json": 1}
+    bob.semaphores.resize("gpu", 9)
+    cost = spent(bob, bob.semaphore, "gpu")
+    assert sum(cost.values()) == 4 and cost["LIST semaphores/gpu/"] == 1
+
+
+def test_a_barrier_costs_few_requests_to_arrive_and_one_for_each_look(ada, bob):
+    folder = "barriers/p/g1/"
+    assert spent(ada, ada.barrier("p", 2).arrive) == {
+        "LIST barriers/p/": 1, f"PUT {folder}config.json": 1,
+        f"PUT {folder}arrive/ada": 1, f"LIST {folder}": 1}
+    assert spent(bob, bob.barrier("p", 2).arrive) == {
+        "LIST barriers/p/": 1, f"LIST {folder}": 2, f"GET {folder}config.json": 1,
+        f"PUT {folder}arrive/bob": 1, f"PUT {folder}verdict.json": 1}
+    seen = {"gen": 1, "verdict": None, "arrived": [], "n": 2}
+    assert spent(ada, ada.barrier("p").verdict, 5, seen=seen) == {
+        f"GET {folder}verdict.json": 1}
+
+
+# -- crash points
+
+
+def lock_is(state, token):
+    def check(bucket, ada, where):
+        doc = bucket.doc("locks/db.json")
+        assert (t.state_of(doc), doc["token"]) == (state, token), where
+    return check
+
+
+def slots_held(*holders):
+    def check(bucket, ada, where):
+        views = ada.semaphores.view("gpu")["slots"]
+        assert sorted(view["holder"] for view in views) == list(holders), where
+    return check
+
+
+def limit_is(k):
+    def check(bucket, ada, where):
+        assert ada.semaphores.view("gpu")["limit"] == k, where
+    return check
+
+
+def verdict_is(state, gen=1):
+    def check(bucket, ada, where):
+        doc = bucket.doc(f"barriers/p/g{gen}/verdict.json")
+        assert (doc and doc["state"]) == state, where
+        assert not bucket.under(f"barriers/p/g{gen + 1}/"), where
+    return check
+
+
+def broken_by(agent):
+    with contextlib.suppress(t.Blocked):
+        agent.barrier("p").verdict(0, gen=1, break_=True)
+
+
+LOCK_CRASHES = {  # verb: (before, act, what holds after the act was repeated)
+    "lock acquire": (None, lambda a: a.lock("db"), lock_is("in_progress", 1)),
+    "lock takeover": (
+        lambda b, a: (agent_on(b, "eve").lock("db"), pass_time(b)),
+        lambda a: a.lock("db"), lock_is("in_progress", 2)),
+    "lock extend": (lambda b, a: a.lock("db"), lambda a: a.locks.extend("db", ttl=9),
+                    lock_is("in_progress", 1)),
+    "lock release": (lambda b, a: a.lock("db"), lambda a: a.locks.release("db"),
+                     lock_is("released", 1)),
+    "lock force": (lambda b, a: agent_on(b, "eve").lock("db"),
+                   lambda a: a.locks.release("db", force="x"), lock_is("released", 2)),
+    "semaphore acquire": (None, lambda a: a.semaphore("gpu", 2), slots_held("ada")),
+    "semaphore acquire beside another": (
+        lambda b, a: agent_on(b, "eve").semaphore("gpu", 2),
+        lambda a: a.semaphore("gpu"), slots_held("ada", "eve")),
+    "semaphore takeover": (
+        lambda b, a: (agent_on(b, "eve").semaphore("gpu", 1), pass_time(b)),
+        lambda a: a.semaphore("gpu"), slots_held("ada")),
+    "semaphore acquire after a shrink": (
+        lambda b, a: (agent_on(b, "eve").semaphore("gpu", 3),
+                      agent_on(b, "eve").semaphores.resize("gpu", 2)),
+        lambda a: a.semaphore("gpu"), slots_held("ada", "eve")),
+    "semaphore extend": (lambda b, a: a.semaphore("gpu", 2),
+                         lambda a: a.semaphores.extend("gpu"), slots_held("ada")),
+    "semaphore release": (lambda b, a: a.semaphore("gpu", 2),
+                          lambda a: a.semaphores.release("gpu"), slots_held()),
+    "semaphore resize": (lambda b, a: a.semaphore("gpu", 2),
+                         lambda a: a.semaphores.resize("gpu", 1, op="o"), limit_is(1)),
+    "barrier arrive": (None, lambda a: a.barrier("p", 2).arrive(), verdict_is(None)),
+    "barrier arrive last": (
+        lambda b, a: agent_on(b, "eve").barrier("p", 2).arrive(),
+        lambda a: a.barrier("p").arrive(op="o"), verdict_is("open")),
+    "barrier break": (lambda b, a: a.barrier("p", 2).arrive(), broken_by,
+                      verdict_is("broken")),
+}
+
+
+@pytest.mark.parametrize("verb", LOCK_CRASHES)
+def test_a_verb_of_locks_that_crashed_anywhere_can_be_repeated(verb):
+    """Invariant 6 of protocol.md 11."""
+    prepare, act, check = LOCK_CRASHES[verb]
+    points = 0
+    for bucket, ada, where in crashes(prepare, act):
+        points += 1
+        assert t.diagnose(agent_on(bucket, "bob"))["ok"], where
+        act(ada)
+        check(bucket, ada, where)
+        assert lease_faults(bucket) == [], where
+    assert points >= 4
+
+
+@pytest.mark.parametrize("verb", [verb for verb in LOCK_CRASHES if "barrier" not in verb])
+def test_after_a_crash_of_a_verb_of_locks_others_go_on(verb):
+    prepare, act, _ = LOCK_CRASHES[verb]
+    for bucket, _, where in crashes(prepare, act):
+        pass_time(bucket)
+        bob = agent_on(bucket, "bob")
+        if "semaphore" in verb:
+            limit = None if bucket.under("semaphores/") else 2
+            assert bob.semaphore("gpu", limit).fresh, where
+        else:
+            assert bob.lock("db").fresh, where
+        assert lease_faults(bucket) == [], where
+
+
+# -- invariants 1 and 4 under any schedule
+
+
+def lease_faults(bucket):
+    """What step_faults finds, in the records of locks and slots."""
+    return step_faults(bucket, of=lambda key: key.startswith("locks/") or
+                       t.slot_of(key) is not None)
+
+
+class Turns:
+    """Lets one request at a time through, its sender chosen by dice among all who are
+    at work: a seed is a schedule, and it can be had again."""
+
+    def __init__(self, seed, workers):
+        self.dice, self.ready = random.Random(seed), threading.Condition()
+        self.workers, self.asking, self.turn = set(range(workers)), set(), None
+        self.here = threading.local()
+
+    def gate(self):
+        me = getattr(self.here, "number", None)
+        if me is None:  # a thread of read_many: its starter has the turn
+            return
+        with self.ready:
+            self.asking.add(me)
+            self._choose()
+            self.ready.wait_for(lambda: self.turn == me)
+            self.turn = None
+            self.asking.discard(me)
+
+    def _choose(self):
+        if self.turn is None and self.asking and self.asking == self.workers:
+            self.turn = self.dice.choice(sorted(self.asking))
+            self.ready.notify_all()
+
+    def run(self, act):
+        """The acts act(0), act(1), ... in threads, each ending when it returns."""
+        def work(number):
+            self.here.number = number
+            try:
+                act(number)
+            finally:
+                with self.ready:
+                    self.workers.discard(number)
+                    self._choose()
+        run_all([lambda n=n: work(n) for n in sorted(self.workers)])
+
+
+class Competitor:
+    """One agent of a random run of locks and semaphores; it dies and comes back."""
+
+    def __init__(self, run, number):
+        self.run, self.number, self.state = run, number, LocalState()
+        self.dice = random.Random(f"{run.seed} {number}")
+        self.start()
+
+    def start(self):
+        run = self.run
+        self.agent = agent_on(run.bucket, f"a{self.number}", state=self.state,
+                              ledger=run.ledger)
+        self.agent.store.gate = run.turns.gate
+        self.agent.store.chaos = (self.dice, run.faults)
+        self.agent.semaphores = run.kind(self.agent.ledger, self.agent.who,
+                                         self.agent._tell)
+
+    def act(self):
+        """One verb at random, and what it was told."""
+        verb = self.dice.choice(self.run.verbs)
+        began = len(self.run.bucket.log)
+        try:
+            getattr(self, verb)(began)
+        except Crash:
+            self.start()
+        except t.Error:
+            pass
+        if self.dice.random() < 0.1:
+            self.run.bucket.clock_at += self.dice.choice((10, 20, 40))
+
+    def take(self, began):
+        lease = self.agent.semaphore("gpu", self.run.first_k or None, ttl=30)
+        self.run.told.append((began, len(self.run.bucket.log), lease.key, lease.token,
+                              self.number, self.run.bucket.clock_at))
+
+    def give(self, began):
+        self.agent.semaphores.release("gpu")
+
+    def extend(self, began):
+        self.agent.semaphores.extend("gpu")
+
+    def resize(self, began):
+        self.run.first_k = 0
+        self.agent.semaphores.resize("gpu", self.dice.randint(1, 3))
+
+    def lock(self, began):
+        lease = self.agent.lock("db", ttl=30)
+        self.run.told.append((began, len(self.run.bucket.log), lease.key, lease.token,
+                              self.number, self.run.bucket.clock_at))
+
+    def unlock(self, began):
+        self.agent.locks.release("db")
+
+
+SLOT_VERBS = ("take",) * 4 + ("give",) * 2 + ("extend", "resize")
+LOCK_VERBS = ("lock",) * 3 + ("unlock",)
+
+
+class Contest:
+    """A random run, and what was wrong with it."""
+
+    def __init__(self, seed, *, kind=tracecraft.Semaphores, ledger=tracecraft.Ledger,
+                 verbs=SLOT_VERBS, faults=0.0, agents=3, rounds=8):
+        self.seed, self.kind, self.ledger, self.verbs = seed, kind, ledger, verbs
+        self.faults, self.bucket, self.told = faults, MemoryStore(), []
+        self.turns, self.first_k = Turns(seed, agents), 3
+        players = [Competitor(self, number) for number in range(agents)]
+        self.turns.run(lambda number: [players[number].act() for _ in range(rounds)])
+
+    def wrong(self):
+        """Invariants 1 and 4 of protocol.md 11, as far as agents were told."""
+        return lease_faults(self.bucket) + self._winners() + self._crowded()
+
+    def _winners(self):
+        given, wrong = {}, []
+        for _, _, key, token, who, _ in self.told:
+            if given.setdefault((key, token), who) != who:
+                wrong.append(f"{key} token {token}: {given[key, token]} and {who}")
+            if not any((doc["token"], doc["agent"]) == (token, f"a{who}")
+                       for doc in self.bucket.history(key)):
+                wrong.append(f"{key} token {token}: told, but never written")
+        return wrong
+
+    def _crowded(self):
+        """Who was admitted while others were certainly there: at most the limit that
+        was in force meanwhile, and one slot for each."""
+        wrong, known = [], set()
+        for at, (began, ended, key, token, who, clock) in enumerate(self.told):
+            fresh = (key, token) not in known
+            known.add((key, token))
+            if "semaphores" not in key or not fresh:
+                continue
+            others = {(k, n): w for _, end, k, n, w, _ in self.told[:at]
+                      if end <= began and k != key and self._live(k, n, ended, clock)}
+            if len(others) + 1 > self._limit(began, ended):
+                wrong.append(f"{who} is admitted to {key} beside {sorted(others)}")
+            mine = [k for k, doc in self._held(ended, clock).items()
+                    if doc["agent"] == f"a{who}" and k != key and t.slot_of(k) is not None]
+            wrong += [f"{who} has {key} and {k}" for k in mine]
+        return wrong
+
+    def _live(self, key, token, index, clock):
+        doc = self._held(index, clock).get(key)
+        return doc is not None and doc["token"] == token
+
+    def _held(self, index, clock):
+        """{key: record} of the leases that somebody held at that time."""
+        last = {key: (json.loads(body), at) for key, body, at, _ in
+                self.bucket.log[:index]}
+        return {key: doc for key, (doc, at) in last.items() if "ttl" in doc and
+                t.state_of(doc) == "in_progress" and clock - at < doc["ttl"]}
+
+    def _limit(self, began, ended):
+        docs = [(at, json.loads(body)["k"]) for at, (name, body, *_) in
+                enumerate(self.bucket.log[:ended]) if name.endswith("config.json")]
+        return max([k for at, k in docs if at >= began]
+                   + [k for at, k in docs if at < began][-1:])
+
+
+@pytest.mark.parametrize("faults", [0.0, 0.1])
+def test_no_schedule_admits_more_than_the_limit(faults):
+    """Invariant 4: live holders are at most k, and after a shrink never more again."""
+    seed = random.randrange(10**9)
+    for number in range(seed, seed + 40):
+        assert Contest(number, faults=faults).wrong() == [], number
+
+
+def test_no_schedule_gives_a_lock_to_two():
+    """Invariant 1 for locks, with lost answers and crashes."""
+    seed = random.randrange(10**9)
+    for number in range(seed, seed + 20):
+        contest = Contest(number, verbs=LOCK_VERBS, faults=0.2)
+        assert contest.told and contest.wrong() == [], number
+
+
+class ConfigReadOnce(tracecraft.Semaphores):
+    """Does not look at the config again once a slot is won."""
+
+    def _room(self, name):
+        return t.MAX_SLOTS, []
+
+
+class SlotNumberOnly(tracecraft.Semaphores):
+    """Compares the slot with the limit, and forgets who is still beyond it."""
+
+    def _room(self, name):
+        return super()._room(name)[0], []
+
+
+class SlotForgotten(tracecraft.Semaphores):
+    """Does not record the slot locally before it is used."""
+
+    def _note(self, name, slot, token):
+        if token:
+            super()._note(name, slot, token)
+
+
+class NeverSure(tracecraft.Semaphores):
+    """Believes a slot that a crash left in doubt to be its own."""
+
+    def _is_sure(self, name, lease):
+        return lease.get("slot") == self._recall(name).get("slot")
+
+
+@pytest.mark.parametrize("kind", [ConfigReadOnce, SlotNumberOnly, SlotForgotten,
+                                  NeverSure])
+def test_a_broken_semaphore_is_caught(kind):
+    assert any(Contest(seed, kind=kind, faults=0.1 * (seed % 2), rounds=12).wrong()
+               for seed in range(150)), kind
+
+
+@pytest.mark.parametrize("ledger", ["Believing", "CheckThenPut", "DeletingLedger",
+                                    "TokenReset", "OwnClock"])
+def test_a_broken_ledger_gives_a_lock_twice_and_is_caught(ledger):
+    assert any(Contest(seed, ledger=globals()[ledger], verbs=LOCK_VERBS, faults=0.3,
+                       rounds=12).wrong() for seed in range(40)), ledger
+
+
+class Meeting:
+    """Agents that meet at a barrier under one schedule, and what was wrong with it.
+
+    breaks: how many of them break it when it is not open at once.
+    """
+
+    def __init__(self, seed, *, kind=tracecraft.Barrier, agents=3, n=3, gens=2,
+                 breaks=1, faults=0.0):
+        self.seed, self.kind, self.n, self.gens = seed, kind, n, gens
+        self.breaks, self.faults = breaks, faults
+        self.bucket, self.told, self.arrived = MemoryStore(), [], collections.Counter()
+        self.turns = Turns(seed, agents)
+        self.turns.run(self._attend)
+
+    def _attend(self, number):
+        dice, state = random.Random(f"{self.seed} {number}"), LocalState()
+        for gen in range(1, self.gens + 1):
+            for _ in range(20):
+                agent = agent_on(self.bucket, f"a{number}", state=state)
+                agent.store.gate = self.turns.gate
+                agent.store.chaos = (dice, self.faults)
+                try:
+                    self._visit(agent, number, gen)
+                    break
+                except (Crash, t.Unknown, t.Unavailable):
+                    continue
+
+    def _visit(self, agent, number, gen):
+        barrier = self.kind(agent.ledger, agent.who, "p", self.n)
+        seen = barrier.arrive(gen=gen)
+        self.arrived[gen] += 1
+        try:
+            view = barrier.verdict(0, seen=seen, break_=number < self.breaks)
+        except t.Blocked:
+            view = barrier.status(gen=gen)
+        except t.TimedOut:
+            return
+        self.told.append((gen, view["verdict"], tuple(view["participants"]),
+                          len(self.bucket.log)))
+
+    def wrong(self):
+        """Invariant 4: nobody passes before n arrivals, all see one verdict."""
+        wrong = []
+        for gen in range(1, self.gens + 1):
+            told = {facts[1:3] for facts in self.told if facts[0] == gen}
+            if len(told) > 1 or self.bucket.writes(f"barriers/p/g{gen}/verdict.json") > 1:
+                wrong.append(f"generation {gen} has {len(told)} verdicts")
+            if self.arrived[gen] >= self.n and not self.bucket.doc(
+                    f"barriers/p/g{gen}/verdict.json"):
+                wrong.append(f"generation {gen}: all are there, and it is shut")
+        return wrong + self._early()
+
+    def _early(self):
+        """Who passed before n arrivals of that generation were durable."""
+        wrong = []
+        for gen, verdict, participants, index in self.told:
+            there = {key for key, *_ in self.bucket.log[:index]
+                     if key.startswith(f"barriers/p/g{gen}/arrive/")}
+            if verdict == "open" and min(len(there), len(participants)) < self.n:
+                wrong.append(f"passed generation {gen} after {len(there)} arrivals")
+        return wrong
+
+
+@pytest.mark.parametrize("faults", [0.0, 0.15])
+@pytest.mark.parametrize("breaks", [0, 1, 2])
+def test_no_schedule_opens_a_barrier_early_or_for_some(faults, breaks):
+    seed = random.randrange(10**9)
+    for number in range(seed, seed + 25):
+        meeting = Meeting(number, faults=faults, breaks=breaks)
+        assert meeting.wrong() == [], number
+
+
+class Overwriting(tracecraft.Barrier):
+    """Writes its verdict over whatever verdict is there."""
+
+    def _judge(self, gen, doc):
+        self.ledger.put(self._key(gen, "verdict.json"), doc)
+        return doc
+
+
+class StaleListing(tracecraft.Barrier):
+    """Counts the arrivals that it listed before its own."""
+
+    def _names(self, gen):
+        kept = self.__dict__.setdefault("kept", {})
+        return kept.setdefault(gen, super()._names(gen))
+
+
+class OtherGenerations(tracecraft.Barrier):
+    """Counts arrivals at any generation."""
+
+    def _names(self, gen):
+        names = super()._names(gen)
+        keys = [entry.key for entry in self.ledger.list(f"barriers/{self.name}/").entries]
+        return names | {f"arrive/{key.split('/')[2]}{key.split('/')[4]}"
+                        for key in keys if "/arrive/" in key}
+
+
+class CountBeforeArriving(tracecraft.Barrier):
+    """Opens before its own arrival is written."""
+
+    def _create(self, gen, leaf, names, *, op):
+        if len([name for name in names if "arrive/" in name]) == self.count - 1:
+            self._judge(gen, {"state": "open", "n": self.count, "participants": ["?"] * 3})
+        super()._create(gen, leaf, names, op=op)
+
+
+@pytest.mark.parametrize("kind", [Overwriting, StaleListing, OtherGenerations,
+                                  CountBeforeArriving])
+def test_a_broken_barrier_is_caught(kind):
+    assert any(Meeting(seed, kind=kind, breaks=seed % 3).wrong()
+               for seed in range(60)), kind
+
+
+def test_locks_semaphores_and_barriers_work_on_every_store(any_store):
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    got = together(*[lambda p=p: p.lock("db") for p in (ada, bob)])
+    assert sorted(type(one).__name__ for one in got) == ["Held", "Lease"]
+    slots = together(*[lambda p=p: p.semaphore("gpu", 2) for p in (ada, bob)])
+    assert sorted(lease.doc["slot"] for lease in slots) == [0, 1]
+    met = together(*[lambda p=p: p.barrier("p", 2).wait(30) for p in (ada, bob)])
+    assert [view["participants"] for view in met] == [["ada", "bob"]] * 2
+
+
+# -- commands
+
+
+def test_a_lock_goes_from_hand_to_hand(sh):
+    assert sh.ok("lock", "acquire", "db") == "Acquired lock db as ada (token 1)\n"
+    assert "Lock db is held by ada" in sh.refused(3, "lock", "acquire", "db",
+                                                  TRACECRAFT_AGENT="bob")
+    assert "db: held by ada, token 1" in sh.ok("lock", "status")
+    assert sh.ok("lock", "extend", "db", "--ttl", "60") == "Extended lock db for 60s\n"
+    sh.ok("lock", "release", "db", "--force", "--reason", "ill", TRACECRAFT_AGENT="bob")
+    assert "fenced" in sh.refused(4, "lock", "release", "db")
+    view = sh.json("lock", "status", "db")
+    assert (view["lock"], view["state"], view["token"]) == ("db", "free", 2)
+    assert sh.ok("lock", "status", "other") == "other: free\n"
+
+
+def test_a_command_under_a_lock_sees_it_and_lends_its_exit_code(sh):
+    out = sh.run("lock", "run", "db", *child(
+        "import os; print([os.environ['TRACECRAFT_' + n] for n in ('LOCK', 'TOKEN',"
+        "'PROJECT', 'AGENT')]); raise SystemExit(7)"))
+    assert (out.returncode, out.out) == (7, "['db', '1', 'work', 'ada']\n")
+    assert sh.json("lock", "status", "db")["state"] == "free"
+
+
+def test_a_command_may_give_back_its_own_lock(sh):
+    assert sh.run("lock", "run", "db", *tool("lock", "release", "db")).returncode == 0
+
+
+def test_inside_a_step_and_a_lock_both_can_be_ended(sh):
+    inner = shlex.join(["lock", "run", "db", *tool("lock", "extend", "db")])
+    both = f"{shlex.join(tool(*shlex.split(inner))[1:])} && " + shlex.join(
+        tool("complete", "s", "--note", "inside")[1:])
+    assert sh.run("claim", "s", "--", "sh", "-c", both).returncode == 0
+    assert sh.json("handoff", "s")["note"] == "inside"
+
+
+def test_a_command_whose_lock_was_taken_is_ended_with_4(sh):
+    process = sh.start("lock", "run", "db", "--ttl", "3",
+                       *child("import time; print(1, flush=True); time.sleep(60)"))
+    assert process.stdout.readline() == b"1\n"
+    sh.ok("lock", "release", "db", "--force", TRACECRAFT_AGENT="bob")
+    _, err = process.communicate(timeout=SLOW)
+    assert process.returncode == 4 and b"Lock db: the lease was lost" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("words", [("lock", "run", "x"),
+                                   ("semaphore", "run", "x", "--limit", "1"),
+                                   ("lock", "run", "x", "--elect")])
+def test_terminated_a_command_ends_and_what_it_held_is_free(sh, words):
+    process = sh.start(*words, *child("import time; print(1, flush=True);"
+                                      "time.sleep(60)"))
+    assert process.stdout.readline() == b"1\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=SLOW)
+    assert process.returncode == 130
+    view = sh.json(words[0], "status", "x")
+    assert view.get("state", "free") == "free" and view.get("held", 0) == 0
+
+
+def test_a_leader_that_lost_its_lock_competes_again(sh):
+    code = ("import os, time; print(os.environ['TRACECRAFT_TOKEN'], flush=True);"
+            "time.sleep(0 if os.environ['TRACECRAFT_TOKEN'] == '3' else 60);"
+            "raise SystemExit(5)")
+    process = sh.start("lock", "run", "boss", "--elect", "--ttl", "3", *child(code))
+    assert process.stdout.readline() == b"1\n"
+    assert sh.json("lock", "status", "boss")["leader"] == "ada"
+    assert "boss: leader ada, token 1" in sh.ok("lock", "status")
+    sh.ok("lock", "release", "boss", "--force", TRACECRAFT_AGENT="bob")
+    out, err = process.communicate(timeout=SLOW)
+    assert (out, process.returncode) == (b"3\n", 5) and b"competing again" in err
+
+
+def test_when_a_leader_dies_the_next_one_leads_after_its_lease(sh):
+    code = "import time; print(1, flush=True); time.sleep({})"
+    first = sh.start("lock", "run", "boss", "--elect", "--ttl", "1",
+                     *child(code.format(60)))
+    assert first.stdout.readline() == b"1\n"
+    assert sh.run("lock", "run", "boss", "--elect", "--wait", "0.5", *child("1"),
+                  TRACECRAFT_AGENT="bob").returncode == 6
+    second = sh.start("lock", "run", "boss", "--elect", *child(code.format(0)),
+                      TRACECRAFT_AGENT="bob")
+    first.kill()
+    out, err = second.communicate(timeout=SLOW)
+    assert (out, second.returncode) == (b"1\n", 0) and b"Leader of lock boss as bob" in err
+
+
+def test_a_semaphore_from_the_command_line(sh):
+    sh.environ["TRACECRAFT_TTL"] = "600"
+    assert sh.ok("semaphore", "acquire", "gpu", "--limit", "1") \
+        == "Acquired slot 0 of semaphore gpu as ada (token 1)\n"
+    assert "is full" in sh.refused(3, "semaphore", "acquire", "gpu",
+                                   TRACECRAFT_AGENT="bob")
+    sh.refused(3, "semaphore", "acquire", "gpu", "--limit", "2")
+    assert sh.ok("semaphore", "resize", "gpu", "2") == "Semaphore gpu has 2 slots\n"
+    out = sh.ok("semaphore", "run", "gpu", *child(
+        "import os; print(os.environ['TRACECRAFT_SEMAPHORE'],"
+        "os.environ['TRACECRAFT_SLOT'])"), TRACECRAFT_AGENT="bob")
+    assert out == "gpu 1\n"
+    assert sh.ok("semaphore", "status").startswith("gpu: 1 of 2 held\n  slot 0: ada,")
+    assert sh.ok("semaphore", "extend", "gpu") \
+        == "Extended slot 0 of semaphore gpu for 600s\n"
+    assert sh.ok("semaphore", "release", "gpu") == "Released slot 0 of semaphore gpu\n"
+    assert sh.json("semaphore", "status", "gpu")["slots"] == []
+    sh.refused(1, "semaphore", "status", "none")
+
+
+def test_a_barrier_from_the_command_line(sh):
+    line = "Barrier p, generation 1: {}, 2 of 2 arrived\n"
+    assert sh.ok("barrier", "arrive", "p", "--count", "2") \
+        == "Barrier p, generation 1: 1 of 2 arrived: ada\n"
+    assert "1 of 2 have arrived" in sh.refused(6, "barrier", "wait", "p", "--wait", "0.2")
+    assert sh.ok("barrier", "arrive", "p", "--wait", "5", TRACECRAFT_AGENT="bob") \
+        == line.format("open")
+    assert sh.ok("barrier", "wait", "p") == line.format("open")
+    assert "is broken" in sh.refused(5, "barrier", "arrive", "p", "--count", "2",
+                                     "--wait", "0.2", "--break")
+    assert sh.json("barrier", "status", "p")["verdict"] == "broken"
+    sh.refused(1, "barrier", "status", "none")
+
+
+@pytest.mark.parametrize("words", [
+    ("lock", "run", "db"), ("lock", "run", "db", "--"), ("semaphore", "run", "gpu"),
+    ("lock", "acquire", "a/b"), ("lock", "acquire", "db", "--ttl", "-1"),
+    ("semaphore", "acquire", "gpu", "--limit", "0"),
+    ("semaphore", "release", "gpu", "--slot", "-1"),
+    ("barrier", "arrive", "p", "--count", "0"), ("barrier", "wait", "p", "--gen", "0"),
+    ("barrier", "arrive", "p", "--count", "2", "--wait", "nan")])
+def test_a_call_that_cannot_be_meant_is_refused_and_writes_nothing(sh, words):
+    before = sh.objects()
+    assert sh.refused(2, *words).count("\n") == 2
+    assert sh.objects() == before
+
+
 # == Requests per command ==============================================
 #
 # What a command costs once verdict and local state are warm (protocol.md 1.7).

@@ -32,26 +32,27 @@ tracecraft-ai 0.2.x; both can share a bucket.
 
 Contents (grep -n '^# == ' prints them with line numbers):
   1 Constants and errors     2 Text                     3 Records
-  4 Artifact records         5 Messages                 6 Plans
-  7 Patterns                 8 Events                   9 Leftovers
-  10 Reservation records     11 Run records             12 Wire
-  13 HTTP                    14 Stores                  15 S3
-  16 S3 store                17 Probe                   18 Settings
-  19 Local state             20 Command settings        21 Credentials
-  22 Ledger                  23 Leases                  24 Hints
-  25 Step records            26 Frontier                27 Steps
-  28 Tasks                   29 Memory                  30 Mailboxes
-  31 Mail                    32 Channels and threads    33 Bytes
-  34 Artifact heads          35 Artifacts               36 Reservations
-  37 Runs                    38 Artifact trees          39 Project
-  40 Context                 41 Views                   42 Timeline
-  43 Housekeeping            44 Archive                 45 Doctor
-  46 Trials                  47 Drill                   48 Bench
-  49 Rows                    50 Commands under a lease  51 Step commands
-  52 Task commands           53 Memory commands         54 Artifact commands
-  55 Reservation commands    56 Commands of presence, views and set-up
-  57 House commands          58 Commands of mail        59 Run commands
-  60 Command line
+  4 Artifact records         5 Slots and arrivals       6 Messages
+  7 Plans                    8 Patterns                 9 Events
+  10 Leftovers               11 Reservation records     12 Run records
+  13 Wire                    14 HTTP                    15 Stores
+  16 S3                      17 S3 store                18 Probe
+  19 Settings                20 Local state             21 Command settings
+  22 Credentials             23 Ledger                  24 Leases
+  25 Hints                   26 Step records            27 Frontier
+  28 Steps                   29 Tasks                   30 Locks
+  31 Barriers                32 Memory                  33 Mailboxes
+  34 Mail                    35 Channels and threads    36 Bytes
+  37 Artifact heads          38 Artifacts               39 Reservations
+  40 Runs                    41 Artifact trees          42 Project
+  43 Context                 44 Views                   45 Timeline
+  46 Housekeeping            47 Archive                 48 Doctor
+  49 Trials                  50 Drill                   51 Bench
+  52 Rows                    53 Commands under a lease  54 Step commands
+  55 Task commands           56 Lock commands           57 Memory commands
+  58 Artifact commands       59 Reservation commands
+  60 Commands of presence, views and set-up  61 House commands
+  62 Commands of mail        63 Run commands            64 Command line
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ import time
 
 __version__ = "1.0.0"
 __all__ = [
-    "connect", "Project", "Claim", "Lease", "Error", "Usage", "NotFound",
+    "connect", "Project", "Claim", "Lease", "Barrier", "Error", "Usage", "NotFound",
     "Conflict", "Held", "Fenced", "Blocked", "TimedOut", "Unavailable", "Throttled",
     "Corrupt", "Unknown", "Unsafe", "Denied", "main",
 ]
@@ -1135,7 +1136,139 @@ def input_state(head: dict | None, sha256: object) -> str:
     return "current" if head.get("sha256") == sha256 else "replaced"
 
 
-# == 5. Messages =======================================================
+# == 5. Slots and arrivals =============================================
+#
+# Pure: semaphores and barriers as decisions over their records; a lock and a slot are
+# leases of section 3. Knows no store and no clock. protocol.md 6, facts 7.4 and 7.5.
+
+MAX_SLOTS = 1000  # of a semaphore: whoever finds it full has read every slot
+MAX_ARRIVALS = 100_000  # of a barrier: each arrival lists all that are there
+
+
+def live_lease(lease: dict | None, age: float | None) -> bool:
+    """Whether somebody holds the lease and nobody may take it over yet."""
+    return state_of(lease) == "in_progress" and not expired(lease, age)
+
+
+def is_own(lease: dict | None, me: Me) -> bool:
+    """Whether this very instance of mine took the lease and has not given it back."""
+    return state_of(lease) == "in_progress" and (
+        lease.get("agent"), lease.get("instance")) == (me.agent, me.instance)
+
+
+def lease_view(lease: dict | None, age: float | None) -> dict:
+    """{state: free, held or expired, holder, instance, since, token, age_s,
+    expires_in_s} of a lock or slot; leader: its holder, when it is an election's."""
+    state = "expired" if expired(lease or {}, age) else "held"
+    if state_of(lease) != "in_progress":
+        state = "free"
+    there = {} if lease is None or state == "free" else lease
+    view = {"state": state, "holder": there.get("agent"),
+            "instance": there.get("instance"), "since": there.get("claimed_at"),
+            "token": token_of(lease), "age_s": None if age is None else int(age),
+            "expires_in_s": seconds_left(there, age)}
+    if (lease or {}).get("elect"):
+        view["leader"] = view["holder"] if state == "held" else None
+    return view
+
+
+def fixed(config: dict | None, name: str, value: int | None, *, made: dict,
+          flag: str, hint: str) -> dict:
+    """The config that says `value` for `name`: `made` when there is none yet.
+
+    value: None takes what is there. Raises NotFound; Conflict, with the hint, when it
+    says otherwise.
+    """
+    if config is None and value is None:
+        raise NotFound("is not there", hint=f"{flag} with a number makes it")
+    if config is None:
+        return {name: value, **made}
+    if value not in (None, number(config, name)):
+        raise Conflict(f"has {flag} {number(config, name)}, not {value}",
+                       hint=hint, **{name: number(config, name)})
+    return config
+
+
+# -- semaphores --------------------------------------------------------
+
+
+def slot_order(instance: str, k: int) -> list:
+    """All slots below k, cyclic from where this instance begins: rivals spread out.
+
+    >>> sorted(slot_order("i1", 4))
+    [0, 1, 2, 3]
+    """
+    import hashlib
+    start = int(hashlib.sha256(instance.encode("utf-8", "replace")).hexdigest(), 16)
+    return [(start + n) % k for n in range(k)]
+
+
+def slot_of(key: str) -> int | None:
+    """The slot a key is of; None for a key of something else.
+
+    >>> slot_of("semaphores/gpu/2.json")
+    2
+    """
+    leaf = key.rpartition("/")[2]
+    digits = leaf[:-len(".json")] if leaf.endswith(".json") else ""
+    good = digits.isascii() and digits.isdigit() and len(digits) < 5
+    return int(digits) if good else None
+
+
+def resized(config: dict | None, k: int, **said: object) -> dict:
+    """The config with k slots. peak: the most there ever were, so that everybody knows
+    whether holders of slots beyond k may still be there."""
+    if config is None:
+        raise NotFound("is not there", hint="semaphore acquire --limit N makes it")
+    if number(config, "k") == k:
+        return config
+    return {**config, "k": k, "peak": max(most_slots(config), k), **said}
+
+
+def most_slots(config: dict) -> int:
+    """The most slots the semaphore ever had."""
+    return min(max(number(config, "peak"), number(config, "k")), MAX_SLOTS)
+
+
+def full(views: list, k: int) -> Held:
+    """The refusal of a semaphore that has as many holders as slots, or more."""
+    names = ", ".join(shown(view["holder"]) for view in views[:5])
+    names += ", ..." if len(views) > 5 else ""
+    left = [v["expires_in_s"] for v in views if v["expires_in_s"] is not None]
+    hint = f"one is free in {min(left)}s unless renewed; --wait {min(left) + 5}" \
+           " waits for it" if left else "they never expire; ask one of them to release"
+    return Held(f"is full: {len(views)} hold it, its limit is {k} ({names})", hint=hint,
+                holders=[view["holder"] for view in views],
+                expires_in_s=min(left, default=None))
+
+
+# -- barriers ----------------------------------------------------------
+
+
+def generation_in(folder: str) -> int | None:
+    """The number in the name of a generation's folder; None when it is none.
+
+    >>> generation_in("g12")
+    12
+    """
+    digits = folder[1:]
+    good = folder[:1] == "g" and digits.isascii() and digits.isdigit()
+    good = good and len(digits) < 10 and digits[0] != "0"
+    return int(digits) if good else None
+
+
+def verdict_on(arrived: list, n: int, *, broken: str = "") -> dict | None:
+    """The verdict that these arrivals allow: open with n of them; broken for a reason
+    that counts only as long as there are fewer; else None."""
+    if len(arrived) >= n:
+        return {"state": "open", "n": n, "participants": sorted(arrived)}
+    if broken:
+        return {"state": "broken", "n": n, "participants": sorted(arrived),
+                "why": broken}
+    return None
+
+
+# == 6. Messages =======================================================
 #
 # Pure: where mail goes, what a read cursor has shown, whether a message is genuine,
 # where the newest page of a mailbox begins. Knows no store and no clock.
@@ -1393,7 +1526,7 @@ def leap(keys: list, end_ns: int) -> int | None:
         return None
     goal = end_ns - (times[-1] - times[0]) * (LIST_PAGE // 2) // len(times)
     return goal if goal > times[-1] else None
-# == 6. Plans ==========================================================
+# == 7. Plans ==========================================================
 #
 # Pure: a plan as text -> specs of steps, everything that is wrong with it, what is
 # ready, and drawings of it. Knows no store. Rules: protocol.md 4, next.
@@ -1672,7 +1805,7 @@ def _graph_line(row: dict) -> str:
     title = f"  {shown(row['title'])}" if row.get("title") else ""
     state = "" if box in "x " and row["state"] != "waiting" else f"  [{row['state']}]"
     return f"[{box}] {row['step']}{title}{needs}{state}"
-# == 7. Patterns =======================================================
+# == 8. Patterns =======================================================
 #
 # Glob patterns over paths: whether one matches a path, whether some path matches two.
 # Pure. A path is names joined by '/'; no name is empty, '.' or '..'.
@@ -1952,7 +2085,7 @@ def _undotted(name: object) -> list:
         _common(token, NO_DOT) for token in tokens) if rest]
 
 
-# == 8. Events =========================================================
+# == 9. Events =========================================================
 #
 # Pure: (key, document) -> what happened, as a list of plain dicts; one row of EVENTS
 # for each kind of key. Timeline, watch and every later view of the past read these.
@@ -2294,7 +2427,7 @@ def event_line(row: dict) -> str:
     return f"{str(row['at'])[:19]}Z  {row['kind']:<11} {shown(row['text'])}"
 
 
-# == 9. Leftovers ======================================================
+# == 10. Leftovers =====================================================
 #
 # Pure: which objects no rule needs any more (protocol.md 1.2), from what a listing and
 # the records say. Claims, locks, counters, verdicts, specs and heads never are.
@@ -2387,7 +2520,7 @@ def moved_cursor(doc: dict, streams: dict, entries: dict) -> dict:
         done = {key for key, _ in entries[name]} - fresh
         moved[name] = {**stream, "floor": None, "seen": stream["seen"] | done}
     return with_streams(doc, moved)
-# == 10. Reservation records ===========================================
+# == 11. Reservation records ===========================================
 #
 # Pure: (reservations.json, event, the store's time) -> its successor or a refusal.
 # One document holds them all, so that "no two overlap" is one compare-and-swap
@@ -2605,7 +2738,7 @@ def _names(word: str, words: dict, entry: Booked) -> bool:
     return word == entry.id or words[word] in entry.doc["globs"]
 
 
-# == 11. Run records ===================================================
+# == 12. Run records ===================================================
 #
 # Pure: what becomes of runs/<run>/meta.json, and how metric lines are read, merged
 # and summed up. Knows no store and no clock. Rules: protocol.md 9.
@@ -3015,7 +3148,7 @@ def _brief(metric: dict | None) -> dict | None:
     return metric and {name: metric[name] for name in ("last", "min", "max", "count")}
 
 
-# == 12. Wire ==========================================================
+# == 13. Wire ==========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -3241,7 +3374,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 13. HTTP ==========================================================
+# == 14. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -3896,7 +4029,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 14. Stores ========================================================
+# == 15. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -4747,7 +4880,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 15. S3 ============================================================
+# == 16. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -5418,7 +5551,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 16. S3 store ======================================================
+# == 17. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -5808,7 +5941,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 17. Probe =========================================================
+# == 18. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -6018,7 +6151,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 18. Settings ======================================================
+# == 19. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -6392,7 +6525,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 19. Local state ===================================================
+# == 20. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -6587,7 +6720,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 20. Command settings ==============================================
+# == 21. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -6801,7 +6934,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 21. Credentials ===================================================
+# == 22. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -7179,7 +7312,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 22. Ledger ========================================================
+# == 23. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -7590,7 +7723,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 23. Leases ========================================================
+# == 24. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of "Records".
@@ -7644,6 +7777,19 @@ def sound_lease(record: Record) -> dict | None:
         raise Corrupt(f"{record.key} does not say who holds it", key=record.key,
                       hint="doctor names such records; mend it by hand")
     return record.doc
+
+
+def sound_leases(ledger: Ledger, keys: list) -> list:
+    """The Records of leases at `keys` that are there; damaged ones are warned of."""
+    good = []
+    for record in ledger.read_many(keys):
+        try:
+            if record.fault:
+                raise record.fault
+            good += [record] if sound_lease(record) is not None else []
+        except Corrupt as why:
+            ledger.warn(why.message)
+    return good
 
 
 class Lease:
@@ -7834,7 +7980,7 @@ class Leases:
             raise
 
 
-# == 24. Hints =========================================================
+# == 25. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -7962,7 +8108,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 25. Step records ==================================================
+# == 26. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -8213,7 +8359,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 26. Frontier ======================================================
+# == 27. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -8281,7 +8427,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 27. Steps =========================================================
+# == 28. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -8638,7 +8784,7 @@ class Steps:
             tries += 1
 
 
-# == 28. Tasks =========================================================
+# == 29. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -8962,7 +9108,571 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 29. Memory ========================================================
+# == 30. Locks =========================================================
+#
+# Locks and semaphores: leases under names. Keys: locks/<name>.json,
+# semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
+
+
+def counted(record: Record, name: str) -> int:
+    """The number >= 1 that a config has under `name`; Corrupt when it has none."""
+    value = number(record.doc, name)
+    if value < 1:
+        raise Corrupt(f"{record.key} has no number {name!r} of 1 or more",
+                      key=record.key, hint="doctor names such records; mend it by hand")
+    return value
+
+
+def checked_count(what: str, value: int | None, most: int) -> int | None:
+    """`value` if it is None or a whole number from 1 to `most`; else Usage."""
+    if value is not None and (type(value) is not int or not 1 <= value <= most):
+        raise Usage(f"{what} is {shown(value)}; it is a whole number from 1 to {most}",
+                    hint=f"e.g. {what} 3")
+    return value
+
+
+class Locks:
+    """Named locks: one holder each, fenced by a token that only grows.
+
+    notify: callable(agent, text, step), told of takeovers.
+    """
+
+    def __init__(self, ledger: Ledger, who: Who, notify: object) -> None:
+        self.ledger = ledger
+        self.leases = Leases(ledger, who, notify, words=LOCK_WORDS)
+
+    def acquire(self, name: str, *, ttl: int | None = None, wait: float = 0,
+                resume: bool = False, elect: bool = False, op: str = "",
+                pause: object = time.sleep) -> Lease:
+        """Take a lock. The same instance again: success, the same token.
+
+        elect: who holds it is a leader, and an unreachable store is waited out too.
+        pause: what to wait with. Raises Held, TimedOut, Unknown.
+        Keys: CAS locks/<name>.json"""
+        outlast = (Unavailable, Unknown) if elect else ()
+        return self.leases.take(*self._names(name), subject=f"Lock {name}", ttl=ttl,
+                                wait=wait, resume=resume, fields={"elect": elect},
+                                outlast=outlast, pause=pause, op=op)
+
+    def extend(self, name: str, *, ttl: int | None = None, token: int | None = None,
+               op: str = "") -> dict:
+        """Begin my lease of a lock anew, of `ttl` seconds when given.
+
+        Raises Fenced, Conflict, Unknown. Keys: CAS locks/<name>.json"""
+        return self.leases.renew(*self._names(name), subject=f"Lock {name}", ttl=ttl,
+                                 token=token, op=op)
+
+    def release(self, name: str, *, token: int | None = None, force: str = "",
+                op: str = "") -> dict:
+        """Give a lock back. force: a person's reason to take another's away, which
+        costs the holder its token. Keys: CAS locks/<name>.json"""
+        return self.leases.release(*self._names(name), subject=f"Lock {name}",
+                                   token=token, force=force, op=op)
+
+    def view(self, name: str) -> dict:
+        """lease_view of one lock, with its name. Keys: GET locks/<name>.json"""
+        key, _ = self._names(name)
+        self.ledger.restart()
+        return self._view(self.ledger.read(key))
+
+    def all(self) -> list:
+        """The view of every lock there ever was, by name; damaged ones: a warning."""
+        keys = [entry.key for entry in self.ledger.list("locks/").entries
+                if entry.key.endswith(".json") and entry.key.count("/") == 1]
+        return [self._view(record) for record in sound_leases(self.ledger, keys)]
+
+    def _names(self, name: str) -> tuple:
+        return f"locks/{check_name('lock', name)}.json", f"lock/{name}"
+
+    def _view(self, record: Record) -> dict:
+        name = record.key[len("locks/"):-len(".json")]
+        return {"lock": name, **lease_view(sound_lease(record), record.age)}
+
+
+class Semaphores:
+    """Named semaphores: at most k holders each, in slots that are leases.
+
+    An instance holds one slot of a semaphore. k changes by resize() alone; after a
+    shrink holders keep their slots until they give them back or expire, and nobody is
+    admitted before fewer than k are left. notify: as of Locks.
+    """
+
+    def __init__(self, ledger: Ledger, who: Who, notify: object) -> None:
+        self.ledger, self.who = ledger, who
+        self.leases = Leases(ledger, who, notify, words=LOCK_WORDS)
+
+    # -- taking a slot
+
+    def acquire(self, name: str, limit: int | None = None, *, ttl: int | None = None,
+                wait: float = 0, op: str = "", pause: object = time.sleep) -> Lease:
+        """Take a slot; which one is doc["slot"]. The same instance again: the same one.
+
+        limit: makes the semaphore with that many slots; another than it has is refused.
+        Raises Held, Conflict, NotFound (no limit and no such semaphore), TimedOut.
+        Keys: CAS semaphores/<name>/config.json, semaphores/<name>/<slot>.json"""
+        check_name("semaphore", name)
+        checked_count("--limit", limit, MAX_SLOTS)
+        ttl = checked_ttl(ttl)
+        return waiting(self.ledger, wait, pause=pause, act=lambda: self._acquire(
+            name, limit, ttl=ttl, op=op))
+
+    def _acquire(self, name: str, limit: int | None, *, ttl: int, op: str) -> Lease:
+        config = self._fix(name, limit)
+        k = counted(config.after, "k")
+        lease = self._kept(name, k, ttl=ttl, op=op)
+        if lease is not None and self._is_sure(name, lease.doc):
+            return lease
+        if lease is None:
+            new = config.wrote and config.before.doc is None
+            lease = self._win(name, k, new=new, ttl=ttl, op=op)
+        k, views = self._room(name)
+        if lease.doc["slot"] < k and len(views) <= k:
+            self._note(name, lease.doc["slot"], lease.token)
+            return lease
+        lease.release("given back: there was no room for it")
+        if len(views) > k:
+            others = [view for view in views if view["slot"] != lease.doc["slot"]]
+            raise self._full(name, others, k)
+        return self._acquire(name, limit, ttl=ttl, op=op)  # it shrank under my hands
+
+    def _fix(self, name: str, limit: int | None) -> Change:
+        """Read the config; make it when it is not there and a limit is given."""
+        made = {"peak": limit, "created_by": self.who.agent,
+                "created_at": self.ledger.at()}
+        say = naming(f"Semaphore {name}", lambda record: fixed(
+            record.doc, "k", limit, made=made, flag="--limit",
+            hint=f"leave it out, or change it: semaphore resize {name} {limit}"))
+
+        def decide(record: Record) -> dict:
+            if record.doc is not None:
+                counted(record, "k")
+            return say(record)
+        return self.ledger.change(f"semaphores/{name}/config.json", decide)
+
+    def _kept(self, name: str, k: int, *, ttl: int, op: str) -> Lease | None:
+        """The slot that local state names, if it is mine or can be had; else None."""
+        slot = self._recall(name).get("slot")
+        if slot is None:
+            return None
+        record = self.ledger.read(self._key(name, slot))
+        mine = self._is_mine(name, record)
+        sure = mine and self._is_sure(name, record.doc)
+        if slot >= k and mine and not sure:  # a crash, and a shrink since
+            self._take(name, record, ttl=ttl, op=op).release("given back: it shrank")
+        taken = live_lease(record.doc, record.age) and not mine
+        if not sure and (slot >= k or taken):
+            return None
+        try:
+            return self._take(name, record, ttl=ttl, op=op)
+        except Held:
+            return None
+
+    def _win(self, name: str, k: int, *, new: bool, ttl: int, op: str) -> Lease:
+        """A slot: one nobody ever had, else one that is free. new: none was ever had.
+
+        Raises Held when there is none. Gives back what else turns out to be mine."""
+        order = [self._key(name, slot) for slot in slot_order(self.who.instance, k)]
+        there = set() if new else {
+            entry.key for entry in self.ledger.list(f"semaphores/{name}/").entries}
+        fresh = [Record(key) for key in order if key not in there]
+        used = []
+        if not fresh or self.who.explicit:  # what an earlier process had may be mine
+            used = sound_leases(self.ledger, [key for key in order if key in there])
+        own = [record for record in used if self._is_mine(name, record)]
+        free = [record for record in used if not live_lease(record.doc, record.age)]
+        for record in own[:1] or fresh + free:
+            try:
+                lease = self._take(name, record, ttl=ttl, op=op)
+            except Held:
+                continue
+            for extra in own[1:]:
+                self._take(name, extra, ttl=ttl).release("given back: one is enough")
+            self._note(name, lease.doc["slot"], 0)
+            return lease
+        if fresh:  # others were faster: now they are all there to be looked at
+            return self._win(name, k, new=False, ttl=ttl, op=op)
+        raise self._full(name, [lease_view(record.doc, record.age) for record in used
+                                if record not in free], k)
+
+    def _take(self, name: str, record: Record, *, ttl: int, op: str = "") -> Lease:
+        """One try at one slot, which local state knows before the store does: whoever
+        crashes in between finds it again instead of taking a second one."""
+        slot = slot_of(record.key)
+        if record.doc is None or not self._is_sure(name, record.doc):
+            self._note(name, slot, 0)
+        return self.leases.take_now(
+            *self._names(name, slot), subject=f"Semaphore {name}", op=op, first=record,
+            how={"ttl": ttl, "resume": False}, fields={"slot": slot})
+
+    def _room(self, name: str) -> tuple:
+        """(k now, views of all holders; [] when nobody can be beyond k).
+
+        Asked once a slot is won: a shrink before that is seen here, a later one finds a
+        holder. While holders beyond k may be left all are counted: of two that come at
+        once at least the later one sees both."""
+        config = self.ledger.read(f"semaphores/{name}/config.json")
+        k = counted(config, "k")
+        return k, self._holders(name) if most_slots(config.doc) > k else []
+
+    def _full(self, name: str, views: list, k: int) -> Held:
+        why = full(views, k)
+        return Held(f"Semaphore {name} {why.message}", hint=why.hint, **why.details)
+
+    # -- keeping and giving back
+
+    def extend(self, name: str, *, slot: int | None = None, ttl: int | None = None,
+               token: int | None = None, op: str = "") -> dict:
+        """Begin my lease of a slot anew, of `ttl` seconds when given.
+
+        slot: else the one local state names, else the one that is mine. Raises Fenced,
+        Conflict, Unknown. Keys: CAS semaphores/<name>/<slot>.json"""
+        slot = self._mine_now(name, slot, token)
+        kept, mine = self._recall(name), self._me(name, slot).token
+        if token is None and kept.get("slot") == slot and kept["token"] != mine:
+            raise Conflict(f"Semaphore {name}: whether slot {slot} may be kept was"
+                           " never found out", hint="acquire it again")
+        return self.leases.renew(*self._names(name, slot), ttl=ttl, token=token, op=op,
+                                 subject=f"Semaphore {name}")
+
+    def renew(self, what: str) -> dict:
+        """extend() of a slot by the name local state has for it: <name>/<slot>."""
+        name, _, slot = what.rpartition("/")
+        return self.extend(name, slot=whole("slot", slot))
+
+    def release(self, name: str, *, slot: int | None = None, token: int | None = None,
+                force: str = "", op: str = "") -> dict:
+        """Give my slot back. slot: as of extend(). force: a person's reason to take
+        another's away. Keys: CAS semaphores/<name>/<slot>.json"""
+        if force and slot is None:
+            raise Usage(f"Semaphore {name}: which slot shall be taken away?",
+                        hint=f"--slot N; semaphore status {name} lists them")
+        slot = self._mine_now(name, slot, token)
+        return self.leases.release(*self._names(name, slot), token=token, force=force,
+                                   op=op, subject=f"Semaphore {name}")
+
+    def resize(self, name: str, k: int, *, op: str = "") -> dict:
+        """Change how many may hold it; its config. Raises NotFound.
+
+        Fewer: holders beyond stay until they are done, nobody new comes before that.
+        Keys: CAS semaphores/<name>/config.json"""
+        check_name("semaphore", name)
+        checked_count("the number of slots", k, MAX_SLOTS)
+
+        def decide(record: Record) -> dict:
+            if record.doc is not None:
+                counted(record, "k")
+            return resized(record.doc, k, resized_by=self.who.agent,
+                           resized_at=self.ledger.at())
+        return self.ledger.change(f"semaphores/{name}/config.json",
+                                  naming(f"Semaphore {name}", decide), op=op).doc
+
+    def view(self, name: str) -> dict:
+        """{semaphore, limit, held, slots: [view of each that is held]}. Raises
+        NotFound. Keys: GET config, LIST, GET of each slot"""
+        check_name("semaphore", name)
+        self.ledger.restart()
+        config = self.ledger.read(f"semaphores/{name}/config.json")
+        if config.doc is None:
+            raise NotFound(f"Semaphore {name} is not there",
+                           hint="semaphore acquire --limit N makes it")
+        k, views = counted(config, "k"), self._holders(name)
+        for view in views:
+            view["draining"] = view["slot"] >= k
+        return {"semaphore": name, "limit": k, "held": len(views), "slots": views}
+
+    def all(self) -> list:
+        """The view of every semaphore, by name; damaged ones are warned of."""
+        views = []
+        for prefix in self.ledger.list("semaphores/", delimiter="/").prefixes:
+            try:
+                views.append(self.view(prefix.split("/")[1]))
+            except (Corrupt, NotFound, Usage) as why:
+                self.ledger.warn(why.message)
+        return views
+
+    # -- slots, and what local state knows of them
+
+    def _key(self, name: str, slot: int) -> str:
+        return f"semaphores/{name}/{slot}.json"
+
+    def _names(self, name: str, slot: int) -> tuple:
+        return self._key(name, slot), f"semaphore/{name}/{slot}"
+
+    def _me(self, name: str, slot: int) -> Me:
+        return self.leases.me(f"semaphore/{name}/{slot}")
+
+    def _is_mine(self, name: str, record: Record) -> bool:
+        return is_own(sound_lease(record), self._me(name, slot_of(record.key)))
+
+    def _is_sure(self, name: str, lease: dict) -> bool:
+        """Whether it is known, not just hoped, that I may keep this lease of mine."""
+        kept = {"slot": lease.get("slot"), "token": token_of(lease)}
+        return self._recall(name) == kept
+
+    def _note(self, name: str, slot: int, token: int) -> None:
+        """Keep which slot I try; token: that of one I may keep, 0 until that is sure.
+        """
+        self.who.remember(f"slot-{name}", {"slot": slot, "token": token})
+
+    def _recall(self, name: str) -> dict:
+        kept = self.who.recall(f"slot-{name}")
+        good = isinstance(kept, dict) and number(kept, "slot", -1) in range(MAX_SLOTS)
+        return {"slot": number(kept, "slot"), "token": number(kept, "token")} \
+            if good else {}
+
+    def _held(self, name: str) -> list:
+        """Records of the slots that somebody holds, whatever the limit is."""
+        prefix = f"semaphores/{name}/"
+        keys = [entry.key for entry in self.ledger.list(prefix).entries
+                if slot_of(entry.key) is not None]
+        return [record for record in sound_leases(self.ledger, keys)
+                if live_lease(record.doc, record.age)]
+
+    def _holders(self, name: str) -> list:
+        views = [{"slot": slot_of(record.key), **lease_view(record.doc, record.age)}
+                 for record in self._held(name)]
+        return sorted(views, key=lambda view: view["slot"])
+
+    def _mine_now(self, name: str, slot: int | None, token: int | None) -> int:
+        """The slot that is meant: given, kept, or found among all of them."""
+        check_name("semaphore", name)
+        if slot is None:
+            slot = self._recall(name).get("slot")
+        if slot is not None and slot not in range(MAX_SLOTS):
+            raise Usage(f"--slot {slot} cannot be", hint=f"0 to {MAX_SLOTS - 1}")
+        if slot is not None:
+            return slot
+        me = Me(self.who.agent, self.who.instance, token=token,
+                explicit=self.who.explicit)
+        for record in self._held(name):
+            if holds(record.doc, me):
+                return slot_of(record.key)
+        raise Conflict(f"Semaphore {name}: you hold no slot of it",
+                       hint="acquire it first, or name yours with --slot and --token")
+
+
+# == 31. Barriers ======================================================
+#
+# Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
+# arrive/<agent>, verdict.json.
+
+GENERATIONS = 10**9 - 1  # the highest number a generation may have
+RECOUNT = 8  # of so many looks at the verdict one counts the arrivals again
+
+
+def sound_verdict(record: Record) -> dict | None:
+    """The verdict in a record; Corrupt when it is none."""
+    if record.doc is not None and record.doc.get("state") not in ("open", "broken"):
+        raise Corrupt(f"{record.key} is neither open nor broken", key=record.key,
+                      hint="doctor names such records; mend it by hand")
+    return record.doc
+
+
+class Barrier:
+    """A point that nobody passes before `count` agents have arrived at it.
+
+    It opens once in each generation 1, 2, 3, ...; the next one begins when the last has
+    its verdict, open or broken, which is the same for all. count None: as many as the
+    generation's first arrival said.
+    """
+
+    def __init__(self, ledger: Ledger, who: Who, name: str,
+                 count: int | None = None) -> None:
+        self.ledger, self.who = ledger, who
+        self.name = check_name("barrier", name)
+        self.count = checked_count("--count", count, MAX_ARRIVALS)
+
+    # -- arriving
+
+    def arrive(self, *, gen: int | None = None, op: str = "") -> dict:
+        """Arrive, once for all my instances; {barrier, gen, n, arrived, verdict, ...}.
+
+        gen: else the newest generation without a verdict: a second call after the
+        verdict begins the next one, unless it has the first one's `op` or names `gen`.
+        Raises Conflict when the generation has another count.
+        Keys: create config.json, arrive/<me>, and verdict.json when I am the last"""
+        at, names = self._generation(gen, op)
+        view = self._seen(at) if "verdict.json" in names else None
+        if view is None:
+            n = self._fix(at, names)
+            self._create(at, f"arrive/{self.who.agent}", names, op=op)
+            view = self._count(at, n)
+        self.who.remember(f"barrier-{self.name}", at)
+        late = view["verdict"] and self.who.agent not in view["participants"]
+        if late and gen is None:  # its verdict fell before I was there: the next one
+            return self.arrive(op=op)
+        return view
+
+    def _generation(self, gen: int | None, op: str) -> tuple:
+        """(the generation that is meant, the keys it has)."""
+        if gen is not None:
+            gen = checked_count("--gen", gen, GENERATIONS)
+            return gen, self._names(gen)
+        newest = self._newest()
+        if not newest:
+            return 1, set()
+        names = self._names(newest)
+        if op and f"arrive/{self.who.agent}" in names and self._is_mine(newest, op):
+            return newest, names
+        return (newest + 1, set()) if "verdict.json" in names else (newest, names)
+
+    def _newest(self) -> int:
+        """The highest generation there is, 0 when there is none."""
+        listing = self.ledger.list(f"barriers/{self.name}/", delimiter="/")
+        found = (generation_in(prefix.split("/")[2]) for prefix in listing.prefixes)
+        return max((gen for gen in found if gen), default=0)
+
+    def _names(self, gen: int) -> set:
+        """What is there of a generation: config.json, arrive/<agent>, verdict.json."""
+        folder = self._key(gen, "")
+        return {entry.key[len(folder):] for entry in self.ledger.list(folder).entries}
+
+    def _is_mine(self, gen: int, op: str) -> bool:
+        """Whether operation `op` has made my arrival there, and it counted."""
+        key = self._key(gen, f"arrive/{self.who.agent}")
+        nonce = self.ledger.nonce(op.partition("@")[0], key)
+        if (self.ledger.read(key).doc or {}).get("nonce") != nonce:
+            return False
+        view = self._seen(gen)
+        return view is None or self.who.agent in view["participants"]
+
+    def _key(self, gen: int, leaf: str) -> str:
+        return f"barriers/{self.name}/g{gen}/{leaf}"
+
+    def _fix(self, gen: int, names: set) -> int:
+        """How many must arrive: fixed by whoever came first."""
+        key = self._key(gen, "config.json")
+        made = {"created_by": self.who.agent, "created_at": self.ledger.at()}
+        say = naming(f"Barrier {self.name}, generation {gen},", lambda record: fixed(
+            record.doc, "n", self.count, made=made, flag="--count",
+            hint="leave it out; it is fixed by the first to arrive"))
+
+        def decide(record: Record) -> dict:
+            if record.doc is not None:
+                counted(record, "n")
+            return say(record)
+        first = None if "config.json" in names else Record(key)
+        return counted(self.ledger.change(key, decide, first=first).after, "n")
+
+    def _create(self, gen: int, leaf: str, names: set, *, op: str) -> None:
+        """My arrival; the one that is there already is as good."""
+        def decide(record: Record) -> dict:
+            return record.doc or {"agent": self.who.agent, "at": self.ledger.at(),
+                                  "instance": self.who.instance}
+        if leaf not in names:
+            key = self._key(gen, leaf)
+            self.ledger.change(key, decide, first=Record(key), op=op)
+
+    # -- counting and judging
+
+    def _state(self, gen: int, n: int | None = None) -> dict:
+        """The view of a generation as one listing shows it. n: if that is known."""
+        names = self._names(gen)
+        if "verdict.json" in names:
+            return self._seen(gen)
+        if n is None and "config.json" in names:
+            n = counted(self.ledger.read(self._key(gen, "config.json")), "n")
+        arrived = sorted(name[len("arrive/"):] for name in names
+                         if name.startswith("arrive/"))
+        return self._view(gen, None, n=n, arrived=arrived)
+
+    def _count(self, gen: int, n: int | None = None, *, broken: str = "") -> dict:
+        """The same, once the verdict is given that these arrivals allow."""
+        view = self._state(gen, n)
+        if view["verdict"] or not view["n"]:
+            return view
+        doc = verdict_on(view["arrived"], view["n"], broken=broken)
+        return view if doc is None else self._view(gen, self._judge(gen, doc))
+
+    def _judge(self, gen: int, doc: dict) -> dict:
+        """The verdict that stands: `doc`, or the one that somebody else gave first."""
+        key = self._key(gen, "verdict.json")
+
+        def decide(record: Record) -> dict:
+            return record.doc or {**doc, "by": self.who.agent, "at": self.ledger.at()}
+        return sound_verdict(self.ledger.change(key, decide, first=Record(key)).after)
+
+    def _seen(self, gen: int) -> dict | None:
+        """The view of a generation that has its verdict, by one GET; else None."""
+        doc = sound_verdict(self.ledger.read(self._key(gen, "verdict.json")))
+        return None if doc is None else self._view(gen, doc)
+
+    def _view(self, gen: int, doc: dict | None, *, n: int | None = None,
+              arrived: list | None = None) -> dict:
+        there = texts(doc, "participants")
+        view = {"barrier": self.name, "gen": gen, "n": number(doc, "n") or n,
+                "arrived": there if doc else arrived,
+                "verdict": doc and doc["state"], "participants": there}
+        return {**view, "why": doc["why"]} if doc and doc.get("why") else view
+
+    def status(self, *, gen: int | None = None) -> dict:
+        """The view of a generation, the newest unless named. Raises NotFound."""
+        gen = checked_count("--gen", gen, GENERATIONS) or self._newest()
+        view = self._state(gen) if gen else {}
+        if not (view.get("n") or view.get("arrived")):
+            raise NotFound(f"Barrier {self.name} is not there",
+                           hint="barrier arrive NAME --count N makes it")
+        return view
+
+    # -- waiting
+
+    def verdict(self, timeout: float = 300, *, gen: int | None = None,
+                break_: bool = False, seen: dict | None = None,
+                pause: object = time.sleep) -> dict:
+        """Wait, without arriving, for the verdict `open`; its view.
+
+        gen: else the one I arrived at last, else the newest. break_: when the time is
+        over, break it for everybody. seen: the view arrive() gave. Raises Blocked when
+        it is broken, TimedOut when it has no verdict. Keys: GET verdict.json, again and
+        again; LIST seldom"""
+        gen = checked_count("--gen", gen, GENERATIONS) or (seen or {}).get("gen") or (
+            self._recall() or self._newest() or 1)
+        state = {"view": seen, "looks": 0 if seen is None else 1}
+        try:
+            view = waiting(self.ledger, timeout, lambda: self._look(gen, state),
+                           pause=pause)
+        except (Blocked, TimedOut) as why:
+            view = self._count(gen, broken=f"{self.who.agent} waited {timeout:g}s") \
+                if break_ else {}
+            if not view.get("verdict"):
+                raise TimedOut(f"{self._so_far(state['view'])}; waited {timeout:g}s",
+                               hint="wait again; --break ends it for everybody",
+                               gen=gen) from why
+        if view["verdict"] == "broken":
+            raise Blocked(f"Barrier {self.name} is broken, generation {gen}:"
+                          f" {shown(view.get('why', ''))}", gen=gen,
+                          hint="arrive again: the next generation begins",
+                          arrived=view["arrived"], n=view["n"])
+        return view
+
+    def _look(self, gen: int, state: dict) -> dict:
+        """One look at the verdict; Blocked while there is none."""
+        if state["looks"] % RECOUNT == 0:  # the last to arrive may have died on the way
+            state["view"] = self._count(gen)
+        state["looks"] += 1
+        view = state["view"]
+        if not view["verdict"]:
+            view = self._seen(gen)
+        if view is None:
+            raise Blocked(self._so_far(state["view"]))
+        return view
+
+    def _so_far(self, view: dict) -> str:
+        return (f"Barrier {self.name}, generation {view['gen']}: {len(view['arrived'])}"
+                f" of {view['n'] or '?'} have arrived")
+
+    def _recall(self) -> int | None:
+        kept = self.who.recall(f"barrier-{self.name}")
+        return kept if type(kept) is int and kept > 0 else None
+
+    def wait(self, timeout: float = 300, *, gen: int | None = None,
+             break_: bool = False) -> dict:
+        """arrive(), then verdict(): as of a barrier of threads."""
+        view = self.arrive(gen=gen)
+        return self.verdict(timeout, break_=break_, seen=view)
+
+
+# == 32. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -9165,7 +9875,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 30. Mailboxes =====================================================
+# == 33. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -9592,7 +10302,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 31. Mail ==========================================================
+# == 34. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -9817,7 +10527,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 32. Channels and threads ==========================================
+# == 35. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -10047,7 +10757,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 33. Bytes =========================================================
+# == 36. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -10411,7 +11121,7 @@ class Bytes:
         return body
 
 
-# == 34. Artifact heads ================================================
+# == 37. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -10704,7 +11414,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 35. Artifacts =====================================================
+# == 38. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -10998,7 +11708,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 36. Reservations ==================================================
+# == 39. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -11148,7 +11858,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 37. Runs ==========================================================
+# == 40. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -11610,7 +12320,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 38. Artifact trees ================================================
+# == 41. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -12009,7 +12719,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 39. Project =======================================================
+# == 42. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -12076,7 +12786,7 @@ class Project:
     """A project as one agent sees it. Made by connect().
 
     agent, instance, settings, store, ledger; memory, mail, channels, threads, search,
-    artifacts, steps, plans, tasks, runs, reservations, presence.
+    artifacts, steps, plans, tasks, locks, semaphores, runs, reservations, presence.
     Every verb raises the exceptions the exit codes come from.
     """
 
@@ -12096,8 +12806,11 @@ class Project:
         self.steps = Steps(ledger, who, self._tell)
         self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
         self.reservations = Reservations(ledger, who)
-        self.renewers = {"step": self.steps.renew}  # how each kind of lease is renewed
-        self.renewers["reservation"] = self.reservations.renew
+        self.locks = Locks(ledger, who, self._tell)
+        self.semaphores = Semaphores(ledger, who, self._tell)
+        self.renewers = {  # how each kind of lease is renewed
+            "step": self.steps.renew, "lock": self.locks.extend,
+            "semaphore": self.semaphores.renew, "reservation": self.reservations.renew}
 
     def _tell(self, agent: str, text: str, step: str) -> None:
         """A notice beside an act that already succeeded: its failure is a warning."""
@@ -12161,6 +12874,20 @@ class Project:
     def wait_for(self, steps: list, **how: object) -> list:
         """Steps.wait_for: until all (any_=True: one) are complete."""
         return self.steps.wait_for(steps, **how)
+
+    # -- locks, semaphores, barriers
+
+    def lock(self, name: str, **how: object) -> Lease:
+        """Locks.acquire: `with p.lock("models.py"): ...`."""
+        return self.locks.acquire(name, **how)
+
+    def semaphore(self, name: str, limit: int | None = None, **how: object) -> Lease:
+        """Semaphores.acquire: `with p.semaphore("gpu", 3): ...`."""
+        return self.semaphores.acquire(name, limit, **how)
+
+    def barrier(self, name: str, count: int | None = None) -> Barrier:
+        """A Barrier: `p.barrier("phase1", 3).wait(timeout)`. No request is made."""
+        return Barrier(self.ledger, self.who, name, count)
 
     # -- reservations
 
@@ -12360,7 +13087,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 40. Context =======================================================
+# == 43. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -12511,7 +13238,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 41. Views =========================================================
+# == 44. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -12859,7 +13586,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 42. Timeline ======================================================
+# == 45. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -13126,7 +13853,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 43. Housekeeping ==================================================
+# == 46. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -13370,7 +14097,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 44. Archive =======================================================
+# == 47. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -13785,7 +14512,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 45. Doctor ========================================================
+# == 48. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -13802,9 +14529,11 @@ SHAPES = (
     ("steps/*/spec.json", ""), ("steps/*/claim.json", "agent claimed_at"),
     ("steps/*/status.json", "status"), ("steps/*/handoff.json", ""),
     ("ready/*/*", None), ("active/*", None), ("dependents/*/*", None),
-    ("locks/*.json", "agent #token"), ("semaphores/*/config.json", ""),
-    ("semaphores/*/*.json", "agent #token"), ("barriers/*/*/config.json", "#n"),
-    ("barriers/*/*/verdict.json", ""), ("barriers/*/*/arrive/*", None),
+    ("locks/*.json", "agent #token #ttl state claimed_at"),
+    ("semaphores/*/config.json", "#k"),
+    ("semaphores/*/*.json", "agent #token #ttl #slot state claimed_at"),
+    ("barriers/*/*/config.json", "#n"), ("barriers/*/*/arrive/*", "agent at"),
+    ("barriers/*/*/verdict.json", "state #n [participants"),
     ("reservations.json", "[entries"), ("queues/*/items/*.json", "state #token"),
     ("queues/*/ready/**", None), ("queues/*/active/**", None),
     ("artifacts/*/**", None), ("blobs/*", None), ("manifests/**/_head.json", "sha256"),
@@ -14101,7 +14830,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 46. Trials ========================================================
+# == 49. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -14615,7 +15344,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 47. Drill =========================================================
+# == 50. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -14837,7 +15566,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 48. Bench =========================================================
+# == 51. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -15224,7 +15953,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 49. Rows ==========================================================
+# == 52. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -15447,7 +16176,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 50. Commands under a lease ========================================
+# == 53. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -15653,7 +16382,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 51. Step commands =================================================
+# == 54. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -15942,7 +16671,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 52. Task commands =================================================
+# == 55. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -16104,7 +16833,288 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 53. Memory commands ===============================================
+# == 56. Lock commands =================================================
+#
+# Rows and words of locks, semaphores and barriers; every rule lives above.
+
+NAME_ARG = arg("name", help="any name")
+TTL_ARG = arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends")
+WAIT_ARG = arg("--wait", type=finite, default=0, metavar="SECONDS",
+               help="while others hold it")
+RESUME_ARG = arg("--resume", action="store_true",
+                 help="take over from another instance of me")
+FORCE_ARGS = (
+    arg("--force", action="store_true", help="take it from another"),
+    arg("--reason", default="by hand", metavar="TEXT", help="why, for --force"))
+SLOT_ARG = arg("--slot", type=int, metavar="N", help="the slot, if not known here")
+LIMIT_OF_ARG = arg("--limit", type=int, metavar="K",
+                   help="how many may hold it; makes it")
+GEN_ARG = arg("--gen", type=int, metavar="G", help="the generation")
+BREAK_ARG = arg("--break", action="store_true", dest="breaks",
+                help="break it for all when the wait is over")
+
+
+def own_ttl(project: object, options: object) -> int:
+    """The ttl of this command: --ttl, else that of the settings."""
+    return project.settings.ttl if options.ttl is None else options.ttl
+
+
+def acquiring(acquire: object, *names: object, **how: object) -> object:
+    """acquire(*names, pause=, **how), so that a signal meanwhile loses no lease."""
+    with Stoppable() as stop:
+        lease = acquire(*names, pause=stop.pause, **how)
+        if stop.asked:
+            lease.release("interrupted")
+            raise KeyboardInterrupt
+    return lease
+
+
+def run_holding(project: object, lease: object, words: list, **names: object) -> int:
+    """Run CMD while the lease is kept, then give it back; CMD's exit code.
+
+    names: what CMD sees as TRACECRAFT_<NAME>. Raises Fenced when the lease was lost.
+    """
+    try:
+        code = run_under(lease, words, lent_environ(project, **names),
+                         subject=lease.subject, asked=lease.begun)
+    except KeyboardInterrupt:
+        lease.release("interrupted")
+        raise
+    lease.done = True  # CMD has ended by itself, whatever becomes of the release
+    lease.release()
+    return code
+
+
+def left_text(view: dict) -> str:
+    """How much of a lease is left, for people."""
+    left = view["expires_in_s"]
+    return "never expires" if left is None else f"{left}s left"
+
+
+# -- lock
+
+
+def lock_line(view: dict) -> str:
+    """A lock on one line: who has it, since when, under which token."""
+    if view["state"] == "free":
+        return f"{shown(view['lock'])}: free"
+    word = "leader" if "leader" in view else "held by"
+    late = " (expired)" if view["state"] == "expired" else ""
+    return (f"{shown(view['lock'])}: {word} {shown(view['holder'])}{late}, token"
+            f" {view['token']}, renewed {view['age_s']}s ago, {left_text(view)}")
+
+
+@command("lock acquire", "take a lock: one holder, whoever asks", NAME_ARG, TTL_ARG,
+         WAIT_ARG, RESUME_ARG,
+         examples=("lock acquire models.py", "lock acquire db --ttl 60 --wait 300"),
+         exits="0 3 4 6 7 9 10", op=True)
+def cmd_lock_acquire(project: object, options: object) -> None:
+    lease = acquiring(project.locks.acquire, options.name, wait=options.wait,
+                      ttl=own_ttl(project, options), resume=options.resume,
+                      op=options.op)
+    answer(options, f"Acquired lock {options.name} as {project.agent} (token"
+           f" {lease.token})", record_of(lease.doc, lock=options.name))
+
+
+@command("lock extend", "begin my lease of a lock anew", NAME_ARG, TTL_ARG, TOKEN_ARG,
+         examples=("lock extend db", "lock extend db --ttl 600 --token 3"),
+         exits="0 3 4 7 9", op=True)
+def cmd_lock_extend(project: object, options: object) -> None:
+    doc = project.locks.extend(options.name, ttl=options.ttl, token=options.token,
+                               op=options.op)
+    answer(options, f"Extended lock {options.name} for {number(doc, 'ttl')}s",
+           record_of(doc, lock=options.name))
+
+
+@command("lock release", "give a lock back", NAME_ARG, TOKEN_ARG, *FORCE_ARGS,
+         examples=("lock release db", 'lock release db --force --reason "ada is gone"'),
+         exits="0 3 4 7 9", op=True)
+def cmd_lock_release(project: object, options: object) -> None:
+    doc = project.locks.release(options.name, token=options.token, op=options.op,
+                                force=options.reason if options.force else "")
+    answer(options, f"Released lock {options.name}", record_of(doc, lock=options.name))
+
+
+@command("lock status", "who holds a lock, or every lock",
+         arg("name", nargs="?", help="all locks without it"), LIMIT_ARG,
+         examples=("lock status", "lock status db --json"), exits="0 7 8")
+def cmd_lock_status(project: object, options: object) -> None:
+    if options.name is not None:
+        view = project.locks.view(options.name)
+        answer(options, lock_line(view), view)
+        return
+    views = project.locks.all()
+    answer_list(options, views, [lock_line(view) for view in views], empty="No locks.")
+
+
+@command("lock run", "run CMD while I hold a lock", NAME_ARG, TTL_ARG, WAIT_ARG,
+         RESUME_ARG,
+         arg("--elect", action="store_true", help="CMD of a leader: wait, come back"),
+         examples=("lock run db --wait 300 -- ./migrate.sh",
+                   "lock run cron --elect --ttl 30 -- ./scheduler.sh"),
+         exits="0 3 4 6 7 10", after="CMD…")
+def cmd_lock_run(project: object, options: object) -> int:
+    if options.rest is None:
+        raise Usage("there is no command", hint="lock run NAME -- CMD")
+    check_command(options.rest)
+    wait = options.wait
+    if options.elect and not wait:
+        wait = float("inf")
+    while True:
+        lease = acquiring(project.locks.acquire, options.name, wait=wait,
+                          ttl=own_ttl(project, options), resume=options.resume,
+                          elect=options.elect)
+        word = "Leader of" if options.elect else "Acquired"
+        remark(options, f"{word} lock {options.name} as {project.agent} (token"
+               f" {lease.token})")
+        try:
+            return run_holding(project, lease, options.rest, lock=options.name,
+                               token=lease.token)
+        except Fenced as why:
+            if lease.done or not options.elect:
+                raise
+            remark(options, f"{why.message}; competing again")
+
+
+# -- semaphore
+
+
+@command("semaphore acquire", "take one of K slots", NAME_ARG, LIMIT_OF_ARG, TTL_ARG,
+         WAIT_ARG,
+         examples=("semaphore acquire gpu --limit 3",
+                   "semaphore acquire gpu --wait 60"),
+         exits="0 1 3 4 6 7 9 10", op=True)
+def cmd_semaphore_acquire(project: object, options: object) -> None:
+    lease = acquiring(project.semaphores.acquire, options.name, options.limit,
+                      ttl=own_ttl(project, options), wait=options.wait, op=options.op)
+    answer(options, f"Acquired slot {lease.doc['slot']} of semaphore {options.name} as"
+           f" {project.agent} (token {lease.token})",
+           record_of(lease.doc, semaphore=options.name))
+
+
+@command("semaphore extend", "begin my lease of a slot anew", NAME_ARG, TTL_ARG,
+         SLOT_ARG, TOKEN_ARG,
+         examples=("semaphore extend gpu", "semaphore extend gpu --ttl 600"),
+         exits="0 3 4 7 9", op=True)
+def cmd_semaphore_extend(project: object, options: object) -> None:
+    doc = project.semaphores.extend(options.name, slot=options.slot, ttl=options.ttl,
+                                    token=options.token, op=options.op)
+    answer(options, f"Extended slot {number(doc, 'slot')} of semaphore {options.name}"
+           f" for {number(doc, 'ttl')}s", record_of(doc, semaphore=options.name))
+
+
+@command("semaphore release", "give my slot back", NAME_ARG, SLOT_ARG, TOKEN_ARG,
+         *FORCE_ARGS,
+         examples=("semaphore release gpu",
+                   'semaphore release gpu --slot 2 --force --reason "hangs"'),
+         exits="0 3 4 7 9", op=True)
+def cmd_semaphore_release(project: object, options: object) -> None:
+    doc = project.semaphores.release(
+        options.name, slot=options.slot, token=options.token, op=options.op,
+        force=options.reason if options.force else "")
+    answer(options, f"Released slot {number(doc, 'slot')} of semaphore {options.name}",
+           record_of(doc, semaphore=options.name))
+
+
+def semaphore_lines(view: dict) -> list:
+    """A semaphore for people: how many hold it, then each of them."""
+    lines = [f"{shown(view['semaphore'])}: {view['held']} of {view['limit']} held"]
+    for slot in view["slots"]:
+        more = ", draining" if slot["draining"] else ""
+        lines.append(f"  slot {slot['slot']}: {shown(slot['holder'])}, token"
+                     f" {slot['token']}, renewed {slot['age_s']}s ago,"
+                     f" {left_text(slot)}{more}")
+    return lines
+
+
+@command("semaphore status", "who holds a semaphore, or every semaphore",
+         arg("name", nargs="?", help="all semaphores without it"), LIMIT_ARG,
+         examples=("semaphore status gpu", "semaphore status --json"), exits="0 1 7 8")
+def cmd_semaphore_status(project: object, options: object) -> None:
+    if options.name is not None:
+        view = project.semaphores.view(options.name)
+        answer(options, "\n".join(semaphore_lines(view)), view)
+        return
+    views = project.semaphores.all()
+    answer_list(options, views, ["\n".join(semaphore_lines(view)) for view in views],
+                empty="No semaphores.")
+
+
+@command("semaphore resize", "change how many may hold a semaphore", NAME_ARG,
+         arg("slots", type=int, metavar="k", help="slots; holders beyond may finish"),
+         examples=("semaphore resize gpu 2", "semaphore resize gpu 8"),
+         exits="0 1 2 7 9", op=True)
+def cmd_semaphore_resize(project: object, options: object) -> None:
+    doc = project.semaphores.resize(options.name, options.slots, op=options.op)
+    answer(options, f"Semaphore {options.name} has {number(doc, 'k')} slots",
+           record_of(doc, semaphore=options.name))
+
+
+@command("semaphore run", "run CMD while I hold a slot", NAME_ARG, LIMIT_OF_ARG,
+         TTL_ARG, WAIT_ARG,
+         examples=("semaphore run gpu --limit 3 --wait 600 -- ./train.sh",
+                   "semaphore run gpu -- nvidia-smi"),
+         exits="0 1 3 4 6 7 10", after="CMD…")
+def cmd_semaphore_run(project: object, options: object) -> int:
+    if options.rest is None:
+        raise Usage("there is no command", hint="semaphore run NAME -- CMD")
+    check_command(options.rest)
+    lease = acquiring(project.semaphores.acquire, options.name, options.limit,
+                      ttl=own_ttl(project, options), wait=options.wait)
+    slot = lease.doc["slot"]
+    remark(options, f"Acquired slot {slot} of semaphore {options.name} as"
+           f" {project.agent} (token {lease.token})")
+    return run_holding(project, lease, options.rest, semaphore=options.name, slot=slot)
+
+
+# -- barrier
+
+
+def barrier_line(view: dict) -> str:
+    """A barrier on one line."""
+    head = f"Barrier {shown(view['barrier'])}, generation {view['gen']}:"
+    count = f"{len(view['arrived'])} of {view['n'] or '?'} arrived"
+    if view["verdict"]:
+        return f"{head} {view['verdict']}, {count}"
+    who = ": " + shown(", ".join(view["arrived"][:10])) if view["arrived"] else ""
+    return f"{head} {count}{who}"
+
+
+@command("barrier arrive", "arrive; with --wait, pass once all have arrived", NAME_ARG,
+         arg("--count", type=int, metavar="N", help="how many must arrive"), GEN_ARG,
+         arg("--wait", type=finite, metavar="SECONDS", help="for the verdict"),
+         BREAK_ARG,
+         examples=("barrier arrive phase1 --count 3 --wait 600",
+                   "barrier arrive phase1 --gen 2 --wait 60 --break"),
+         exits="0 1 3 5 6 7 9 10", op=True)
+def cmd_barrier_arrive(project: object, options: object) -> None:
+    barrier = project.barrier(options.name, options.count)
+    view = barrier.arrive(gen=options.gen, op=options.op)
+    if options.wait is not None or view["verdict"]:
+        view = barrier.verdict(options.wait or 0, seen=view, break_=options.breaks)
+    answer(options, barrier_line(view), view)
+
+
+@command("barrier wait", "wait for a barrier's verdict without arriving", NAME_ARG,
+         GEN_ARG, arg("--wait", type=finite, default=300, metavar="SECONDS",
+                      help="default 300"), BREAK_ARG,
+         examples=("barrier wait phase1", "barrier wait phase1 --gen 2 --wait 60"),
+         exits="0 5 6 7")
+def cmd_barrier_wait(project: object, options: object) -> None:
+    view = project.barrier(options.name).verdict(
+        options.wait, gen=options.gen, break_=options.breaks)
+    answer(options, barrier_line(view), view)
+
+
+@command("barrier status", "who has arrived at a barrier", NAME_ARG, GEN_ARG,
+         examples=("barrier status phase1", "barrier status phase1 --gen 1 --json"),
+         exits="0 1 7 8")
+def cmd_barrier_status(project: object, options: object) -> None:
+    view = project.barrier(options.name).status(gen=options.gen)
+    answer(options, barrier_line(view), view)
+
+
+# == 57. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -16226,7 +17236,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 54. Artifact commands =============================================
+# == 58. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -16452,7 +17462,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 55. Reservation commands ==========================================
+# == 59. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -16684,7 +17694,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 56. Commands of presence, views and set-up ========================
+# == 60. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -17155,7 +18165,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 57. House commands ================================================
+# == 61. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -17330,7 +18340,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 58. Commands of mail ==============================================
+# == 62. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -17590,7 +18600,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 59. Run commands ==================================================
+# == 63. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -18047,7 +19057,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 60. Command line ==================================================
+# == 64. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -18061,6 +19071,11 @@ GROUPS = (
                cmd_handoff, cmd_context, cmd_next, cmd_step_add, cmd_step_edit,
                cmd_step_graph, cmd_step_list, cmd_step_show, cmd_step_status,
                cmd_wait_for)),
+    ("locks", (cmd_lock_acquire, cmd_lock_extend, cmd_lock_release, cmd_lock_status,
+               cmd_lock_run, cmd_semaphore_acquire, cmd_semaphore_extend,
+               cmd_semaphore_release, cmd_semaphore_status, cmd_semaphore_resize,
+               cmd_semaphore_run, cmd_barrier_arrive, cmd_barrier_wait,
+               cmd_barrier_status)),
     ("memory", (cmd_memory_set, cmd_memory_get, cmd_memory_list, cmd_memory_history,
                 cmd_memory_delete, cmd_memory_incr, cmd_memory_append,
                 cmd_memory_merge, cmd_memory_watch, cmd_memory_search)),
@@ -18085,6 +19100,7 @@ TOP_HELP = (
     ("complete", "end it with a hand-off note        (approve, reject, handoff)"),
     ("next", "the best ready step; --claim takes it (context: what went before)"),
     ("step", "add / edit / list / show / graph    (step-status, wait-for)"),
+    ("lock", "acquire / release / run / status    (semaphore, barrier)"),
     ("memory", "set / get / list / history / delete / incr / append / merge / …"),
     ("send", "message an agent, a '#channel', or _broadcast    (ask, ack)"),
     ("inbox", "read messages; --new once each      (listen, thread, search)"),
