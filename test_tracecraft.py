@@ -13981,6 +13981,16 @@ def test_terminated_a_command_ends_and_what_it_held_is_free(sh, words):
     assert view.get("state", "free") == "free" and view.get("held", 0) == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_a_command_starts_ends_it(kind):
+    lease = SimpleNamespace(doc={"ttl": 30}, renew=lambda: os.kill(os.getpid(), kind))
+    with pytest.raises(KeyboardInterrupt):
+        t.run_under(lease, ["sleep", "60"], dict(os.environ), subject="Lock x",
+                    asked=time.monotonic() - 60)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_leader_that_lost_its_lock_competes_again(sh):
     code = ("import os, time; print(os.environ['TRACECRAFT_TOKEN'], flush=True);"
             "time.sleep(0 if os.environ['TRACECRAFT_TOKEN'] == '3' else 60);"

@@ -16316,19 +16316,20 @@ def run_under(lease: object, words: list, environ: dict, *, subject: str,
     import subprocess
     renewer = Renewer(lease, asked)
     own_group = os.name == "posix" and not sys.stdin.isatty()
-    try:
-        renewer.start()
-        process = subprocess.Popen(words, env=environ, start_new_session=own_group)
-    except OSError as why:
-        lease.release()
-        raise Usage(f"cannot run {shown(words[0])}: {why.strerror}",
-                    hint=f"{subject} was given back") from why
-    try:
-        code = watch_child(process, renewer, own_group)
-    except KeyboardInterrupt:
-        end_child(process, own_group)
-        renewer.stop()
-        raise
+    with Stoppable() as stop:  # also while CMD starts: somebody must end it
+        try:
+            renewer.start()
+            process = subprocess.Popen(words, env=environ, start_new_session=own_group)
+        except OSError as why:
+            lease.release()
+            raise Usage(f"cannot run {shown(words[0])}: {why.strerror}",
+                        hint=f"{subject} was given back") from why
+        try:
+            code = watch_child(process, renewer, own_group=own_group, stop=stop)
+        except KeyboardInterrupt:
+            end_child(process, own_group)
+            renewer.stop()
+            raise
     renewer.stop()
     if renewer.gone is not None or code is None:
         why = renewer.lost or Fenced("was lost")
@@ -16337,26 +16338,23 @@ def run_under(lease: object, words: list, environ: dict, *, subject: str,
     return code
 
 
-def watch_child(process: object, renewer: Renewer, own_group: bool) -> int | None:
+def watch_child(process: object, renewer: object, *, own_group: bool,
+                stop: Stoppable) -> int | None:
     """The child's exit code (128 + signal as shells say), None when the lease was lost
-    and the child was ended for it."""
-    import signal
+    and the child was ended for it. KeyboardInterrupt once `stop` was asked."""
     import subprocess
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, interrupted)
-    try:
-        while True:
-            try:
-                code = process.wait(0.2)
-                return code if code >= 0 else 128 - code
-            except subprocess.TimeoutExpired:
-                if renewer.lost is not None:
-                    end_child(process, own_group)
-                    return None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    while True:
+        try:
+            code = process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            code = None
+        if stop.asked:
+            raise KeyboardInterrupt
+        if code is not None:
+            return code if code >= 0 else 128 - code
+        if renewer.lost is not None:
+            end_child(process, own_group)
+            return None
 
 
 def end_child(process: object, own_group: bool) -> None:
@@ -18736,14 +18734,12 @@ def run_measured(project: object, how: dict, options: object) -> int:
         process = start_measured(project, run, options.rest, own_group=own_group)
         pump = Pump(process.stdout, run)
         run.points.start()
-    try:
-        if stop.asked:
-            raise KeyboardInterrupt
-        code = watch_child(process, pump, own_group)
-    except KeyboardInterrupt:
-        end_child(process, own_group)
-        finish_run(run, "interrupted", options, pump=pump)
-        raise
+        try:
+            code = watch_child(process, pump, own_group=own_group, stop=stop)
+        except KeyboardInterrupt:
+            end_child(process, own_group)
+            finish_run(run, "interrupted", options, pump=pump)
+            raise
     finish_run(run, "failed" if code else "complete", options, pump=pump, code=code)
     return code
 
