@@ -19099,16 +19099,13 @@ TOP_HELP = (
     ("lock", "acquire / release / run / status    (semaphore, barrier)"),
     ("memory", "set / get / list / history / delete / incr / append / merge / …"),
     ("send", "message an agent, a '#channel', or _broadcast    (ask, ack)"),
-    ("inbox", "read messages; --new once each      (listen, thread, search)"),
-    ("channel", "join / leave / list"),
+    ("inbox", "read messages; --new once each (listen, thread, search, channel)"),
     ("reserve", "files, by pattern       (reservations, unreserve, guard)"),
     ("artifact", "upload / download / list / show / verify / lineage / url / …"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
     ("timeline", "what happened; watch: what happens  (gc, export, import)"),
-    ("doctor", "check store and objects; --fix      (config)"),
-    ("demo", "see it work: real processes, two of them crash"),
-    ("drill", "race your bucket                    (bench)"),
-    ("install", "a fast launcher on PATH             (completion bash|zsh|fish)"),
+    ("doctor", "check store and objects; --fix  (config, install, completion)"),
+    ("demo", "real processes, two of them crash   (drill, bench)"),
 )
 
 
