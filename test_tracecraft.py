@@ -9506,6 +9506,21 @@ def test_a_crowd_spreads_over_the_older_half_of_many():
     assert picked == {f"s{n:03}" for n in range(100)}
 
 
+def test_a_timed_marker_is_parsed_only_when_its_time_is_of_ascii_digits(ada, bucket):
+    for digits in ("²" * 19, "٣" * 19, "0" * 18 + "7"):
+        bucket.place(f"queues/q/ready/05/{digits}_a.b.2", {})
+    hints = t.Hints(ada.ledger, "queues/q/", timed=True).ready()
+    assert [(h.name, h.token, h.at_ns) for h in hints] == [("a.b", 2, 7)]
+
+
+def test_markers_are_listed_after_a_key(ada, bucket):
+    for name in ("ready/00/a.1", "ready/00/b.1", "ready/07/c.1"):
+        bucket.place(name, {})
+    hints = t.Hints(ada.ledger).ready(after="ready/00/a.1")
+    assert [h.name for h in hints] == ["b", "c"]
+    assert [h.name for h in t.Hints(ada.ledger).ready(after="ready/000")] == ["c"]
+
+
 # == Tasks =============================================================
 #
 # The frontier and the next step, on the memory store: markers deleted, forged, late.

@@ -8074,17 +8074,17 @@ class Hints:
         except Error as why:
             self.ledger.warn(f"{key}: {why.message}; the next sweep mends it")
 
-    def ready(self, *, limit: int = PAGE) -> list:
-        """Ready markers, the best priorities first: one request."""
-        return self._list("ready/", limit)
+    def ready(self, *, limit: int | None = PAGE, after: str = "") -> list:
+        """Ready markers, the best priorities first: one request. after: a key."""
+        return self._list("ready/", limit, after)
 
-    def active(self, *, limit: int = PAGE) -> list:
+    def active(self, *, limit: int | None = PAGE) -> list:
         """Active markers: one request; as many as there are holders."""
         return self._list("active/", limit)
 
-    def _list(self, family: str, limit: int) -> list:
+    def _list(self, family: str, limit: int | None, after: str = "") -> list:
         prefix = self.prefix + family
-        listing = self.ledger.list(prefix, limit=limit)
+        listing = self.ledger.list(prefix, limit=limit, start_after=after)
         hints = [self._parse(e, prefix, family=family, now=listing.now)
                  for e in listing.entries]
         return [hint for hint in hints if hint is not None]
@@ -8095,7 +8095,8 @@ class Hints:
         level, slash, leaf = entry.key[len(prefix):].rpartition("/")
         name, _, token = leaf.rpartition(".")
         at_ns, timed = 0, self.timed and family == "ready/"
-        if timed and name[:19].isdigit() and name[19:20] == "_":
+        if timed and name[:19].isascii() and name[:19].isdigit() \
+                and name[19:20] == "_":
             at_ns, name = int(name[:19]), name[20:]
         sound = name and token.isascii() and token.isdigit() and len(token) < 16 \
             and (at_ns or not timed)
