@@ -9679,6 +9679,25 @@ class Barrier:
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
 
 
+def spilled(text: str, artifacts: object) -> tuple:
+    """(what a record says of `text`, its blob or None): over 64 KiB it goes to a blob.
+    """
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data) <= MAX_VALUE:
+        return text, None
+    blob = artifacts.blob(data)
+    return f"({size_text(len(data))}, sha256 {blob['sha256']})", blob
+
+
+def unspilled(text: str, blob: object, artifacts: object) -> str:
+    """The text of a record that says `text`, fetched and verified when it has a blob.
+    """
+    if not isinstance(blob, dict):
+        return text
+    data = artifacts.read_blob(str(blob.get("sha256")))
+    return data.decode("utf-8", "replace")
+
+
 class Memory:
     """The key-value memory of a project; dots in keys separate, as in 0.2."""
 
@@ -9697,9 +9716,8 @@ class Memory:
     def whole(self, key: str, doc: dict) -> dict:
         """A stored document with its key; a large value is fetched."""
         doc = {"key": key, **doc}
-        if isinstance(doc.get("blob"), dict):
-            data = self.artifacts.read_blob(str(doc["blob"].get("sha256")))
-            doc["value"] = data.decode("utf-8", "replace")
+        if "blob" in doc:
+            doc["value"] = unspilled(str(doc.get("value")), doc["blob"], self.artifacts)
         return doc
 
     def _read(self, key: str) -> Record:
@@ -9768,10 +9786,7 @@ class Memory:
     def _text(self, old: dict | None) -> str:
         if not live(old, self.ledger.now()):
             return ""
-        if isinstance(old.get("blob"), dict):
-            blob = self.artifacts.read_blob(str(old["blob"].get("sha256")))
-            return blob.decode("utf-8", "replace")
-        return str(old.get("value", ""))
+        return unspilled(str(old.get("value", "")), old.get("blob"), self.artifacts)
 
     def _update(self, key: str, make: object, *, op: str, expires_at: str = "") -> dict:
         """One CAS update; make(old) -> (text or None for a tombstone, type)."""
@@ -9806,12 +9821,9 @@ class Memory:
         how = {"by": self.who.agent, "at": self.ledger.at(), "kind": kind}
         if value is None:
             return assign(old, "", deleted=True, **how)
-        data = value.encode("utf-8", "surrogatepass")
-        if len(data) <= MAX_VALUE:
-            return assign(old, value, expires_at=expires_at, **how)
-        blob = self.artifacts.blob(data)
-        text = f"({size_text(len(data))}, sha256 {blob['sha256']})"
-        return {**assign(old, text, expires_at=expires_at, **how), "blob": blob}
+        text, blob = spilled(value, self.artifacts)
+        doc = assign(old, text, expires_at=expires_at, **how)
+        return {**doc, "blob": blob} if blob else doc
 
     def _snapshot(self, where: str, key: str, doc: dict) -> None:
         """History first, live value second, as in 0.2."""
