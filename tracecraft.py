@@ -6742,15 +6742,18 @@ class Settings:
     def lent(self) -> dict:
         """{resource: token}: TRACECRAFT_TOKEN, for the resource it was given with.
 
-        A lock's inside a step's: then the token is that of the lock."""
+        A lock's inside a step's or an item's: then the token is that of the lock."""
         text = self.environ.get("TRACECRAFT_TOKEN", "")
         if not text:
             return {}
         token = whole("TRACECRAFT_TOKEN", text)
-        step, lock = (
-            self.environ.get(name) for name in ("TRACECRAFT_STEP", "TRACECRAFT_LOCK"))
+        step, lock, queue, item = (self.environ.get(name) for name in (
+            "TRACECRAFT_STEP", "TRACECRAFT_LOCK", "TRACECRAFT_QUEUE",
+            "TRACECRAFT_ITEM"))
         if lock:
             return {f"lock/{lock}": token}
+        if queue and item:
+            return {f"queue/{queue}/{item}": token}
         return {f"step/{step_id(step)}": token} if step else {}
 
     def verdicts(self) -> Verdicts:
@@ -16319,10 +16322,11 @@ def lent_environ(project: object, **names: object) -> dict:
 
 
 def run_under(lease: object, words: list, environ: dict, *, subject: str,
-              asked: float) -> int:
+              asked: float, stdin: object = None) -> int:
     """Run CMD while its lease is kept alive; its exit code (128 + signal).
 
     lease: has doc, renew() and release(). asked: time.monotonic() before it was taken.
+    stdin: a file that CMD reads, ours if None.
     Raises Fenced when the lease was lost and CMD ended for it; KeyboardInterrupt after
     CMD was ended; Usage, the lease given back, when CMD cannot be started.
     """
@@ -16332,7 +16336,8 @@ def run_under(lease: object, words: list, environ: dict, *, subject: str,
     with Stoppable() as stop:  # also while CMD starts: somebody must end it
         try:
             renewer.start()
-            process = subprocess.Popen(words, env=environ, start_new_session=own_group)
+            process = subprocess.Popen(words, env=environ, stdin=stdin,
+                                       start_new_session=own_group)
         except OSError as why:
             lease.release()
             raise Usage(f"cannot run {shown(words[0])}: {why.strerror}",
@@ -16437,7 +16442,8 @@ def child_environ(project: object, claim: object) -> dict:
     environ = lent_environ(
         project, step=claim.step, token=claim.token, title=spec.get("title") or "",
         needs=",".join(texts(spec, "needs")), attempt=claim.attempt)
-    environ.pop("TRACECRAFT_LOCK", None)  # of a lock around us: the token is the step's
+    for outer in ("TRACECRAFT_LOCK", "TRACECRAFT_QUEUE", "TRACECRAFT_ITEM"):
+        environ.pop(outer, None)  # of a lease around us: the token is the step's
     return environ
 
 
