@@ -9358,6 +9358,244 @@ def test_verifying_all_names_the_damaged_and_exits_8(sh):
     assert sh.run("artifact", "verify", "--all", "--step", "s").returncode == 0
 
 
+# == Queue items =======================================================
+#
+# Every decision about an item, and all states that two workers can bring it to.
+
+
+def an_item(state="ready", *, token=0, attempt=0, agent="ada", **more):
+    return {"state": state, "token": token, "attempt": attempt, "agent": agent,
+            "instance": f"{agent}-1", "body": "b", "type": "text", "max_attempts": 2,
+            "ttl": 60, "claimed_at": "then", "visible_after": "", "released_by": None,
+            **more}
+
+
+def item_me(name="ada", token=None, **how):
+    return t.Me(name, f"{name}-1", token=token, **how)
+
+
+NO_TIME = {"now": 1000.0, "at": "now", "ttl": 60}
+
+
+@pytest.mark.parametrize("item, age, left", [
+    (an_item(), 0, 0), (an_item(visible_after=t.iso(1007)), 0, 7),
+    (an_item(visible_after=t.iso(999)), 0, 0), (an_item(visible_after="soon"), 0, 0),
+    (an_item("leased"), 0, 65), (an_item("leased"), 64.9, 65 - 64.9),
+    (an_item("leased"), 65, 0), (an_item("leased"), None, 65),
+    (an_item("leased", ttl=0), 1e9, None), (an_item("done"), 1e9, None),
+    (an_item("dead"), 1e9, None)])
+def test_an_item_may_be_popped_when_ready_and_visible_or_leased_and_expired(
+        item, age, left):
+    assert t.due_in(item, age, 1000.0) == left
+    if left == 0:
+        assert t.pop_item(item, item_me("bob"), age, **NO_TIME)["agent"] == "bob"
+    else:
+        with pytest.raises(t.Conflict):
+            t.pop_item(item, item_me("bob"), age, **NO_TIME)
+
+
+@pytest.mark.parametrize("state, attempt, limit, becomes", [
+    ("ready", 0, 2, "leased"), ("ready", 1, 2, "leased"), ("ready", 2, 2, "dead"),
+    ("leased", 1, 2, "leased"), ("leased", 2, 2, "dead"), ("leased", 99, 0, "leased")])
+def test_a_pop_counts_the_attempt_and_one_too_many_is_a_dead_letter(
+        state, attempt, limit, becomes):
+    item = an_item(state, token=7, attempt=attempt, max_attempts=limit)
+    new = t.pop_item(item, item_me("bob"), 66, **NO_TIME)
+    assert (new["state"], new["token"]) == (becomes, 8)
+    assert new["attempt"] == attempt + (becomes == "leased")
+    assert item["token"] == 7  # the old one is as it was
+
+
+OWNERS = [  # who acts on an item leased by ada-1 under token 3: may they?
+    (item_me(token=3), True), (item_me(token=2), False), (item_me(token=4), False),
+    (item_me(), False), (item_me(explicit=True), True), (item_me("bob", 3), False)]
+ENDINGS = {
+    "ack": lambda item, me: t.ack_item(item, me, at="now"),
+    "nack": lambda item, me: t.nack_item(item, me, at="now", visible="", why="w"),
+    "extend": lambda item, me: t.extend_item(item, me, at="now", ends="", ttl=9)}
+
+
+@pytest.mark.parametrize("verb", ENDINGS)
+@pytest.mark.parametrize("me, may", OWNERS)
+def test_only_the_popped_token_of_its_agent_ends_or_extends_a_lease(verb, me, may):
+    item = an_item("leased", token=3, attempt=1)
+    if may:
+        assert ENDINGS[verb](item, me)["token"] == 3
+        return
+    why = refused(t.Fenced, ENDINGS[verb], item, me)
+    assert (why.exit, why.details["holder"], why.details["token"]) == (4, "ada", 3)
+
+
+@pytest.mark.parametrize("verb", ENDINGS)
+def test_an_expired_lease_that_nobody_took_is_still_its_holders(verb):
+    assert ENDINGS[verb](an_item("leased", token=1, attempt=1), item_me(token=1))
+
+
+def test_acknowledging_or_giving_back_twice_under_one_token_is_once():
+    leased = an_item("leased", token=1, attempt=1)
+    for verb in ("ack", "nack"):
+        once = ENDINGS[verb](leased, item_me(token=1))
+        for me in (item_me(token=1), item_me()):
+            assert ENDINGS[verb](once, me) is once
+        refused(t.Fenced, ENDINGS[verb], once, item_me("bob", 1))
+        other = {"ack": "nack", "nack": "ack"}[verb]
+        assert refused(t.Conflict, ENDINGS[other], once, item_me(token=1)).details[
+            "state"] == once["state"]
+
+
+@pytest.mark.parametrize("attempt, limit, becomes", [(1, 2, "ready"), (2, 2, "dead"),
+                                                     (1, 1, "dead"), (9, 0, "ready")])
+def test_giving_back_the_last_attempt_makes_a_dead_letter(attempt, limit, becomes):
+    item = an_item("leased", token=5, attempt=attempt, max_attempts=limit)
+    new = ENDINGS["nack"](item, item_me(token=5))
+    assert (new["state"], new["token"], new["attempt"]) == (becomes, 5, attempt)
+
+
+def test_only_a_dead_item_is_requeued_and_its_token_goes_on():
+    dead = an_item("dead", token=4, attempt=2)
+    again = t.requeue_item(dead, item_me(), at="now")
+    assert (again["state"], again["token"], again["attempt"]) == ("ready", 4, 0)
+    assert t.requeue_item(again, item_me(), at="now") is again
+    for state in ("leased", "done"):
+        refused(t.Conflict, t.requeue_item, an_item(state), item_me(), at="now")
+    refused(t.NotFound, t.requeue_item, None, item_me(), at="now")
+
+
+def test_the_same_id_with_the_same_body_is_the_same_item_whatever_became_of_it():
+    new = {"body": "b", "type": "text", "priority": 1}
+    item = t.push_item(None, new, by="ada", at="now")
+    assert (item["state"], item["token"], item["attempt"]) == ("ready", 0, 0)
+    for state in t.ITEM_STATES:
+        there = an_item(state)
+        assert t.push_item(there, new, by="bob", at="later") is there
+    for other in ({"body": "c"}, {"type": "json"}, {"blob": {"sha256": "0"}}):
+        refused(t.Conflict, t.push_item, item, {**new, **other}, by="ada", at="now")
+
+
+@pytest.mark.parametrize("change", [
+    {"state": "open"}, {"state": None}, {"state": []}, {"token": None}, {"token": "1"},
+    {"token": True}, {"token": -1}, {"token": 2**60}, {"body": None}, {"body": 3},
+    {"blob": "x"}])
+def test_a_record_that_is_no_item_is_corrupt(change):
+    assert t.checked_item(None, "k") is None and t.checked_item(an_item(), "k")
+    why = refused(t.Corrupt, t.checked_item, {**an_item(), **change}, "queues/k")
+    assert why.details["key"] == "queues/k"
+
+
+@pytest.mark.parametrize("field", ["attempt", "ttl", "max_attempts", "history", "agent",
+                                   "visible_after", "ready_at", "priority"])
+@pytest.mark.parametrize("value", [None, [], "x", -1, 1e400, {}])
+def test_no_strange_field_of_an_item_ends_in_a_traceback(field, value):
+    for state in t.ITEM_STATES:
+        item = {**an_item(state, token=1), field: value}
+        t.due_in(item, 5.0, 9.0), t.stands(item), t.ready_ns(item), t.last_why(item)
+        for act in (*ENDINGS.values(), lambda i, m: t.requeue_item(i, m, at=""),
+                    lambda i, m: t.pop_item(i, m, 99, **NO_TIME)):
+            with contextlib.suppress(t.Error):
+                act(item, item_me(token=1))
+
+
+@pytest.mark.parametrize("token, item, ready_past, lease_past", [
+    (1, None, False, False), (1, an_item(), False, False),
+    (1, an_item("leased", token=1), True, False),
+    (2, an_item("leased", token=1), False, False),
+    (2, an_item("ready", token=1), False, False),
+    (1, an_item("ready", token=1), True, True), (2, an_item("dead", token=1), False,
+                                                 False),
+    (1, an_item("dead", token=1), True, True), (1, an_item("done", token=1), True, True),
+    (2, an_item("done", token=1), True, False),
+    (1, an_item("leased", token=2), True, True)])
+def test_a_marker_is_past_only_when_it_can_never_come_true(token, item, ready_past,
+                                                          lease_past):
+    assert (t.marker_is_past(token, item), t.lease_is_past(token, item)) == (
+        ready_past, lease_past)
+
+
+def moves_of(item, tokens, pop=t.pop_item, ack=t.ack_item):
+    """Every state that one act of ada or bob, with any token, makes of an item."""
+    for name in ("ada", "bob"):
+        for age in (10, 70):
+            with contextlib.suppress(t.Error):
+                yield name, "pop", pop(item, item_me(name), age, **NO_TIME), age
+        with contextlib.suppress(t.Error):
+            yield name, "requeue", t.requeue_item(item, item_me(name), at=""), 0
+        for token in tokens:
+            me = item_me(name, token)
+            for verb, act in {**ENDINGS, "ack": lambda i, m: ack(i, m, at="")}.items():
+                with contextlib.suppress(t.Error):
+                    yield name, verb, act(item, me), token
+
+
+def item_walk(**variant):
+    """What is wrong in all histories of one item up to token 5; [] if nothing."""
+    start = t.push_item(None, {"body": "b", "type": "text", "max_attempts": 2},
+                        by="ada", at="")
+    todo, seen, wrong = [start], set(), []
+    while todo:
+        item = todo.pop()
+        for name, verb, new, how in moves_of(item, range(6), **variant):
+            if new is item:
+                continue
+            wrong += item_faults(item, new, f"{verb} by {name} ({how})", how)
+            key = tuple(str(new.get(field)) for field in (
+                "state", "token", "attempt", "agent", "released_by"))
+            if key not in seen and new["token"] < 5:
+                seen.add(key)
+                todo.append(new)
+    assert len(seen) > 10
+    return wrong
+
+
+def item_faults(old, new, what, how=None):
+    """Why an item may not go from `old` to `new`; what: the act, for the message."""
+    faults = []
+    was, now = old["state"], new["state"]
+    rose = new["token"] - old["token"]
+    if was == "done":
+        faults.append("done is not the end")
+    if rose not in (0, 1) or (now == "leased" and was != "leased" and not rose):
+        faults.append("a token is given twice")
+    if not rose and was == "leased" and new.get("released_by") != old["agent"] \
+            and new.get("agent") != old["agent"]:
+        faults.append("another ended the lease")
+    if now == "done" and (was != "leased" or rose):
+        faults.append("done without a lease")
+    if "ack" in what and isinstance(how, int) and how not in (old["token"], 0):
+        faults.append("an old token did it")
+    limit, tried = new.get("max_attempts", 3), old["attempt"]
+    if now == "leased" and rose and new["attempt"] != tried + 1:
+        faults.append("the attempt is not counted")
+    if now == "dead" and was != "dead" and not (limit and tried >= limit):
+        faults.append("dead before its attempts are used")
+    if now in ("ready", "leased") and limit and new["attempt"] > limit:
+        faults.append("tried too often")
+    return [f"{what}: {was} {old['token']} -> {now} {new['token']}: {fault}"
+            for fault in faults]
+
+
+def test_no_history_of_an_item_breaks_a_rule():
+    assert item_walk() == []
+
+
+def uncounted(item, me, age, **how):
+    return {**t.pop_item(item, me, age, **how), "attempt": item["attempt"]}
+
+
+def any_token(item, me, *, at):
+    me = t.Me(item["agent"], "", token=item["token"])
+    return t.ack_item(item, me, at=at)
+
+
+def same_token(item, me, age, **how):
+    return {**t.pop_item(item, me, age, **how), "token": max(1, item["token"])}
+
+
+@pytest.mark.parametrize("variant", [{"pop": uncounted}, {"pop": same_token},
+                                     {"ack": any_token}])
+def test_broken_decisions_about_items_are_caught(variant):
+    assert item_walk(**variant)
+
+
 # == Requests per command ==============================================
 #
 # Plans as text, graphs, and what a marker means: all pure.

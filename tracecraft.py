@@ -35,24 +35,24 @@ Contents (grep -n '^# == ' prints them with line numbers):
   4 Artifact records         5 Slots and arrivals       6 Messages
   7 Plans                    8 Patterns                 9 Events
   10 Leftovers               11 Reservation records     12 Run records
-  13 Wire                    14 HTTP                    15 Stores
-  16 S3                      17 S3 store                18 Probe
-  19 Settings                20 Local state             21 Command settings
-  22 Credentials             23 Ledger                  24 Leases
-  25 Hints                   26 Step records            27 Frontier
-  28 Steps                   29 Tasks                   30 Locks
-  31 Barriers                32 Memory                  33 Mailboxes
-  34 Mail                    35 Channels and threads    36 Bytes
-  37 Artifact heads          38 Artifacts               39 Reservations
-  40 Runs                    41 Artifact trees          42 Project
-  43 Context                 44 Views                   45 Timeline
-  46 Housekeeping            47 Archive                 48 Doctor
-  49 Trials                  50 Drill                   51 Bench
-  52 Rows                    53 Commands under a lease  54 Step commands
-  55 Task commands           56 Lock commands           57 Memory commands
-  58 Artifact commands       59 Reservation commands
-  60 Commands of presence, views and set-up  61 House commands
-  62 Commands of mail        63 Run commands            64 Command line
+  13 Queue items             14 Wire                    15 HTTP
+  16 Stores                  17 S3                      18 S3 store
+  19 Probe                   20 Settings                21 Local state
+  22 Command settings        23 Credentials             24 Ledger
+  25 Leases                  26 Hints                   27 Step records
+  28 Frontier                29 Steps                   30 Tasks
+  31 Locks                   32 Barriers                33 Memory
+  34 Mailboxes               35 Mail                    36 Channels and threads
+  37 Bytes                   38 Artifact heads          39 Artifacts
+  40 Reservations            41 Runs                    42 Artifact trees
+  43 Project                 44 Context                 45 Views
+  46 Timeline                47 Housekeeping            48 Archive
+  49 Doctor                  50 Trials                  51 Drill
+  52 Bench                   53 Rows                    54 Commands under a lease
+  55 Step commands           56 Task commands           57 Lock commands
+  58 Memory commands         59 Artifact commands       60 Reservation commands
+  61 Commands of presence, views and set-up  62 House commands
+  63 Commands of mail        64 Run commands            65 Command line
 """
 
 from __future__ import annotations
@@ -3148,7 +3148,201 @@ def _brief(metric: dict | None) -> dict | None:
     return metric and {name: metric[name] for name in ("last", "min", "max", "count")}
 
 
-# == 13. Wire ==========================================================
+# == 13. Queue items ===================================================
+#
+# Pure, as section 3: what becomes of an item of a queue when somebody pushes, pops,
+# acknowledges, gives back, extends or revives it. Its token grows with each pop and
+# names that lease. Nothing but this record decides. Rules: protocol.md 7.
+
+ITEM_STATES = ("ready", "leased", "done", "dead")
+
+
+def checked_item(doc: dict | None, key: str) -> dict | None:
+    """The item `doc` if it has the shape of one, else Corrupt. None: there is none."""
+    if doc is None:
+        return None
+    token, blob = doc.get("token"), doc.get("blob")
+    sound = doc.get("state") in ITEM_STATES and isinstance(doc.get("body"), str) \
+        and type(token) is int and 0 <= token < 2**53 \
+        and (blob is None or isinstance(blob, dict))
+    if not sound:
+        raise Corrupt(f"{shown(key)} is no item of a queue", key=key,
+                      hint="doctor lists every damaged object")
+    return doc
+
+
+def visible_from(item: dict) -> float:
+    """Seconds since 1970 from which a ready item may be popped; 0 without a delay: no
+    clock of a pusher keeps what may be popped at once from anybody."""
+    return max(0.0, parse_iso(item.get("visible_after")) or 0.0)
+
+
+def ready_ns(item: dict) -> int:
+    """The time in ns by which ready items are sorted: the end of the delay, else when
+    the item became ready. It is in the name of its marker."""
+    return max(1, int((visible_from(item) or parse_iso(item.get("ready_at")) or 0)
+                      * 1e9))
+
+
+def due_in(item: dict, age: float | None, now: float) -> float | None:
+    """Seconds until somebody may pop the item, 0 for now; None: not by itself.
+
+    age: seconds since the record's last write. A lease that expired may be popped."""
+    if item["state"] == "ready":
+        return max(0.0, visible_from(item) - now)
+    if item["state"] == "leased" and number(item, "ttl"):
+        left = number(item, "ttl") + GRACE - (age or 0.0)
+        return 0.0 if expired(item, age) else left
+    return None
+
+
+def stands(item: dict) -> str:
+    """Where an item stands, as a clause about it."""
+    state, token, agent = item["state"], item["token"], shown(item.get("agent"))
+    if state == "leased":
+        return f"is leased by {agent} (token {token}) since" \
+               f" {shown(item.get('claimed_at'))}"
+    if state == "ready":
+        return f"is ready again (token {token})" if token else "is ready, never popped"
+    return f"is {state} (token {token}, last held by {agent})"
+
+
+def last_why(item: dict) -> str:
+    """What the newest entry of an item's history says."""
+    past = item.get("history")
+    last = past[-1] if isinstance(past, list) and past else {}
+    return str(last.get("why")) if isinstance(last, dict) else ""
+
+
+def push_item(item: dict | None, new: dict, *, by: str, at: str) -> dict:
+    """The item as pushed: `new` has body, type, priority … The same body again changes
+    nothing, whatever became of the item; another is a Conflict."""
+    if item is None:
+        return _transition(None, state="ready", by=by, token=0, at=at, why="pushed",
+                           agent=NOBODY, claimed_at=None, attempt=0, pushed_by=by,
+                           pushed_at=at, **new)
+    if all(item.get(name) == new.get(name) for name in ("body", "type", "blob")):
+        return item
+    raise Conflict("is there already with another body", state=item["state"],
+                   hint="an id names one item; choose another --id")
+
+
+def pop_item(item: dict | None, me: Me, age: float | None, *, now: float, at: str,
+             ends: str = "", ttl: int = TTL) -> dict:
+    """The item leased to `me` with the next token and attempt; dead, when all attempts
+    are used (max_attempts 0: no limit). Conflict, Held when it is not to be had."""
+    if item is None:
+        raise Conflict("is not there", hint="pop another")
+    left = due_in(item, age, now)
+    if left is None or left > 0:
+        kind = Held if item["state"] == "leased" else Conflict
+        raise kind(stands(item), state=item["state"], holder=item.get("agent"),
+                   expires_in_s=None if left is None else int(left) + 1)
+    attempt, limit = number(item, "attempt") + 1, item_limit(item)
+    was = "popped" if item["state"] == "ready" else \
+        f"the lease of {item.get('agent')} expired"
+    fields = {"state": "leased", "agent": me.agent, "instance": me.instance,
+              "attempt": attempt, "ttl": ttl, "claimed_at": at, "renewed_at": at,
+              "expires_at": ends}
+    if limit and attempt > limit:
+        fields, was = {"state": "dead"}, f"{was}; all {limit} attempts are used"
+    return _transition(item, by=me.agent, token=item["token"] + 1, at=at, why=was,
+                       released_by=None, **fields)
+
+
+def item_limit(item: dict) -> int:
+    """How often the item may be tried; 0: without end."""
+    return number(item, "max_attempts", MAX_ATTEMPTS)
+
+
+def ack_item(item: dict | None, me: Me, *, at: str) -> dict:
+    """The item done. Twice under one token is once. Raises Fenced, NotFound."""
+    if _done_by(item, me):
+        return item
+    check_lease(item, me)
+    return _transition(item, state="done", by=me.agent, token=item["token"], at=at,
+                       why="acknowledged")
+
+
+def nack_item(item: dict | None, me: Me, *, at: str, visible: str, why: str) -> dict:
+    """The item given back, to be had from `visible` on ("": at once); dead when that
+    was its last attempt. Twice under one token is once. Raises Fenced, NotFound."""
+    if _given_back_by(item, me):
+        return item
+    check_lease(item, me)
+    limit = item_limit(item)
+    fields = {"state": "ready", "agent": NOBODY, "instance": None, "ready_at": at,
+              "visible_after": visible}
+    if limit and number(item, "attempt") >= limit:
+        fields, why = {"state": "dead"}, f"{why}; all {limit} attempts are used"
+    return _transition(item, by=me.agent, token=item["token"], at=at, why=why,
+                       released_by=me.agent, **fields)
+
+
+def extend_item(item: dict | None, me: Me, *, at: str, ends: str, ttl: int) -> dict:
+    """The item with its lease begun anew; the token stays. Raises Fenced, NotFound."""
+    check_lease(item, me)
+    return {**item, "renewed_at": at, "expires_at": ends, "ttl": ttl}
+
+
+def requeue_item(item: dict | None, me: Me, *, at: str) -> dict:
+    """A dead item ready again, with all its attempts; its token goes on growing."""
+    if item is None:
+        raise NotFound("is not there", hint="queue dead lists what can be requeued")
+    if item["state"] == "ready" and not number(item, "attempt"):
+        return item
+    if item["state"] != "dead":
+        raise Conflict(stands(item), state=item["state"],
+                       hint="only dead items are requeued")
+    return _transition(item, state="ready", by=me.agent, token=item["token"], at=at,
+                       why="requeued", agent=NOBODY, instance=None, attempt=0,
+                       released_by=None, ready_at=at, visible_after="")
+
+
+def check_lease(item: dict | None, me: Me) -> None:
+    """Raise unless `me` holds the item: its agent and the popped token match.
+
+    NotFound; Conflict when `me` ended that very lease; Fenced for everybody else."""
+    if item is None:
+        raise NotFound("is not there", hint="gc removes done items after a while")
+    if item["state"] == "leased" and item.get("agent") == me.agent \
+            and _token_matches(item, me):
+        return
+    if _done_by(item, me) or _given_back_by(item, me):
+        raise Conflict(f"is {item['state']} already, by you", state=item["state"],
+                       hint="that lease has ended; pop again")
+    lead = "the popped token is needed, and you hold none" if me.token is None \
+        else f"your token {me.token} is not its lease"
+    raise Fenced(f"{lead}: it {stands(item)}", holder=item.get("agent"),
+                 token=item["token"], state=item["state"],
+                 hint="--token N, as pop printed it" if me.token is None else
+                 "stop that work; it is another's now")
+
+
+def _done_by(item: dict | None, me: Me) -> bool:
+    return item is not None and item["state"] == "done" and _ended_by(item, me)
+
+
+def _given_back_by(item: dict | None, me: Me) -> bool:
+    return item is not None and item["state"] in ("ready", "dead") \
+        and item.get("released_by") == me.agent and me.token in (None, item["token"])
+
+
+def marker_is_past(token: int, item: dict | None) -> bool:
+    """Whether a ready marker for `token` can never come true again (facts 7.6).
+
+    No item, a lease or a dead letter under the token before: a push, nack or requeue
+    that puts its marker first may be under way."""
+    return item is not None and (item["state"] == "done" or token <= item["token"])
+
+
+def lease_is_past(token: int, item: dict | None) -> bool:
+    """The same for an active marker: a lease under `token` cannot begin any more."""
+    return item is not None and (token < item["token"] or (
+        token == item["token"] and item["state"] != "leased"))
+
+
+# == 14. Wire ==========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -3374,7 +3568,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 14. HTTP ==========================================================
+# == 15. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -4029,7 +4223,7 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 15. Stores ========================================================
+# == 16. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -4880,7 +5074,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 16. S3 ============================================================
+# == 17. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -5551,7 +5745,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 17. S3 store ======================================================
+# == 18. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -5941,7 +6135,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 18. Probe =========================================================
+# == 19. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -6151,7 +6345,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 19. Settings ======================================================
+# == 20. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -6525,7 +6719,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 20. Local state ===================================================
+# == 21. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -6720,7 +6914,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 21. Command settings ==============================================
+# == 22. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -6937,7 +7131,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 22. Credentials ===================================================
+# == 23. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -7315,7 +7509,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 23. Ledger ========================================================
+# == 24. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -7726,7 +7920,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 24. Leases ========================================================
+# == 25. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of "Records".
@@ -7983,7 +8177,7 @@ class Leases:
             raise
 
 
-# == 25. Hints =========================================================
+# == 26. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -8112,7 +8306,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 26. Step records ==================================================
+# == 27. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -8363,7 +8557,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 27. Frontier ======================================================
+# == 28. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -8431,7 +8625,7 @@ class Frontier:
                 self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
 
 
-# == 28. Steps =========================================================
+# == 29. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -8788,7 +8982,7 @@ class Steps:
             tries += 1
 
 
-# == 29. Tasks =========================================================
+# == 30. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -9112,7 +9306,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 30. Locks =========================================================
+# == 31. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -9455,7 +9649,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 31. Barriers ======================================================
+# == 32. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -9676,7 +9870,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 32. Memory ========================================================
+# == 33. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -9891,7 +10085,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 33. Mailboxes =====================================================
+# == 34. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -10318,7 +10512,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 34. Mail ==========================================================
+# == 35. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -10543,7 +10737,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 35. Channels and threads ==========================================
+# == 36. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -10773,7 +10967,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 36. Bytes =========================================================
+# == 37. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -11137,7 +11331,7 @@ class Bytes:
         return body
 
 
-# == 37. Artifact heads ================================================
+# == 38. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -11430,7 +11624,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 38. Artifacts =====================================================
+# == 39. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -11724,7 +11918,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 39. Reservations ==================================================
+# == 40. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -11874,7 +12068,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 40. Runs ==========================================================
+# == 41. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -12336,7 +12530,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 41. Artifact trees ================================================
+# == 42. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -12735,7 +12929,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 42. Project =======================================================
+# == 43. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -13103,7 +13297,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 43. Context =======================================================
+# == 44. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -13254,7 +13448,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 44. Views =========================================================
+# == 45. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -13602,7 +13796,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 45. Timeline ======================================================
+# == 46. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -13869,7 +14063,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 46. Housekeeping ==================================================
+# == 47. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -14113,7 +14307,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 47. Archive =======================================================
+# == 48. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -14528,7 +14722,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 48. Doctor ========================================================
+# == 49. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -14846,7 +15040,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 49. Trials ========================================================
+# == 50. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -15360,7 +15554,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 50. Drill =========================================================
+# == 51. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -15582,7 +15776,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 51. Bench =========================================================
+# == 52. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -15969,7 +16163,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 52. Rows ==========================================================
+# == 53. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -16192,7 +16386,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 53. Commands under a lease ========================================
+# == 54. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -16398,7 +16592,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 54. Step commands =================================================
+# == 55. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -16688,7 +16882,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 55. Task commands =================================================
+# == 56. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -16850,7 +17044,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 56. Lock commands =================================================
+# == 57. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -17131,7 +17325,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 57. Memory commands ===============================================
+# == 58. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -17253,7 +17447,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 58. Artifact commands =============================================
+# == 59. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -17479,7 +17673,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 59. Reservation commands ==========================================
+# == 60. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -17711,7 +17905,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 60. Commands of presence, views and set-up ========================
+# == 61. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -18182,7 +18376,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 61. House commands ================================================
+# == 62. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -18357,7 +18551,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 62. Commands of mail ==============================================
+# == 63. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -18617,7 +18811,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 63. Run commands ==================================================
+# == 64. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -19072,7 +19266,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 64. Command line ==================================================
+# == 65. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
