@@ -9596,6 +9596,859 @@ def test_broken_decisions_about_items_are_caught(variant):
     assert item_walk(**variant)
 
 
+# == Queues ============================================================
+#
+# Items between workers on the memory store: markers deleted, forged, late; crashes,
+# lost answers, and queues that are broken on purpose.
+
+ITEM = "queues/q/items/{}.json"
+
+
+def queue_of(project, *, kind=t.Queue, chance=0.0, sweep=True):
+    """Queue q of a project; it looks at expired leases only when nothing is ready."""
+    queue = kind("q", project.queues.leases, project.artifacts)
+    project.queues._open["q"] = queue
+    queue.reader.chance = chance
+    if not sweep:
+        queue.reader._swept = lambda: ()
+    return queue
+
+
+@pytest.fixture
+def jobs(ada):
+    return queue_of(ada)
+
+
+@pytest.fixture
+def jobs2(bob):
+    return queue_of(bob)
+
+
+def item_at(bucket, name):
+    return bucket.doc(ITEM.format(name))
+
+
+def drain(queue, pops=1000):
+    """Ids of what can be popped, each acknowledged."""
+    ids = []
+    with contextlib.suppress(t.Empty):
+        for _ in range(pops):
+            with queue.pop() as item:
+                ids.append(item.id)
+    return ids
+
+
+def test_an_item_is_pushed_popped_and_acknowledged(jobs, jobs2, bucket):
+    assert jobs.push("work", id="a")["created"]
+    item = jobs2.pop()
+    assert (item.id, item.body, item.token, item.attempt) == ("a", "work", 1, 1)
+    refused(t.Empty, jobs.pop)
+    assert item.ack()["state"] == item_at(bucket, "a")["state"] == "done"
+    assert bucket.under("queues/q/") == [ITEM.format("a")]
+
+
+def test_a_body_is_text_json_or_large(jobs):
+    for body in ("text", "", {"a": [1, None]}, 3, "x" * 70_000, {"k": "ü" * 70_000}):
+        jobs.push(body)
+        with jobs.pop() as item:
+            assert item.body == body
+    for bad in (float("nan"), object(), b"x"):
+        refused(t.Usage, jobs.push, bad)
+    assert jobs.push("[1]", as_json=True)["type"] == "json" and jobs.pop().body == [1]
+
+
+def test_a_damaged_large_body_is_noticed(jobs, bucket):
+    doc = jobs.push("x" * 70_000, id="a")
+    bucket.place(doc["blob"]["key"], b"y" * 70_000)
+    with pytest.raises(t.Corrupt), jobs.pop() as item:
+        item.body
+    assert item_at(bucket, "a")["state"] == "ready"  # it was given back
+
+
+def test_a_body_that_only_says_it_is_json_is_corrupt(jobs, bucket):
+    jobs.push("{", id="a")
+    bucket.place(ITEM.format("a"), {**item_at(bucket, "a"), "type": "json"})
+    refused(t.Corrupt, lambda: jobs.pop().body)
+
+
+def test_items_come_by_priority_then_age_then_the_given_order(jobs, bucket):
+    jobs.push("", id="late", priority=9)
+    jobs.push("", id="z")
+    jobs.push_many(["", "", ""], id="m")
+    jobs.push("", id="first", priority=0)
+    jobs.push("", id="a")
+    assert drain(jobs) == ["first", "z", "m-1", "m-2", "m-3", "a", "late"]
+
+
+def test_the_same_id_is_one_item_with_one_marker(jobs, jobs2, bucket):
+    assert jobs.push("b", id="a")["created"]
+    assert not jobs2.push("b", id="a")["created"]
+    refused(t.Conflict, jobs2.push, "other", id="a")
+    assert len(bucket.under("queues/q/ready/")) == 1
+    assert drain(jobs) == ["a"] and not jobs.push("b", id="a")["created"]
+    assert bucket.under("queues/q/items/") == [ITEM.format("a")]
+
+
+def test_many_are_pushed_once_under_one_id_or_operation(jobs, bucket):
+    for how in ({"id": "batch"}, {"op": "o1"}):
+        first = jobs.push_many(["x", "x", "y"], **how)
+        again = jobs.push_many(["x", "x", "y"], **how)
+        assert [d["id"] for d in first] == [d["id"] for d in again]
+    assert len(bucket.under("queues/q/items/")) == 6
+
+
+@pytest.mark.parametrize("how", [
+    {"id": "a/b"}, {"id": "_x"}, {"priority": 10}, {"priority": -1}, {"priority": True},
+    {"priority": "1"}, {"delay": -1}, {"delay": float("nan")}, {"delay": "1"},
+    {"max_attempts": -1}, {"max_attempts": 1.5}, {"delay": 1e12}])
+def test_a_push_with_nonsense_is_refused_before_anything_is_written(how, jobs, bucket):
+    refused(t.Usage, jobs.push, "b", **how)
+    assert not bucket.log
+
+
+def test_an_item_is_not_popped_before_its_time(jobs, jobs2, bucket):
+    jobs.push("", id="a", delay=60)
+    jobs.push("", id="b", delay=3)
+    why = refused(t.Empty, jobs2.pop)
+    assert why.details["expires_in_s"] in (3, 4) and "the next item is due" in str(why)
+    pass_time(bucket, 4)
+    assert drain(jobs2) == ["b"]
+    pass_time(bucket, 60)
+    assert drain(jobs2) == ["a"]
+
+
+def test_a_pusher_whose_clock_is_ahead_hides_nothing(jobs, jobs2, bucket):
+    bucket.clock_at += 4
+    jobs.push("", id="a")
+    bucket.clock_at -= 4
+    assert drain(queue_of(agent_on(bucket, "bob"), sweep=False)) == ["a"]
+
+
+def test_a_page_of_items_whose_time_has_not_come_hides_no_other(ada, bucket):
+    jobs = queue_of(ada, sweep=False)
+    at = int((bucket.clock_at + 900) * 1e9)
+    for n in range(t.PAGE + 5):
+        bucket.place(f"queues/q/ready/00/{at:019d}_d{n}.1", {})
+    jobs.push("", id="a", priority=7)
+    assert drain(jobs) == ["a"]
+
+
+def test_a_given_back_item_comes_again_under_the_next_token(jobs, jobs2, bucket):
+    jobs.push("", id="a")
+    jobs.pop().nack("no disk", delay=30)
+    refused(t.Empty, jobs2.pop)
+    pass_time(bucket, 31)
+    item = jobs2.pop()
+    assert (item.token, item.attempt) == (2, 2)
+    assert [e["why"] for e in item.doc["history"]] == ["pushed", "popped", "no disk",
+                                                       "popped"]
+
+
+def test_an_error_gives_the_item_back_and_leaving_acknowledges(jobs, bucket):
+    jobs.push("", id="a")
+    with pytest.raises(ZeroDivisionError), jobs.pop():
+        1 / 0
+    assert t.last_why(item_at(bucket, "a")) == "given back after ZeroDivisionError"
+    with jobs.pop():
+        pass
+    assert item_at(bucket, "a")["state"] == "done"
+
+
+@pytest.mark.parametrize("end", ["nack", "expire"])
+def test_an_item_is_dead_after_its_last_attempt_and_can_be_revived(end, jobs, bucket):
+    jobs.push("", id="a", max_attempts=2)
+    for attempt in (1, 2):
+        item = jobs.pop(ttl=60)
+        assert item.attempt == attempt
+        item.nack() if end == "nack" else pass_time(bucket, 66)
+    refused(t.Empty, jobs.pop)
+    [dead] = jobs.dead()
+    assert dead["id"] == "a" and "all 2 attempts are used" in dead["why"]
+    assert jobs.counts()["dead"] == 1 and not bucket.under("queues/q/ready/")
+    jobs.requeue("a")
+    item = jobs.pop()
+    assert (item.attempt, item.token) == (1, 3 if end == "nack" else 4)
+
+
+def test_an_expired_lease_goes_to_another_and_its_holder_is_fenced(jobs, jobs2, bucket):
+    jobs.push("", id="a")
+    old = jobs.pop(ttl=60)
+    pass_time(bucket, 64)
+    refused(t.Empty, jobs2.pop)
+    pass_time(bucket, 2)
+    new = jobs2.pop()
+    assert (new.token, new.attempt) == (2, 2)
+    for act in (old.ack, old.nack, old.renew):
+        why = refused(t.Fenced, act)
+        assert why.details["holder"] == "bob" and "leased by bob (token 2)" in str(why)
+    assert new.ack()["state"] == "done"
+
+
+def test_an_expired_lease_is_found_though_others_are_ready(jobs, jobs2, bucket):
+    jobs.push("", id="a")
+    jobs.pop(ttl=60)
+    jobs.push("", id="b")
+    pass_time(bucket, 66)
+    jobs2.reader.chance = 1
+    assert jobs2.pop().id == "a"
+
+
+def test_an_extended_lease_does_not_expire(jobs, jobs2, bucket):
+    jobs.push("", id="a")
+    item = jobs.pop(ttl=60)
+    for _ in range(3):
+        pass_time(bucket, 60)
+        item.renew()
+        refused(t.Empty, jobs2.pop)
+    assert jobs.extend("a", ttl=600)["ttl"] == 600
+    pass_time(bucket, 600)
+    refused(t.Empty, jobs2.pop)
+    assert item.ack()["state"] == "done"
+
+
+def test_a_token_that_was_never_popped_is_fenced_and_no_item_is_not_found(jobs, jobs2):
+    jobs.push("", id="a")
+    jobs.pop()
+    for act in (jobs2.ack, jobs2.nack, jobs2.extend):
+        refused(t.Fenced, act, "a")
+        refused(t.Fenced, act, "a", token=1)  # the agent must match as well
+        refused(t.NotFound, act, "ghost")
+        refused(t.Usage, act, "a/b")
+
+
+def test_ending_a_lease_leaves_nothing_to_renew_or_to_remember(bucket):
+    state = LocalState()
+    ada = agent_on(bucket, "ada", state=state)
+    jobs = queue_of(ada)
+    jobs.push_many(["", "", ""], id="a")
+    jobs.pop(), jobs.pop()
+    assert ada.renew_all(older=0)[0] == ["queue/q/a-1", "queue/q/a-2"]
+    jobs.ack("a-1"), jobs.nack("a-2")
+    assert ada.whoami()["holds"] == {} and state.holds() == {}
+    assert jobs.ack("a-1")["state"] == "done"  # though its token is forgotten
+
+
+def test_a_pop_repeated_under_its_operation_is_the_same_item(jobs, bob, bucket):
+    jobs.push_many(["", ""], id="a")
+    assert [jobs.pop(op="o").id, jobs.pop(op="o").id] == ["a-1", "a-1"]
+    assert queue_of(bob).pop(op="o").id == "a-2"  # another agent's is another
+    assert item_at(bucket, "a-1")["token"] == 1
+
+
+def test_a_pop_waits_for_an_item_and_gives_up_in_time(jobs, jobs2, bucket):
+    refused(t.TimedOut, jobs.pop, wait=0.3)
+    threading.Timer(0.2, jobs2.push, ("b",)).start()
+    assert jobs.pop(wait=20).body == "b"
+
+
+def test_one_who_waits_sweeps_seldom(jobs, bucket):
+    refused(t.TimedOut, jobs.pop, wait=1.5)
+    counts = jobs.ledger.store.counts
+    assert counts["LIST", "queues/q/ready/"] >= 4
+    assert counts["LIST", "queues/q/items/"] == 1
+
+
+def test_peeking_and_counting_change_nothing(jobs, jobs2, bucket):
+    for n in range(4):
+        jobs.push(f"b{n}", id=f"i{n}", priority=4 - n)
+    jobs.push("", id="later", delay=60)
+    jobs2.pop(), jobs2.pop().ack()
+    before = dict(bucket.shared.objects)
+    assert [row["id"] for row in jobs.peek()] == ["i1", "i0", "later"]
+    assert jobs.peek(limit=1)[0]["body"] == "b1" and jobs.peek()[2]["due_in_s"] > 50
+    assert jobs.counts() == {"ready": 3, "leased": 1, "done": 1, "dead": 0,
+                             "damaged": 0, "total": 5}
+    assert bucket.shared.objects == before
+
+
+def test_a_damaged_item_stops_nobody_and_is_counted(ada, jobs, bucket):
+    jobs.push("", id="bad", priority=0)
+    jobs.push("", id="good")
+    bucket.place(ITEM.format("bad"), {"state": "ready"})
+    assert drain(jobs) == ["good"]
+    assert jobs.counts()["damaged"] == 1
+    assert any("bad.json is no item" in text for text in ada.warned)
+    refused(t.Corrupt, jobs.ack, "bad", token=1)
+
+
+# -- markers deleted and forged ----------------------------------------
+
+
+def test_no_item_is_lost_with_its_ready_marker(jobs, bucket):
+    jobs.push_many([""] * 5, id="a")
+    for key in bucket.under("queues/q/ready/"):
+        bucket.delete(key)
+    assert sorted(drain(jobs)) == [f"a-{n}" for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("family", ["active/", ""])
+def test_no_lease_lives_on_for_want_of_its_active_marker(family, jobs, jobs2, bucket):
+    jobs.push("", id="a")
+    for token in (1, 2, 3):
+        item = (jobs if token % 2 else jobs2).pop(ttl=60)
+        assert (item.id, item.token) == ("a", token)
+        for key in bucket.under("queues/q/" + family):
+            if "/items/" not in key:
+                bucket.delete(key)
+        pass_time(bucket, 66)
+    refused(t.Empty, jobs.pop)
+    assert [row["id"] for row in jobs2.dead()] == ["a"]
+
+
+def test_a_sweep_brings_the_missing_markers_back(jobs, bucket):
+    jobs.push_many([""] * 5, id="a")
+    jobs.pop()
+    markers = [key for key in bucket.under("queues/q/") if "/items/" not in key]
+    for key in markers:
+        bucket.delete(key)
+    jobs.pop()
+    back = [key for key in bucket.under("queues/q/") if "/items/" not in key]
+    assert {key for key in back if "a-2" not in key} == {
+        key for key in markers if "a-2" not in key}
+
+
+FORGED_MARKERS = [
+    "ready/00/{now}_held.1", "ready/00/{now}_held.2", "ready/00/{now}_held.9",
+    "ready/00/{now}_done.1", "ready/00/{now}_done.2", "ready/00/{now}_ghost.1",
+    "ready/00/{now}_later.1", "ready/00/{now}_free.7", "ready/05/{never}_free.1",
+    "ready/00/{now}_.1", "ready/00/{now}_a/b.1", "ready/00/x", "ready/77/{now}_free.1",
+    "ready/00/{now}_ü.1", "ready/00/{now}_free.²", "ready/00/{now}_.._up.1",
+    "active/free.1", "active/free.9", "active/done.1", "active/done.7", "active/ghost.1",
+    "active/held.7", "active/x", "active/a/b.1", "active/.1"]
+
+
+@pytest.mark.parametrize("real", [True, False], ids=["beside real ones", "alone"])
+def test_forged_markers_give_nothing_twice_and_hide_nothing(real, jobs, jobs2, bucket):
+    jobs.push("", id="done"), jobs.pop().ack()
+    jobs.push("", id="held"), jobs.pop(ttl=60)
+    jobs.push("", id="later", delay=200)
+    jobs.push("", id="free")
+    for key in bucket.under("queues/q/ready/") if not real else ():
+        bucket.delete(key)
+    for key in FORGED_MARKERS:
+        bucket.place("queues/q/" + key.format(
+            now=int(bucket.clock_at * 1e9), never="9" * 19), {})
+    assert drain(jobs2) == ["free"]
+    pass_time(bucket, 100)
+    assert drain(jobs2) == ["held"] and item_at(bucket, "held")["token"] == 2
+    pass_time(bucket, 200)
+    assert drain(jobs2) == ["later"]
+    pass_time(bucket, t.HINT_LIVES)
+    assert drain(jobs2) == [] and queue_faults(bucket) == []
+
+
+def test_a_marker_of_a_push_under_way_is_left_for_an_hour(jobs, bucket):
+    key = f"queues/q/ready/05/{int(bucket.clock_at * 1e9):019d}_soon.1"
+    bucket.place(key, {})
+    refused(t.Empty, jobs.pop)
+    assert bucket.under("queues/q/ready/") == [key]
+    pass_time(bucket, t.HINT_LIVES + 1)
+    refused(t.Empty, jobs.pop)
+    assert not bucket.under("queues/q/ready/")
+
+
+def test_who_loses_an_item_leaves_the_active_marker_to_the_winner(jobs, jobs2, bucket):
+    jobs.push("", id="a")
+    jobs.ledger.store.fault("ok", "PUT", "active/", after=lambda: jobs2.pop())
+    refused(t.Empty, jobs.pop)
+    assert bucket.under("queues/q/active/") == ["queues/q/active/a.1"]
+    assert item_at(bucket, "a")["agent"] == "bob"
+
+
+def test_an_item_is_ready_only_once_its_marker_is_there(jobs, bucket):
+    jobs.push("", id="a")
+    jobs.pop().nack()
+    order = [key.split("/")[2] for key, body, *_ in bucket.log if body]
+    assert order == ["ready", "items", "active", "items", "ready", "items"]
+
+
+# -- crashes, and runs at random ---------------------------------------
+
+
+def queue_faults(bucket):
+    """What is wrong with how the items of a bucket moved; [] if nothing."""
+    wrong, last = chain_faults(bucket), {}
+    for key, body, at, _ in bucket.log:
+        if "/items/" not in key:
+            continue
+        if body is None:
+            wrong.append(f"{key}: deleted")
+            continue
+        doc, old = json.loads(body), last.get(key, {})
+        last[key] = {**doc, "written": at}
+        if not old:
+            continue
+        why = doc["history"][-1]["why"]
+        wrong += item_faults(old, doc, f"{key}: {why[:3]}")
+        soon = "expired" in why and at - int(old["written"]) < old["ttl"] + 5
+        if soon and doc["token"] > old["token"]:
+            wrong.append(f"{key}: taken over after {at - old['written']:.0f} s")
+    return wrong
+
+
+def a_dead_item(bucket, ada):
+    queue_of(ada).push("", id="a", max_attempts=1)
+    queue_of(ada).pop().nack()
+
+
+def a_popped_item(bucket, ada):
+    queue_of(ada).push("", id="a")
+    queue_of(ada).pop()
+
+
+def an_expired_item(bucket, ada):
+    queue_of(agent_on(bucket, "eve")).push("", id="a")
+    queue_of(agent_on(bucket, "eve")).pop(ttl=60)
+    pass_time(bucket)
+
+
+QUEUE_CRASHES = {  # verb: (before, act, the state after it was repeated)
+    "push": (None, lambda a: queue_of(a).push("", id="a"), "ready"),
+    "push with op": (None, lambda a: queue_of(a).push("", id="a", op="o"), "ready"),
+    "pop": (lambda b, a: queue_of(a).push("", id="a"),
+            lambda a: queue_of(a).pop(op="o"), "leased"),
+    "pop expired": (an_expired_item, lambda a: queue_of(a).pop(op="o"), "leased"),
+    "pop swept": (lambda b, a: (queue_of(a).push("", id="a"), b.delete(
+        b.under("queues/q/ready/")[0])), lambda a: queue_of(a).pop(op="o"), "leased"),
+    "ack": (a_popped_item, lambda a: queue_of(a).ack("a"), "done"),
+    "nack": (a_popped_item, lambda a: queue_of(a).nack("a", delay=1), "ready"),
+    "extend": (a_popped_item, lambda a: queue_of(a).extend("a", ttl=99), "leased"),
+    "requeue": (a_dead_item, lambda a: queue_of(a).requeue("a"), "ready"),
+}
+
+
+@pytest.mark.parametrize("verb", QUEUE_CRASHES)
+def test_a_queue_verb_that_crashed_anywhere_can_be_repeated(verb):
+    prepare, act, state = QUEUE_CRASHES[verb]
+    points = 0
+    for bucket, ada, where in crashes(prepare, act):
+        points += 1
+        look_at_everything(ada)
+        act(ada)
+        assert item_at(bucket, "a")["state"] == state, where
+        assert queue_faults(bucket) == [], where
+        assert len(bucket.under("queues/q/items/")) == 1, where
+    assert points >= 4
+
+
+@pytest.mark.parametrize("sweep", [True, False])
+@pytest.mark.parametrize("verb", QUEUE_CRASHES)
+def test_after_a_crash_of_a_queue_verb_another_goes_on(verb, sweep):
+    """Without a sweep too: the order of markers and state alone loses nothing."""
+    prepare, act, _ = QUEUE_CRASHES[verb]
+    for bucket, ada, where in crashes(prepare, act):
+        pass_time(bucket)
+        jobs = queue_of(agent_on(bucket, "bob"), sweep=sweep or verb == "pop swept")
+        there = item_at(bucket, "a")
+        went = there is not None and there["state"] in ("ready", "leased")
+        assert drain(jobs) == ["a"] * went, where
+        assert queue_faults(bucket) == [], where
+        pass_time(bucket, t.HINT_LIVES)
+        drain(jobs)
+        assert not bucket.under("queues/q/ready/"), where
+        assert not bucket.under("queues/q/active/"), where
+
+
+class Worker:
+    """A worker of a random run: it pushes, pops and settles, dies, and goes on."""
+
+    def __init__(self, run, number):
+        self.run, self.dice = run, random.Random(f"{run.seed} {number}")
+        self.name, self.held, self.state = f"w{number}", [], LocalState()
+        self.start()
+
+    def start(self):
+        """Begin as a new process; it knows what local state kept."""
+        agent = agent_on(self.run.bucket, self.name, state=self.state)
+        agent.store.chaos = (self.dice, self.run.faults)
+        self.queue = queue_of(agent, kind=self.run.kind, chance=0.2, sweep=False)
+        self.held = [self.dice.choice(self.held)] if self.held else []
+
+    def act(self, serial):
+        verb = self.dice.choice([self.push, self.push, self.pop, self.pop, self.pop,
+                                 self.ack, self.ack, self.nack, self.extend,
+                                 self.requeue])
+        self.doubt = None
+        try:
+            verb(f"{self.name}-{serial}")
+        except Crash:
+            self.start()
+        except (t.Empty, t.Conflict, t.Fenced, t.Unavailable, t.Unknown, t.NotFound):
+            pass
+
+    def push(self, name):
+        self.queue.push(name, id=name, max_attempts=3, priority=self.dice.randrange(3),
+                        delay=self.dice.choice((0, 0, 20)))
+        self.run.told.append(("pushed", name, 0, self.name))
+
+    def pop(self, name):
+        item = self.queue.pop(ttl=30)
+        self.held.append((item.id, item.token))
+        self.run.told.append(("popped", item.id, item.token, self.name))
+
+    def settle(self, act, what):
+        if self.held:
+            item_id, token = self.dice.choice(self.held)
+            act(item_id, token=token)
+            self.run.told.append((what, item_id, token, self.name))
+
+    def ack(self, name):
+        self.settle(self.queue.ack, "acked")
+
+    def nack(self, name):
+        self.settle(self.queue.nack, "nacked")
+
+    def extend(self, name):
+        self.settle(self.queue.extend, "extended")
+
+    def requeue(self, name):
+        if self.held:
+            self.queue.requeue(self.held[0][0])
+
+
+class QueueRun:
+    """A random run of some workers on a store that fails; what they were told."""
+
+    def __init__(self, seed, *, kind=t.Queue, faults=0.1):
+        self.seed, self.kind, self.faults = seed, kind, faults
+        self.bucket, self.told = MemoryStore(), []
+
+    def faults_found(self, workers=3, rounds=40):
+        def live(number):
+            worker = Worker(self, number)
+            for serial in range(rounds):
+                worker.act(serial)
+                if worker.dice.random() < 0.1:
+                    self.bucket.clock_at += worker.dice.choice((5, 20, 60))
+        run_all([lambda n=n: live(n) for n in range(workers)])
+        return self.drained() + queue_faults(self.bucket) + self.untrue()
+
+    def drained(self):
+        """What is left when somebody pops all there is, by markers alone."""
+        queue = queue_of(agent_on(self.bucket, "last"), kind=self.kind, sweep=False)
+        for _ in range(4):
+            pass_time(self.bucket, 100)
+            drain(queue)
+        left = [(key, self.bucket.doc(key)["state"]) for key in
+                self.bucket.under("queues/q/items/")]
+        return [f"{key} is {state} for ever" for key, state in left
+                if state not in ("done", "dead")]
+
+    def untrue(self):
+        """What workers were told that no record ever said."""
+        states = {"pushed": "ready", "popped": "leased", "acked": "done",
+                  "extended": "leased"}
+        wrong, given = [], {}
+        for what, name, token, who in self.told:
+            docs = self.bucket.history(ITEM.format(name))
+            nacked = what == "nacked" and any(d["token"] == token and d.get(
+                "released_by") == who for d in docs)
+            if not nacked and not any((d["state"], d["token"]) == (
+                    states.get(what), token) for d in docs):
+                wrong.append(f"{name}: {what} under {token} by {who}, nobody wrote it")
+            if what == "popped" and given.setdefault((name, token), who) != who:
+                wrong.append(f"{name}: token {token} given to two")
+        return wrong
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_no_random_run_of_a_queue_loses_or_doubles_an_item(round_):
+    seed = random.randrange(10**9)
+    print("seed", seed)
+    run = QueueRun(seed)
+    assert run.faults_found() == [], seed
+    assert len(run.told) > 20
+
+
+class AnyTokenAcks(t.Queue):
+    """Acknowledges whatever is leased, under any token."""
+
+    def ack(self, id, *, token=None, op="", first=None):
+        change = self._change(id, lambda r: r.doc if r.doc["state"] == "done" else
+                              any_token(r.doc, None, at=self.ledger.at()), op=op)
+        return change.doc
+
+
+class Uncounting(t.Queue):
+    """Does not count the attempts."""
+
+    def _change(self, id, decide, **how):
+        def counting(record):
+            new = decide(record)
+            old = (record.doc or {}).get("attempt", 0)
+            return {**new, "attempt": old} if new["state"] == "leased" else new
+        return super()._change(id, counting, **how)
+
+
+class LoserDrops(t.Queue):
+    """Takes back the active marker that it put, when it did not get the item."""
+
+    def _take(self, record, **how):
+        item = super()._take(record, **how)
+        if item is None:
+            self.reader.hints.drop(self.reader.hints.active_key(
+                self.reader.id_of(record.key), record.doc["token"] + 1))
+        return item
+
+
+class StateFirst(t.Queue):
+    """Writes the state first and its marker second."""
+
+    def _change(self, id, decide, **how):
+        put, late = self.reader.hints.put, []
+        self.reader.hints.put = late.append
+        try:
+            change = super()._change(id, decide, **how)
+        finally:
+            self.reader.hints.put = put
+        for key in late:
+            put(key)
+        return change
+
+
+class EarlyDrop(t.Queue):
+    """Drops the marker of the old state before the new one has landed."""
+
+    def _change(self, id, decide, **how):
+        def dropping(record):
+            new = decide(record)
+            if record.doc and new is not record.doc:
+                self.reader.hints.drop(self.reader.marker(id, record.doc))
+            return new
+        return super()._change(id, dropping, **how)
+
+
+@pytest.mark.parametrize("kind", [AnyTokenAcks, Uncounting, LoserDrops, StateFirst,
+                                  EarlyDrop])
+def test_a_broken_queue_is_caught(kind):
+    for seed in range(25):
+        if QueueRun(seed, kind=kind, faults=0.25).faults_found():
+            return
+    pytest.fail(f"{kind.__name__} passed 25 runs")
+
+
+# -- what it costs -----------------------------------------------------
+
+
+def queue_cost(project, act, *args, **how):
+    """The requests of one act: what each is about, markers without their names."""
+    tally = collections.Counter()
+    for what, times in spent(project, act, *args, **how).items():
+        method, key = what.split(" ")
+        tally[f"{method} {key.split('/')[2] or 'all'}"] += times
+    return dict(tally)
+
+
+def test_what_each_queue_verb_costs(ada, jobs):
+    assert queue_cost(ada, jobs.push, "b", id="a") == {"PUT ready": 1, "PUT items": 1}
+    assert queue_cost(ada, jobs.pop) == {
+        "LIST ready": 1, "GET items": 1, "PUT active": 1, "PUT items": 1,
+        "DELETE ready": 1}
+    assert queue_cost(ada, jobs.extend, "a") == {"GET items": 1, "PUT items": 1}
+    assert queue_cost(ada, jobs.nack, "a") == {
+        "GET items": 1, "PUT ready": 1, "PUT items": 1, "DELETE active": 1}
+    item = jobs.pop()
+    assert queue_cost(ada, item.ack) == {"PUT items": 1, "DELETE active": 1}
+    assert queue_cost(ada, jobs.ack, "a", token=2) == {"GET items": 1,
+                                                       "DELETE active": 1}
+    assert queue_cost(ada, jobs.pop) == {"LIST ready": 2, "LIST active": 2,
+                                         "LIST items": 1, "GET items": 1}
+
+
+@pytest.mark.parametrize("chance", [0, 1])
+def test_a_pop_costs_at_most_six_requests_with_ten_thousand_items(bucket, chance):
+    bob = agent_on(bucket, "bob")
+    jobs = queue_of(bob, chance=chance)
+    doc = t.stamped(t.push_item(None, {"body": "", "type": "text"}, by="a", at=""), None,
+                    nonce="n")
+    ended = {**doc, "state": "done", "token": 1}
+    for n in range(10_000):
+        at = int(bucket.clock_at * 1e9) - n
+        bucket.place(ITEM.format(f"i{n}"), doc if n < 5000 else ended)
+        if n < 5000:
+            bucket.place(f"queues/q/ready/05/{at:019d}_i{n}.1", {})
+    for _ in range(5):
+        assert sum(spent(bob, jobs.pop).values()) <= 6
+    assert len(bob.whoami()["holds"]) == 5
+
+
+def test_an_idle_pop_reads_what_changed_and_no_more(jobs, bucket):
+    jobs.push_many([""] * 30, id="a")
+    drain(jobs)
+    idle = {"LIST ready": 2, "LIST active": 2, "LIST items": 1}
+    jobs.ledger.store.counts.clear()
+    project = types.SimpleNamespace(store=jobs.ledger.store)
+    assert queue_cost(project, jobs.pop) == idle
+    jobs.push("", id="new")
+    drain(jobs)
+    assert queue_cost(project, jobs.pop) == idle
+
+
+def test_a_sweep_reads_no_more_than_it_may_and_the_next_one_goes_on(jobs, bucket):
+    jobs.push_many([""] * 25, id="a")
+    jobs.reader.most = 10
+    drain(jobs)
+    for known in (20, 25, 25):
+        jobs.ledger.store.counts.clear()
+        refused(t.Empty, jobs.pop)
+        assert len(jobs.reader.survey(most=0)) == known
+        assert sum(n for (method, _), n in jobs.ledger.store.counts.items()
+                   if method == "GET") <= 10
+
+
+# -- real processes ----------------------------------------------------
+
+QUEUE_WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tracecraft
+queue = tracecraft.connect(sys.argv[2], agent=sys.argv[3]).queue("q")
+while True:
+    try:
+        item = queue.pop(ttl=2, wait=float(sys.argv[4]))
+    except (tracecraft.Empty, tracecraft.TimedOut):
+        break
+    except (tracecraft.Unavailable, tracecraft.Unknown):
+        continue
+    print("got", item.id, item.token, flush=True)
+    try:
+        if item.body == "poison":
+            item.nack("poison")
+        else:
+            item.ack()
+            print("did", item.id, item.token, flush=True)
+    except (tracecraft.Fenced, tracecraft.Unavailable, tracecraft.Unknown) as why:
+        print("lost", item.id, item.token, flush=True)
+"""
+
+
+class Gang:
+    """Worker processes on queue q of a store, some of which are killed."""
+
+    def __init__(self, tmp, url, environ):
+        self.tmp, self.url, self.environ = tmp, url, {**environ, "HOME": str(tmp)}
+        self.live, self.names, self.kills = [], [], 0
+
+    def start(self, wait):
+        name = f"w{len(self.names)}"
+        self.names.append(name)
+        with open(self.tmp / name, "wb") as out:
+            self.live.append(subprocess.Popen(
+                [sys.executable, "-S", "-c", QUEUE_WORKER, os.path.dirname(PROGRAM),
+                 self.url, name, str(wait)], env=self.environ, stdout=out,
+                stderr=subprocess.STDOUT, cwd=str(self.tmp)))
+
+    def kill(self, dice):
+        """Kill one at random; whether one was there."""
+        self.live = [process for process in self.live if process.poll() is None]
+        if self.live:
+            dice.choice(self.live).kill()
+            self.kills += 1
+        return bool(self.live)
+
+    def told(self, word):
+        """[(id, token)] of the lines that begin with `word`, of all workers."""
+        lines = [line.split() for name in self.names
+                 for line in (self.tmp / name).read_text().splitlines()]
+        return [(line[1], int(line[2])) for line in lines
+                if line[0] == word and len(line) == 3]
+
+    def wait(self, seconds):
+        for process in self.live:
+            process.wait(seconds)
+
+    def faults(self, queue):
+        """What was popped twice, acknowledged in vain, not done, or dead too soon."""
+        text = "".join((self.tmp / name).read_text() for name in self.names)
+        wrong = [text[-2000:]] if "Traceback" in text else []
+        got = collections.Counter(self.told("got"))
+        wrong += [f"{pair} popped {times} times" for pair, times in got.items()
+                  if times > 1]
+        docs = {item_id: queue.reader.peek(item_id).doc
+                for item_id in queue.reader.survey()}
+        for item_id, doc in docs.items():
+            due = doc["attempt"] >= doc["max_attempts"]
+            if doc["state"] not in ("done", "dead") or (doc["state"] == "dead"
+                                                        and not due):
+                wrong.append(f"{item_id} is {doc['state']} after {doc['attempt']}")
+            if doc["body"] == "poison" and doc["state"] != "dead":
+                wrong.append(f"{item_id} is poison and {doc['state']}")
+        wrong += [f"{item_id} was done under {token}, says {docs[item_id]['token']}"
+                  for item_id, token in self.told("did")
+                  if (docs[item_id]["state"], docs[item_id]["token"]) != ("done", token)]
+        return wrong
+
+
+def queue_in(url, environ, tmp):
+    return t.connect(url, agent="boss", environ={**environ, "HOME": str(tmp)},
+                     cwd=str(tmp)).queue("q")
+
+
+def test_killed_processes_lose_no_item_and_do_none_twice(tmp_path):
+    url, environ = f"file://{tmp_path}/store/p", {"PATH": os.environ["PATH"]}
+    queue, dice = queue_in(url, environ, tmp_path), random.Random()
+    queue.push_many(["poison" if n % 20 == 0 else "work" for n in range(60)], id="i")
+    gang = Gang(tmp_path, url, environ)
+    for _ in range(4):
+        gang.start(wait=0)
+    for _ in range(2):
+        before, until = len(gang.told("got")), time.monotonic() + 20
+        while len(gang.told("got")) < before + 5 and time.monotonic() < until:
+            time.sleep(0.005)
+        gang.kill(dice)
+    gang.wait(60)
+    for item_id, (state, *_) in queue.reader.survey().items():
+        path = tmp_path / "store" / "p" / queue.reader.key(item_id)
+        if state == "leased":  # its holder was killed: let the lease be old
+            os.utime(path, (time.time() - 60,) * 2)
+    gang.start(wait=0)
+    gang.wait(60)
+    assert gang.faults(queue) == [] and gang.kills
+    assert queue.counts()["total"] == 60
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_soak_twenty_killed_processes_lose_no_item(kind, tmp_path):
+    seed = int(os.environ.get("TRACECRAFT_SEED") or random.randrange(10**9))
+    seconds = float(os.environ.get("TRACECRAFT_SOAK") or 20)
+    print("seed", seed)
+    count = 5000 if seconds >= 120 else 400
+    with contextlib.ExitStack() as stack:
+        url, environ = f"file://{tmp_path}/store/p", {"PATH": os.environ["PATH"]}
+        if kind == "s3":
+            server = stack.enter_context(S3Server())
+            url, environ = f"s3://bucket/p?endpoint={server.url}", server.env()
+        queue = queue_in(url, environ, tmp_path)
+        queue.ledger.store.ensure()
+        queue.push_many(["poison" if n % 100 == 0 else "work" for n in range(count)],
+                        id="i")
+        gang = killed_gang(tmp_path, url, environ, dice=random.Random(seed),
+                           until=time.monotonic() + seconds)
+        gang.wait(seconds + 300)
+        while True:  # what the last killed ones held
+            with contextlib.suppress(t.TimedOut):
+                with queue.pop(wait=12) as item:
+                    continue
+            break
+        print(f"{len(gang.told('got'))} pops, {gang.kills} kills")
+        assert gang.faults(queue) == [] and gang.kills
+        assert queue.counts()["total"] == count
+
+
+def killed_gang(tmp, url, environ, *, dice, until):
+    """Twenty workers, one killed and replaced now and then, until none is left."""
+    gang = Gang(tmp, url, environ)
+    for _ in range(20):
+        gang.start(wait=10)
+    while time.monotonic() < until:
+        time.sleep(dice.random())
+        if not gang.kill(dice):
+            break
+        gang.start(wait=10)
+    return gang
+
+
 # == Requests per command ==============================================
 #
 # Plans as text, graphs, and what a marker means: all pure.

@@ -45,14 +45,15 @@ Contents (grep -n '^# == ' prints them with line numbers):
   34 Mailboxes               35 Mail                    36 Channels and threads
   37 Bytes                   38 Artifact heads          39 Artifacts
   40 Reservations            41 Runs                    42 Artifact trees
-  43 Project                 44 Context                 45 Views
-  46 Timeline                47 Housekeeping            48 Archive
-  49 Doctor                  50 Trials                  51 Drill
-  52 Bench                   53 Rows                    54 Commands under a lease
-  55 Step commands           56 Task commands           57 Lock commands
-  58 Memory commands         59 Artifact commands       60 Reservation commands
-  61 Commands of presence, views and set-up  62 House commands
-  63 Commands of mail        64 Run commands            65 Command line
+  43 Queue reader            44 Queues                  45 Project
+  46 Context                 47 Views                   48 Timeline
+  49 Housekeeping            50 Archive                 51 Doctor
+  52 Trials                  53 Drill                   54 Bench
+  55 Rows                    56 Commands under a lease  57 Step commands
+  58 Task commands           59 Lock commands           60 Memory commands
+  61 Artifact commands       62 Reservation commands
+  63 Commands of presence, views and set-up  64 House commands
+  65 Commands of mail        66 Run commands            67 Command line
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ import time
 
 __version__ = "1.0.0"
 __all__ = [
-    "connect", "Project", "Claim", "Lease", "Barrier", "Error", "Usage", "NotFound",
-    "Conflict", "Held", "Fenced", "Blocked", "TimedOut", "Unavailable", "Throttled",
-    "Corrupt", "Unknown", "Unsafe", "Denied", "main",
+    "connect", "Project", "Claim", "Item", "Queue", "Error", "Usage", "NotFound",
+    "Empty", "Conflict", "Held", "Fenced", "Blocked", "TimedOut", "Unavailable",
+    "Throttled", "Corrupt", "Unknown", "Unsafe", "Denied", "main",
 ]
 
 # == 1. Constants and errors ===========================================
@@ -95,8 +96,8 @@ REQUEST_TIMEOUT = 20  # seconds for one answer; SeaweedFS lets losers wait 8
 class Error(Exception):
     """Expected trouble. Draws the exit code and the JSON `code` from its class.
 
-    Error 1 -- Usage 2, NotFound 1, Conflict 3 (Held 3, Moved 3), Fenced 4,
-               Blocked 5, TimedOut 6, Unavailable 7 (Throttled 7, Busy 7),
+    Error 1 -- Usage 2, NotFound 1 (Empty 1), Conflict 3 (Held 3, Moved 3),
+               Fenced 4, Blocked 5, TimedOut 6, Unavailable 7 (Throttled 7, Busy 7),
                Corrupt 8, Unknown 9, Unsafe 10, Denied 11
 
     hint: what to do about it. details: further keys of the JSON error object.
@@ -119,6 +120,12 @@ class NotFound(Error):
     """It is not there."""
 
     exit, code = 1, "not_found"
+
+
+class Empty(NotFound):
+    """A queue has nothing to pop now."""
+
+    code = "empty"
 
 
 class Conflict(Error):
@@ -12929,7 +12936,629 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 43. Project =======================================================
+# == 43. Queue reader ==================================================
+#
+# Where the items of a queue are: found by markers (see Hints) at a cost that does not
+# grow with their number, and by a sweep of all only when the markers show none. Changes
+# markers; must not change items.
+# Keys: queues/<q>/items/<id>.json, queues/<q>/ready/…, queues/<q>/active/…
+
+FOREVER = 1e18
+SWEEP_READS = 2000  # unknown items one sweep reads; the next one takes others
+SWEEP_PAUSE = 30  # seconds between the sweeps of one who waits
+AHEAD = 5  # seconds by which a pusher's clock may be ahead and its items be found
+YOUNG = 10  # seconds in which who changed an item drops its old marker
+CROWDED = 3  # items lost to others in one pop before it looks further back
+
+
+class QueueReader:
+    """Finds the items of one queue. chance: how often a look at expired leases goes
+    before the items that are ready; they are looked at always when none is. most: how
+    many unknown items a sweep reads."""
+
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        self.ledger, self.chance, self.most = ledger, 1 / 16, SWEEP_READS
+        self.prefix = f"queues/{name}/items/"
+        self.hints = Hints(ledger, f"queues/{name}/", timed=True)
+        self.upcoming = None  # seconds since 1970 at which the next delayed item is due
+        self._known: dict = {}  # id: (stamp of the listing, state, due, marker)
+        self._later: dict = {}  # marker: time before which it need not be looked at
+
+    def key(self, item_id: str) -> str:
+        """The key of an item."""
+        return f"{self.prefix}{item_id}.json"
+
+    def id_of(self, key: str) -> str:
+        """The id of the item at a key; "" for what no item can be called."""
+        name = key[len(self.prefix):]
+        return name[:-5] if name.endswith(".json") and is_leaf(name) else ""
+
+    def marker(self, item_id: str, item: dict) -> str:
+        """The key of the marker an item must have; "" when it needs none."""
+        if item["state"] == "leased":
+            return self.hints.active_key(item_id, item["token"])
+        if item["state"] == "ready":
+            level = min(number(item, "priority", PRIORITY), PRIORITIES - 1)
+            return self.hints.ready_key(level, item_id, item["token"] + 1,
+                                        at_ns=ready_ns(item))
+        return ""
+
+    def peek(self, item_id: str) -> Record:
+        """The record of an item; damage is in its fault, and said."""
+        record = self.ledger.peek(self.key(item_id))
+        try:
+            if record.fault:
+                raise record.fault
+            checked_item(record.doc, record.key)
+        except Corrupt as why:
+            record.doc, record.fault = None, why
+            self.ledger.warn(why.message)
+        return record
+
+    def due(self, record: Record) -> float | None:
+        """due_in() of a record's item; None for one that is not there."""
+        return None if record.doc is None else due_in(record.doc, record.age,
+                                                      self.ledger.now())
+
+    def candidates(self, *, sweep: bool) -> object:
+        """Yields Records of items that may be popped now, the best first; whoever asks
+        for the next one did not get the one before."""
+        import random
+        looked = random.random() < self.chance
+        if looked:
+            yield from self._expired(most=1)
+        yield from self._ready()
+        yield from self._expired(most=PAGE)
+        if sweep:
+            yield from self._swept()
+
+    # -- by markers
+
+    def _ready(self) -> object:
+        import random
+        hints, lost = self._visible(), 0
+        while hints:
+            hint = pick(hints, crowded=lost >= CROWDED, roll=random.random())
+            hints.remove(hint)
+            record = self._look(hint)
+            if record is not None:
+                yield record
+            lost += 1
+
+    def _visible(self) -> list:
+        """Ready markers whose time has come, or has for somebody's clock."""
+        now, hints, self.upcoming = self.ledger.now(), self.hints.ready(), None
+        while True:
+            seen = [hint for hint in hints if hint.at_ns <= (now + AHEAD) * 1e9]
+            times = [hint.at_ns / 1e9 for hint in hints if hint.at_ns > now * 1e9]
+            self.upcoming = min([*times, self.upcoming or FOREVER])
+            if seen or len(hints) < PAGE:
+                return [hint for hint in seen if self._later.get(hint.key, 0) <= now]
+            # A page of items whose time has not come: on to the next priority.
+            level = f"{hints[-1].priority:02d}0"  # '0' follows '/'
+            hints = self.hints.ready(after=f"{self.hints.prefix}ready/{level}")
+
+    def _look(self, hint: Hint) -> Record | None:
+        """The item of a ready marker if it may be popped, else None, and its marker is
+        dropped if it can never come true again."""
+        record, wait = self.peek(hint.name), YOUNG
+        item = record.doc
+        if item is not None and item["state"] == "ready":
+            wait = min(wait, self.due(record))
+            if wait == 0:
+                return record
+            if hint.key != self.marker(hint.name, item):
+                self.hints.put_after(self.marker(hint.name, item))
+                self.hints.drop(hint.key)
+        # One that was just popped is being dropped by who popped it.
+        elif marker_is_past(hint.token, item) and (record.age or 0) > YOUNG \
+                or hint.age > HINT_LIVES:
+            self.hints.drop(hint.key)
+        self._rest(hint.key, wait)
+        return None
+
+    def _rest(self, marker: str, seconds: float) -> None:
+        """Look at a marker no more for so long."""
+        now = self.ledger.now()
+        if len(self._later) > 10 * PAGE:
+            self._later = {key: at for key, at in self._later.items() if at > now}
+        self._later[marker] = now + seconds
+
+    def leased(self, *, most: int = PAGE, every: bool = True) -> list:
+        """(active marker, Record of its item), read in parallel. every: not only those
+        that may be due."""
+        import random
+        now = self.ledger.now()
+        hints = [hint for hint in self.hints.active() if every or (
+            hint.age > GRACE and self._later.get(hint.key, 0) <= now)]
+        hints = random.sample(hints, min(most, len(hints)))
+        return list(zip(hints, self.ledger.each(self.peek, [h.name for h in hints])))
+
+    def _expired(self, *, most: int) -> object:
+        """Yields the items of active markers whose lease expired; markers that the item
+        has left behind are dropped, others looked at again when they may be due."""
+        for hint, record in self.leased(most=most, every=False):
+            item, left = record.doc, self.due(record)
+            held = item is not None and item["state"] == "leased"
+            if held and left == 0:
+                yield record
+                continue
+            endless = HINT_LIVES if held else GRACE
+            self._rest(hint.key, left or endless)
+            if lease_is_past(hint.token, item) and (record.age or 0) > YOUNG \
+                    or (not held and hint.age > HINT_LIVES):
+                self.hints.drop(hint.key)
+
+    def rest(self, item_id: str, item: dict) -> None:
+        """Look at the active marker of an item only when its lease may have expired."""
+        left = number(item, "ttl") or HINT_LIVES
+        self._rest(self.marker(item_id, item), left + GRACE)
+
+    # -- by a look at everything
+
+    def survey(self, *, most: int | None = None) -> dict:
+        """{id: (state, when it may be popped or None, marker)} of all items; at most
+        `most` of those that changed since the last survey are read for it."""
+        import random
+        found, todo = {}, {}
+        for entry in self.ledger.list(self.prefix).entries:
+            item_id = self.id_of(entry.key)
+            stamp = entry.etag, entry.modified, entry.size
+            if item_id and self._known.get(item_id, ((),))[0] == stamp:
+                found[item_id] = self._known[item_id]
+            elif item_id:
+                todo[item_id] = stamp
+        ids = list(todo)
+        if most is not None and len(ids) > most:
+            ids = random.sample(ids, most)
+        for at in range(0, len(ids), 500):  # records held at a time
+            some = ids[at:at + 500]
+            for item_id, record in zip(some, self.ledger.each(self.peek, some)):
+                found[item_id] = (todo[item_id], *self._summary(item_id, record))
+        self._known = found
+        return {item_id: known[1:] for item_id, known in found.items()}
+
+    def _summary(self, item_id: str, record: Record) -> tuple:
+        if record.doc is None:
+            return ("damaged" if record.fault else "gone"), None, ""
+        left = self.due(record)
+        due = None if left is None else self.ledger.now() + left
+        return record.doc["state"], due, self.marker(item_id, record.doc)
+
+    def _swept(self) -> object:
+        """Yields what may be popped though no marker showed it; missing markers are put
+        for all."""
+        import random
+        known = self.survey(most=self.most)
+        there = {hint.key for hint in [*self.hints.ready(limit=None),
+                                       *self.hints.active(limit=None)]}
+        missing = [marker for _, _, marker in known.values()
+                   if marker and marker not in there]
+        self.ledger.each(self.hints.put_after, missing)
+        if missing:
+            yield from self._ready()
+        now = self.ledger.now()
+        due = [item_id for item_id, (_, at, _) in known.items()
+               if at is not None and at <= now]
+        for item_id in random.sample(due, len(due)):
+            record = self.peek(item_id)
+            if self.due(record) == 0:
+                yield record
+
+
+# == 44. Queues ========================================================
+#
+# Items between those who push, pop and settle them: the decisions of section "Queue
+# items" carried out, each with its markers. Knows bodies; must not know commands.
+
+
+class Item:
+    """An item I popped. As a context manager: acknowledged on leaving, given back on
+    an error. id, queue (its name), token, attempt, doc, body."""
+
+    def __init__(self, owner: object, record: Record) -> None:
+        self.owner, self.record, self.done = owner, record, False
+        self.id, self.queue = owner.reader.id_of(record.key), owner.name
+        self.token = record.doc["token"]
+        self.attempt = number(record.doc, "attempt")
+
+    @property
+    def doc(self) -> dict:
+        """The record as last written by me."""
+        return self.record.doc
+
+    @property
+    def text(self) -> str:
+        """The body as text, fetched and verified when it lies in a blob."""
+        return self.owner.text_of(self.doc)
+
+    @property
+    def body(self) -> object:
+        """The body: text, or the value that was pushed as JSON."""
+        import json
+        if self.doc.get("type") != "json":
+            return self.text
+        try:
+            return json.loads(self.text)
+        except (ValueError, RecursionError) as why:
+            raise Corrupt(f"{self.record.key}: its body is not JSON", hint="nack it",
+                          key=self.record.key) from why
+
+    def renew(self, ttl: int | None = None) -> dict:
+        """Begin the lease anew. Raises Fenced when it was lost."""
+        change = self.owner.lengthen(self.id, ttl=ttl, token=self.token,
+                                     first=self.record)
+        self.record = change.after
+        return change.doc
+
+    def ack(self) -> dict:
+        """It is done. Raises Fenced when the lease was lost."""
+        doc = self.owner.ack(self.id, token=self.token, first=self.record)
+        self.done = True
+        return doc
+
+    def nack(self, reason: str = "given back", *, delay: float = 0) -> dict:
+        """Give it back for another attempt, if it has one left."""
+        doc = self.owner.nack(self.id, token=self.token, reason=reason, delay=delay,
+                              first=self.record)
+        self.done = True
+        return doc
+
+    def release(self, why: str = "given back") -> dict:
+        """nack(), as every lease calls it."""
+        return self.nack(why)
+
+    def __enter__(self) -> Item:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.done or isinstance(error, Fenced):
+            return
+        if kind is None:
+            self.ack()
+        else:
+            self.nack(f"given back after {kind.__name__}")
+
+
+class Queue:
+    """One queue. Its items are pushed, popped under a lease, acknowledged or given
+    back; one whose attempts are used up is dead until it is requeued."""
+
+    def __init__(self, name: str, leases: Leases, artifacts: object) -> None:
+        self.name, self.leases, self.artifacts = name, leases, artifacts
+        self.ledger, self.who = leases.ledger, leases.who
+        self.reader = QueueReader(self.ledger, name)
+        self._sweep_at = 0.0
+
+    # -- pushing
+
+    def push(self, body: object, *, id: str = "", priority: int = PRIORITY,
+             delay: float = 0, max_attempts: int = MAX_ATTEMPTS, as_json: bool = False,
+             op: str = "") -> dict:
+        """Add an item; its record. The same id with the same body is the same item.
+
+        body: text, or what JSON can say. as_json: the text is JSON. delay: seconds
+        until it may be popped. max_attempts: 0 for no limit. Raises Conflict, Unknown.
+        Keys: ready/…, then create items/<id>.json; blobs/… from 64 KiB"""
+        how = push_terms(priority, max_attempts)
+        return self._push(body_text(body, as_json=as_json), how, id=id, op=op,
+                          delay=_seconds(delay), now=self.ledger.now())
+
+    def _push(self, body: tuple, how: dict, *, id: str, op: str, delay: float,
+              now: float) -> dict:
+        op = op or self.ledger.hex(16)
+        id = check_name("item id", id) if id else self._own_id(op)
+        said, blob = spilled(body[0], self.artifacts)
+        new = {"queue": self.name, "body": said, "type": body[1], **how,
+               "ready_at": iso(now), "visible_after": iso(now + delay) if delay else ""}
+        new.update({"blob": blob} if blob else {})
+        # Assumed to be new: if it is there, the CAS says so and it is read.
+        change = self._change(id, lambda record: push_item(
+            record.doc, new, by=self.who.agent, at=self.ledger.at()), op=op,
+            first=Record(self.reader.key(id)))
+        return {**change.after.doc, "id": id, "created": change.wrote}
+
+    def _own_id(self, op: str) -> str:
+        """The id of an item nobody named: the same when `op` is repeated."""
+        return self.ledger.nonce(op.partition("@")[0], self.reader.prefix)[:16]
+
+    def push_many(self, bodies: list, *, id: str = "", op: str = "",
+                  priority: int = PRIORITY, delay: float = 0,
+                  max_attempts: int = MAX_ATTEMPTS, as_json: bool = False) -> list:
+        """push() each body, in parallel; their records, and they are popped, in order.
+
+        id: a prefix, the items are <id>-1, <id>-2 …; the same call again changes
+        nothing then, nor does it under the same `op`."""
+        how, delay = push_terms(priority, max_attempts), _seconds(delay)
+        name, at, rev = (op or self.ledger.hex(16)).partition("@")
+        checked = [body_text(body, as_json=as_json) for body in bodies]
+        now = self.ledger.now()  # 1 µs apart: in order, whichever request is faster
+        return self.ledger.each(
+            lambda pair: self._push(
+                pair[1], how, id=f"{id}-{pair[0]}" if id else "", delay=delay,
+                op=f"{name}-{pair[0]}{at}{rev}", now=now + pair[0] * 1e-6),
+            list(enumerate(checked, 1)))
+
+    # -- popping
+
+    def pop(self, *, ttl: int | None = None, wait: float = 0, op: str = "",
+            pause: object = time.sleep) -> Item:
+        """Lease the best item: priority, then the time from which it may be had.
+
+        ttl: seconds of the lease, 0 never expires. wait: seconds while there is none;
+        all items are looked at once, then every SWEEP_PAUSE. op: while the item popped
+        under it is still leased, it is that one again.
+        Raises Empty when there is nothing to pop, TimedOut.
+        Keys: lists ready/, active/, seldom items/; CAS items/<id>.json; markers"""
+        ttl, began = checked_ttl(ttl), time.monotonic()
+        self._sweep_at = max(self._sweep_at, began + min(wait / 2, 2))
+
+        def once() -> Item:
+            sweep = wait <= 0 or time.monotonic() >= self._sweep_at
+            return self._pop(ttl, op=op.partition("@")[0], sweep=sweep)
+        return waiting(self.ledger, wait, once, outlast=(Empty,), pause=pause)
+
+    def _pop(self, ttl: int, *, op: str, sweep: bool) -> Item:
+        item = self._popped_under(op) if op else None
+        for record in () if item else self.reader.candidates(sweep=sweep):
+            item = self._take(record, ttl=ttl, op=op)
+            if item is not None:
+                break
+        if item is not None:
+            return item
+        if sweep:
+            import random
+            self._sweep_at = time.monotonic() + SWEEP_PAUSE * (0.5 + random.random())
+        left = None
+        if (self.reader.upcoming or FOREVER) < FOREVER:
+            left = max(1, int(self.reader.upcoming - self.ledger.now()) + 1)
+        later = "" if left is None else f"; the next item is due in {left}s"
+        raise Empty(f"queue {self.name} has nothing to pop now{later}",
+                    hint="--wait SECONDS waits for an item", expires_in_s=left)
+
+    def _popped_under(self, op: str) -> Item | None:
+        """The item that an earlier pop under `op` leased for me, if it still is."""
+        for _, record in self.reader.leased():
+            mark = ":" + self.ledger.nonce(op, record.key)
+            if any(entry.endswith(mark) for entry in texts(record.doc, "recent")) and (
+                    record.doc["state"], record.doc["agent"]) == ("leased",
+                                                                  self.who.agent):
+                return self._popped(record)
+        return None
+
+    def _take(self, record: Record, *, ttl: int, op: str) -> Item | None:
+        """Lease an item that was read a moment ago; None when another was faster, or
+        when it turned out to be dead."""
+        me, begun = Me(self.who.agent, self.who.instance), time.monotonic()
+        item_id = self.reader.id_of(record.key)
+        try:
+            change = self._change(item_id, lambda now: pop_item(
+                now.doc, me, now.age, now=self.ledger.now(), at=self.ledger.at(),
+                ends=self.leases.ends(ttl), ttl=ttl), op=op, first=record)
+        except (Conflict, Corrupt):
+            return None
+        doc, after = change.doc, change.after.doc
+        if doc["state"] == "dead":
+            self.ledger.warn(f"item {item_id} of queue {self.name} is dead:"
+                             f" {shown(doc['history'][-1]['why'])}")
+        if doc["state"] != "leased" or after["token"] != doc["token"]:
+            return None  # it landed, but the lease was lost before we heard of it
+        item = self._popped(change.after)
+        self.leases.hurry(item, begun)
+        return item
+
+    def _popped(self, record: Record) -> Item:
+        item = Item(self, record)
+        self.reader.rest(item.id, record.doc)
+        self.who.hold(self._resource(item.id), item.token,
+                      ttl=number(record.doc, "ttl"))
+        return item
+
+    # -- what became of it
+
+    def ack(self, id: str, *, token: int | None = None, op: str = "",
+            first: Record | None = None) -> dict:
+        """The item is done; its record. Twice is once. Raises Fenced, NotFound.
+
+        token: as pop gave it; default: the one that local state remembers.
+        Keys: CAS items/<id>.json; active/…"""
+        me = self._me(id, token)
+        change = self._change(id, lambda record: ack_item(
+            record.doc, me, at=self.ledger.at()), op=op, first=first)
+        return self._ended(id, change)
+
+    def nack(self, id: str, *, token: int | None = None, delay: float = 0,
+             reason: str = "given back", op: str = "",
+             first: Record | None = None) -> dict:
+        """Give the item back; dead when that was its last attempt. Twice is once.
+
+        delay: seconds until it may be popped again.
+        Keys: ready/…, CAS items/<id>.json; active/…"""
+        me, delay = self._me(id, token), _seconds(delay)
+        change = self._change(id, lambda record: nack_item(
+            record.doc, me, at=self.ledger.at(), visible=self.ledger.at(delay),
+            why=reason), op=op, first=first)
+        return self._ended(id, change)
+
+    def _ended(self, id: str, change: Change) -> dict:
+        """Forget the lease that ended; what a killed command did not come to as well.
+        """
+        self.who.forget(self._resource(id))
+        if not change.wrote and change.doc["state"] != "leased":
+            self.reader.hints.drop(self.reader.hints.active_key(id,
+                                                                change.doc["token"]))
+        return {**change.doc, "id": id}
+
+    def extend(self, id: str, *, ttl: int | None = None, token: int | None = None,
+               op: str = "") -> dict:
+        """Push the end of my lease to now + ttl (default: as before); the record.
+
+        Raises Fenced when the lease was lost. Keys: CAS items/<id>.json"""
+        return {**self.lengthen(id, ttl=ttl, token=token, op=op).doc, "id": id}
+
+    def lengthen(self, id: str, *, ttl: int | None = None, token: int | None = None,
+                 op: str = "", first: Record | None = None) -> Change:
+        """extend() as the Change it made."""
+        me = self._me(id, token)
+        given = None if ttl is None else checked_ttl(ttl)
+
+        def decide(record: Record) -> dict:
+            span = number(record.doc, "ttl") if given is None else given
+            return extend_item(record.doc, me, at=self.ledger.at(), ttl=span,
+                               ends=self.leases.ends(span))
+        change = self._change(id, decide, op=op, first=first)
+        # Taken over before the answer was settled? Then it raises, as at first.
+        kept = naming(self._subject(id), lambda after: check_lease(after.doc, me))
+        kept(change.after)
+        self.who.hold(self._resource(id), change.after.doc["token"],
+                      ttl=number(change.after.doc, "ttl"))
+        return change
+
+    def requeue(self, id: str, *, op: str = "") -> dict:
+        """A dead item gets all its attempts again. Twice is once. Raises Conflict.
+
+        Keys: ready/…, CAS items/<id>.json"""
+        me = self._me(id, None)
+        change = self._change(id, lambda record: requeue_item(
+            record.doc, me, at=self.ledger.at()), op=op)
+        return {**change.doc, "id": id}
+
+    # -- looking
+
+    def peek(self, *, limit: int | None = None) -> list:
+        """The items that would be popped next, first ones first: [{id, body, due_in_s,
+        …}]. A large body is named by its digest. One listing, one GET an item."""
+        hints = sorted(self.reader.hints.ready(limit=limit), key=lambda h: h.rank)
+        ids = list(dict.fromkeys(hint.name for hint in hints))
+        rows = []
+        for id, record in zip(ids, self.ledger.each(self.reader.peek, ids)):
+            if record.doc is not None and record.doc["state"] == "ready":
+                rows.append({**record.doc, "id": id,
+                             "due_in_s": int(self.reader.due(record) or 0)})
+        return rows
+
+    def counts(self) -> dict:
+        """{"ready", "leased", "done", "dead", "damaged", "total"}; every item is read
+        that this handle has not seen as it is now."""
+        states = [state for state, _, _ in self.reader.survey().values()
+                  if state != "gone"]
+        counts = {name: states.count(name) for name in (*ITEM_STATES, "damaged")}
+        return {**counts, "total": len(states)}
+
+    def dead(self) -> list:
+        """The records of dead items, with id and why; every item is looked at."""
+        ids = [id for id, (state, _, _) in self.reader.survey().items()
+               if state == "dead"]
+        rows = []
+        for id, record in zip(ids, self.ledger.each(self.reader.peek, ids)):
+            if record.doc is not None and record.doc["state"] == "dead":
+                rows.append({**record.doc, "id": id, "why": last_why(record.doc)})
+        return rows
+
+    def text_of(self, item: dict) -> str:
+        """The body of an item as text, fetched and verified when it is a blob."""
+        return unspilled(item["body"], item.get("blob"), self.artifacts)
+
+    # -- writing
+
+    def _me(self, id: str, token: int | None) -> Me:
+        return self.leases.me(self._resource(check_name("item id", id)), token)
+
+    def _resource(self, id: str) -> str:
+        return f"queue/{self.name}/{id}"
+
+    def _subject(self, id: str) -> str:
+        return f"item {id} of queue {self.name}"
+
+    def _change(self, id: str, decide: object, *, op: str,
+                first: Record | None = None) -> Change:
+        """CAS of an item: the marker of its next state first, that of the state it left
+        last (facts 7.6)."""
+        reader, hints, mine = self.reader, self.reader.hints, set()
+
+        def marking(record: Record) -> dict:
+            item = checked_item(record.doc, record.key)
+            new = decide(record)
+            old = "" if item is None else reader.marker(id, item)
+            marker = "" if new is item else reader.marker(id, new)
+            if marker and marker != old:
+                hints.put(marker)
+                # An active marker is its winner's too: whoever loses leaves it alone.
+                mine.update({marker} if new["state"] == "ready" else ())
+            return new
+        try:
+            change = self.ledger.change(reader.key(id), op=op, first=first,
+                                        decide=naming(self._subject(id), marking))
+        except Error as why:
+            if isinstance(why, Fenced):
+                self.who.forget(self._resource(id))
+            # Refused for certain: what this attempt announced does not come.
+            for marker in () if why.retryable else mine:
+                hints.drop(marker)
+            raise
+        if change.wrote and change.before.doc is not None:
+            mine.add(reader.marker(id, change.before.doc))
+        now = reader.marker(id, checked_item(change.after.doc, change.after.key))
+        for marker in mine - {"", now}:
+            hints.drop(marker)
+        return change
+
+
+def body_text(body: object, *, as_json: bool) -> tuple:
+    """(text, 'text' or 'json') of a body: text as it is, anything else as JSON."""
+    import json
+    try:
+        if isinstance(body, str):
+            if as_json:
+                json.dumps(json.loads(body), allow_nan=False)
+            return body, "json" if as_json else "text"
+        return json.dumps(body, ensure_ascii=False, allow_nan=False), "json"
+    except (TypeError, ValueError, RecursionError) as why:
+        raise Usage(f"the body is not JSON: {str(why)[:80]}",
+                    hint="text is taken as it is, without --json") from why
+
+
+def push_terms(priority: int, max_attempts: int) -> dict:
+    """The fields of an item that say when and how often it is tried; Usage."""
+    return {"priority": _whole("priority", priority, PRIORITIES - 1),
+            "max_attempts": _whole("max_attempts", max_attempts, 10**6)}
+
+
+def _whole(name: str, value: object, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise Usage(f"{name} is {shown(str(value)[:40])!r}, not a whole number from 0"
+                    f" to {most}", hint="queue push --help")
+    return value
+
+
+def _seconds(delay: object) -> float:
+    good = isinstance(delay, (int, float)) and not isinstance(delay, bool)
+    if not good or not 0 <= delay <= 10**9:
+        raise Usage(f"delay {shown(str(delay)[:40])!r} is no number of seconds from 0"
+                    " on", hint="e.g. 60")
+    return float(delay)
+
+
+class Queues:
+    """The queues of a project, by name."""
+
+    def __init__(self, leases: Leases, artifacts: object) -> None:
+        self.leases, self.artifacts, self._open = leases, artifacts, {}
+
+    def named(self, name: str) -> Queue:
+        """The queue of that name; it is there once something is pushed into it."""
+        if name not in self._open:
+            self._open[name] = Queue(check_name("queue", name), self.leases,
+                                     self.artifacts)
+        return self._open[name]
+
+    def renew(self, what: str) -> dict:
+        """Begin the lease of `<queue>/<item>` anew."""
+        name, _, id = what.partition("/")
+        return self.named(name).extend(id)
+
+
+# == 45. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -13018,8 +13647,10 @@ class Project:
         self.reservations = Reservations(ledger, who)
         self.locks = Locks(ledger, who, self._tell)
         self.semaphores = Semaphores(ledger, who, self._tell)
+        self.queues = Queues(self.steps.leases, self.artifacts)
         self.renewers = {  # how each kind of lease is renewed
             "step": self.steps.renew, "lock": self.locks.extend,
+            "queue": self.queues.renew,
             "semaphore": self.semaphores.renew, "reservation": self.reservations.renew}
 
     def _tell(self, agent: str, text: str, step: str) -> None:
@@ -13116,6 +13747,12 @@ class Project:
         step: default that of the claim this process runs under."""
         step = step or self.settings.environ.get("TRACECRAFT_STEP")
         return self.runs.start(name, step=step, **how)
+
+    # -- queues
+
+    def queue(self, name: str) -> Queue:
+        """The queue `name`: push(), pop(), ack() … of its items."""
+        return self.queues.named(name)
 
     # -- mail and presence
 
@@ -13297,7 +13934,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 44. Context =======================================================
+# == 46. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -13448,7 +14085,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 45. Views =========================================================
+# == 47. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -13796,7 +14433,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 46. Timeline ======================================================
+# == 48. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -14063,7 +14700,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 47. Housekeeping ==================================================
+# == 49. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -14307,7 +14944,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 48. Archive =======================================================
+# == 50. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -14722,7 +15359,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 49. Doctor ========================================================
+# == 51. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -14744,7 +15381,7 @@ SHAPES = (
     ("semaphores/*/*.json", "agent #token #ttl #slot state claimed_at"),
     ("barriers/*/*/config.json", "#n"), ("barriers/*/*/arrive/*", "agent at"),
     ("barriers/*/*/verdict.json", "state #n [participants"),
-    ("reservations.json", "[entries"), ("queues/*/items/*.json", "state #token"),
+    ("reservations.json", "[entries"), ("queues/*/items/*.json", "state #token body"),
     ("queues/*/ready/**", None), ("queues/*/active/**", None),
     ("artifacts/*/**", None), ("blobs/*", None), ("manifests/**/_head.json", "sha256"),
     ("runs/*/meta.json", "agent started_at status"), ("runs/*/metrics/*.jsonl", None),
@@ -15040,7 +15677,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 50. Trials ========================================================
+# == 52. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -15554,7 +16191,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 51. Drill =========================================================
+# == 53. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -15776,7 +16413,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 52. Bench =========================================================
+# == 54. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -16163,7 +16800,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 53. Rows ==========================================================
+# == 55. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -16386,7 +17023,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 54. Commands under a lease ========================================
+# == 56. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -16592,7 +17229,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 55. Step commands =================================================
+# == 57. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -16882,7 +17519,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 56. Task commands =================================================
+# == 58. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -17044,7 +17681,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 57. Lock commands =================================================
+# == 59. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -17325,7 +17962,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 58. Memory commands ===============================================
+# == 60. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -17447,7 +18084,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 59. Artifact commands =============================================
+# == 61. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -17673,7 +18310,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 60. Reservation commands ==========================================
+# == 62. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -17905,7 +18542,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 61. Commands of presence, views and set-up ========================
+# == 63. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -18376,7 +19013,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 62. House commands ================================================
+# == 64. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -18551,7 +19188,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 63. Commands of mail ==============================================
+# == 65. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -18811,7 +19448,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 64. Run commands ==================================================
+# == 66. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -19266,7 +19903,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 65. Command line ==================================================
+# == 67. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
