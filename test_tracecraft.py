@@ -10449,6 +10449,141 @@ def killed_gang(tmp, url, environ, *, dice, until):
     return gang
 
 
+# == Queue commands ====================================================
+
+
+def test_a_queue_goes_round_in_processes(sh):
+    assert sh.ok("queue", "push", "jobs", "one", "--id", "a") \
+        == "Pushed item a to queue jobs\n"
+    assert "was there already" in sh.ok("queue", "push", "jobs", "one", "--id", "a")
+    sh.refused(3, "queue", "push", "jobs", "two", "--id", "a")
+    assert sh.ok("queue", "peek", "jobs") == "a: one\n"
+    popped = sh.run("queue", "pop", "jobs")
+    assert (popped.out, popped.err) == (
+        "one\n", "Popped item a of queue jobs (token 1, attempt 1)\n")
+    assert sh.ok("queue", "extend", "jobs", "a", "--ttl", "99") \
+        == "Extended item a of queue jobs for 99s\n"
+    assert sh.ok("queue", "ack", "jobs", "a") == "Acknowledged item a of queue jobs\n"
+    sh.ok("queue", "ack", "jobs", "a")
+    assert sh.ok("queue", "len", "jobs") == "0 ready, 0 leased, 1 done, 0 dead\n"
+    assert "nothing to pop" in sh.refused(1, "queue", "pop", "jobs")
+    assert "waited 0.1s" in sh.refused(6, "queue", "pop", "jobs", "--wait", "0.1")
+
+
+def test_a_popped_item_is_another_agents_business_to_nobody(sh):
+    sh.ok("queue", "push", "jobs", "one", "--id", "a")
+    item = sh.json("queue", "pop", "jobs")
+    assert (item["id"], item["body"], item["token"], item["attempt"]) == (
+        "a", "one", 1, 1)
+    for verb in ("ack", "nack", "extend"):
+        said = sh.refused(4, "queue", verb, "jobs", "a", "--token", "1",
+                          TRACECRAFT_AGENT="bob")
+        assert "leased by ada (token 1)" in said
+        sh.refused(1, "queue", verb, "jobs", "ghost")
+    error = json.loads(sh.run("--json", "queue", "ack", "jobs", "a",
+                              "--token", "9").err)["error"]
+    assert (error["exit"], error["code"], error["holder"]) == (4, "fenced", "ada")
+
+
+def test_dead_items_are_listed_with_their_reason_and_requeued(sh):
+    sh.ok("queue", "push", "jobs", "one", "--id", "a", "--max-attempts", "1")
+    sh.ok("queue", "pop", "jobs")
+    assert sh.ok("queue", "nack", "jobs", "a", "--reason", "no\x1b[2Jdisk") == (
+        "Item a of queue jobs is dead: no\\x1b[2Jdisk; all 1 attempts are used\n")
+    assert sh.json("queue", "dead", "jobs")["items"][0]["attempt"] == 1
+    sh.refused(2, "queue", "requeue", "jobs")
+    assert sh.ok("queue", "requeue", "jobs", "--all") \
+        == "Requeued 1 item(s) of queue jobs\n"
+    assert sh.ok("queue", "dead", "jobs") == "Queue jobs has no dead items.\n"
+    assert sh.ok("queue", "pop", "jobs") == "one\n"
+
+
+def test_lines_and_files_are_pushed_as_they_are(sh):
+    sh.ok("queue", "push", "jobs", "--lines", "--id", "n", stdin=b"a b\n\n- c\n")
+    assert sh.ok("queue", "push", "jobs", "--lines", "--id", "n", stdin=b"a b\n\n- c\n"
+                 ) == "Pushed 0 items to queue jobs (2 were there already)\n"
+    path = os.path.join(sh.cwd, "body.txt")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("ü" * 70_000 + "\n")
+    sh.ok("queue", "push", "jobs", "--file", path)
+    got = [sh.ok("queue", "pop", "jobs") for _ in range(3)]
+    assert got == ["a b\n", "- c\n", "ü" * 70_000 + "\n"]
+    assert "not JSON" in sh.refused(2, "queue", "push", "jobs", "{", "--json")
+    assert json.loads(sh.ok("queue", "push", "jobs", "{}", "--json"))["type"] == "json"
+
+
+def test_a_command_gets_the_body_and_settles_the_item(sh):
+    sh.ok("queue", "push", "jobs", "--lines", "--id", "n", stdin=b"0\n3\n",)
+    script = ("read code; echo $TRACECRAFT_QUEUE $TRACECRAFT_ITEM $TRACECRAFT_TOKEN"
+              " $TRACECRAFT_ATTEMPT; exit $code")
+    done = sh.run("queue", "pop", "jobs", "--", "sh", "-c", script)
+    assert (done.returncode, done.out) == (0, "jobs n-1 1 1\n")
+    assert sh.run("queue", "pop", "jobs", "--", "sh", "-c", script).returncode == 3
+    assert sh.ok("queue", "len", "jobs").startswith("1 ready, 0 leased, 1 done")
+    said = sh.run("queue", "pop", "jobs", "--wait", "5", "--", "nosuchcommand")
+    assert said.returncode == 2 and "1 ready" in sh.ok("queue", "len", "jobs")
+
+
+@pytest.mark.parametrize("verb, state", [("ack", "done"), ("nack", "ready")])
+def test_a_command_may_settle_its_item_itself(sh, verb, state):
+    sh.ok("queue", "push", "jobs", "x", "--id", "a")
+    script = " ".join(map(shlex.quote, RUN)) + f" queue {verb} jobs a; exit 0"
+    outer = {"TRACECRAFT_STEP": "s", "TRACECRAFT_LOCK": "l", "TRACECRAFT_TOKEN": "7"}
+    done = sh.run("queue", "pop", "jobs", "--", "sh", "-c", script, **outer)
+    assert done.returncode == 0, done.err
+    assert f"1 {state}" in sh.ok("queue", "len", "jobs")
+
+
+def test_a_step_claimed_for_an_item_has_its_own_token(sh):
+    sh.ok("queue", "push", "jobs", "x", "--id", "a")
+    sh.ok("claim", "s"), sh.ok("release", "s")
+    run = " ".join(map(shlex.quote, RUN))
+    script = f"{run} claim s -- sh -c '{run} complete s'; {run} queue ack jobs a"
+    done = sh.run("queue", "pop", "jobs", "--", "sh", "-c", script)
+    assert done.returncode == 0, done.err
+    assert sh.json("step", "show", "s")["state"] == "complete"
+    assert "1 done" in sh.ok("queue", "len", "jobs")
+
+
+def test_a_command_that_lost_its_lease_exits_4(sh):
+    sh.ok("queue", "push", "jobs", "x", "--id", "a")
+    item = pathlib.Path(sh.cwd).rglob("queues/jobs/items/a.json")
+    [path] = [str(found) for found in item]
+    script = (f"sed 's/\"token\": 1/\"token\": 2/' {path} > t; cat t > {path}")
+    done = sh.run("queue", "pop", "jobs", "--", "sh", "-c", script)
+    assert done.returncode == 4 and "not its lease" in done.err, done.err
+
+
+def test_a_terminated_pop_gives_its_item_back(sh):
+    sh.ok("queue", "push", "jobs", "x", "--id", "a")
+    process = sh.start("queue", "pop", "jobs", "--", "sh", "-c", "echo up; sleep 60")
+    assert process.stdout.readline() == b"up\n"
+    process.terminate()
+    assert process.wait(SLOW) == 130
+    assert "1 ready, 0 leased" in sh.ok("queue", "len", "jobs")
+    process.stdout.close(), process.stderr.close()
+
+
+def test_a_pop_that_is_repeated_under_its_operation_is_the_same(sh):
+    sh.ok("queue", "push", "jobs", "--lines", "--id", "n", stdin=b"1\n2\n")
+    assert sh.ok("queue", "pop", "jobs", "--op", "o") == "1\n"
+    assert sh.ok("queue", "pop", "jobs", "--op", "o") == "1\n"
+    for words in (["ack", "jobs", "n-1"], ["push", "jobs", "3", "--id", "x"]):
+        sh.ok("queue", *words, "--op", "p")
+        sh.ok("queue", *words, "--op", "p")
+    assert sh.ok("queue", "len", "jobs") == "2 ready, 0 leased, 1 done, 0 dead\n"
+
+
+def test_doctor_knows_the_objects_of_a_queue(sh):
+    sh.ok("queue", "push", "jobs", "--lines", "--id", "n", stdin=b"1\n2\n")
+    sh.ok("queue", "pop", "jobs")
+    checked = sh.json("doctor")
+    assert checked["ok"] and not checked["problems"] and not checked["notes"]
+    [path] = pathlib.Path(sh.cwd).rglob("queues/jobs/items/n-1.json")
+    path.write_text('{"state": "ready"}')
+    assert "n-1.json has no 'token'" in sh.run("doctor").out
+
+
 # == Requests per command ==============================================
 #
 # Plans as text, graphs, and what a marker means: all pure.

@@ -53,7 +53,8 @@ Contents (grep -n '^# == ' prints them with line numbers):
   58 Task commands           59 Lock commands           60 Memory commands
   61 Artifact commands       62 Reservation commands
   63 Commands of presence, views and set-up  64 House commands
-  65 Commands of mail        66 Run commands            67 Command line
+  65 Commands of mail        66 Run commands            67 Queue commands
+  68 Command line
 """
 
 from __future__ import annotations
@@ -17017,6 +17018,14 @@ def git_changed_files() -> list:
     return [n for n in names.decode("utf-8", "backslashreplace").split("\0") if n]
 
 
+def raw_text(text: str) -> str:
+    """`text` as a file or a pipe gets it: as it is. On a terminal nothing in it may act
+    as an escape sequence."""
+    if not sys.stdout.isatty():
+        return text
+    return "\n".join(shown(line) for line in text.split("\n"))
+
+
 def short(text: object, indent: str = "") -> str:
     """`text` visible and at most 200 characters long."""
     text = str(text)
@@ -18013,10 +18022,7 @@ def cmd_memory_get(project: object, options: object) -> None:
         put_out(json_text({"key": options.key, "value": doc.get("value"),
                            "set_by": doc.get("set_by"), "set_at": doc.get("set_at")}))
         return
-    # On a terminal nothing may act as an escape sequence; a file gets what was set.
-    value = str(doc.get("value", ""))
-    seen = "\n".join(shown(line) for line in value.split("\n"))
-    answer(options, seen if sys.stdout.isatty() else value,
+    answer(options, raw_text(str(doc.get("value", ""))),
            record_of(doc, key=options.key))
 
 
@@ -19903,7 +19909,198 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 67. Command line ==================================================
+# == 67. Queue commands ================================================
+#
+# Rows and words over the verbs of Queue. As section "Step commands".
+
+QUEUE_ARG = arg("queue", help="a queue")
+ITEM_ARG = arg("id", help="an item, as pop or push named it")
+
+
+@command(
+    "queue push", "add work that anybody may take", QUEUE_ARG,
+    arg("body", nargs="?", help="text; - is stdin"), FILE_ARG,
+    arg("--json", action="store_true", help="the body is JSON, and so is the answer"),
+    arg("--lines", action="store_true", help="each line (of stdin) is an item"),
+    arg("--id", default="", metavar="ID", help="once; lines: ID-1, ID-2 …"),
+    arg("--priority", type=int, default=PRIORITY, metavar="N",
+        help="0 (first) to 9, default 5"),
+    arg("--delay", type=finite, default=0, metavar="SECONDS", help="not before"),
+    arg("--max-attempts", type=int, default=MAX_ATTEMPTS, metavar="N",
+        help="then it is dead, default 3; 0: never"),
+    examples=('queue push jobs "resize a.png" --id a.png',
+              "queue push jobs --lines --file jobs.txt"),
+    exits="0 2 3 7 9 10", op=True)
+def cmd_queue_push(project: object, options: object) -> None:
+    queue = project.queue(options.queue)
+    given = "-" if options.lines and not options.file and options.body is None \
+        else options.body
+    text = given_text(options, given, "body")
+    bodies = [line for line in text.split("\n") if line] if options.lines else [text]
+    for body in bodies if options.json_value else ():
+        check_json(body)
+    how = {"id": options.id, "priority": options.priority, "delay": options.delay,
+           "max_attempts": options.max_attempts, "as_json": options.json_value,
+           "op": options.op}
+    if not options.lines:
+        doc = queue.push(text, **how)
+        known = "" if doc["created"] else " (it was there already)"
+        answer(options, f"Pushed item {doc['id']} to queue {queue.name}{known}", doc)
+        return
+    docs = queue.push_many(bodies, **how)
+    new = sum(1 for doc in docs if doc["created"])
+    known = f" ({len(docs) - new} were there already)" if new < len(docs) else ""
+    answer(options, f"Pushed {new} items to queue {queue.name}{known}",
+           {"items": docs, "truncated": False, "cursor": None})
+
+
+@command(
+    "queue pop", "take the next item under a lease", QUEUE_ARG,
+    arg("--wait", type=finite, default=0, metavar="SECONDS", help="until there is one"),
+    arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
+    examples=("queue pop jobs --json", "queue pop jobs --wait 600 -- ./resize.sh"),
+    exits="0 1 4 6 7 9 10", op=True, after="CMD…")
+def cmd_queue_pop(project: object, options: object) -> int:
+    if options.rest is not None:
+        check_command(options.rest)
+    asked = time.monotonic()
+    item = acquiring(project.queue(options.queue).pop, ttl=own_ttl(project, options),
+                     wait=options.wait, op=options.op)
+    try:
+        text = item.text
+    except Error:
+        item.nack("its body cannot be read")
+        raise
+    remark(options, f"Popped item {item.id} of queue {item.queue} (token {item.token},"
+                    f" attempt {item.attempt})")
+    if options.rest is not None:
+        return run_popped(project, item, text, options=options, asked=asked)
+    answer(options, raw_text(text), {**item.doc, "id": item.id, "body": text})
+    return 0
+
+
+def run_popped(project: object, item: object, text: str, *, options: object,
+               asked: float) -> int:
+    """Run CMD with the body on its stdin, then settle the item; CMD's exit code."""
+    import tempfile
+    environ = lent_environ(project, queue=item.queue, item=item.id, token=item.token,
+                           attempt=item.attempt)
+    environ.pop("TRACECRAFT_LOCK", None)  # of a lock around us: the token is the item's
+    with tempfile.TemporaryFile() as body:
+        body.write(text.encode("utf-8", "surrogatepass"))
+        body.seek(0)
+        try:
+            code = run_under(item, options.rest, environ, asked=asked, stdin=body,
+                             subject=f"Item {item.id} of queue {item.queue}")
+        except KeyboardInterrupt:
+            settle_item(item, options, 130)
+            raise
+    return settle_item(item, options, code)
+
+
+def settle_item(item: object, options: object, code: int) -> int:
+    """Acknowledge the item on 0, give it back otherwise, unless CMD itself did one of
+    them; `code`. Raises Fenced when the lease was lost."""
+    try:
+        doc = item.nack(f"exit code {code}") if code else item.ack()
+        remark(options, settled_line(doc))
+    except Conflict as why:
+        remark(options, why.message)
+    return code
+
+
+def settled_line(doc: dict) -> str:
+    """What became of an item, in one line."""
+    what = f"item {doc['id']} of queue {shown(doc.get('queue'))}"
+    if doc["state"] == "dead":
+        return f"Item {doc['id']} of queue {shown(doc.get('queue'))} is dead:" \
+               f" {shown(last_why(doc))}"
+    return f"Acknowledged {what}" if doc["state"] == "done" else f"Gave back {what}"
+
+
+@command("queue ack", "an item is done", QUEUE_ARG, ITEM_ARG, TOKEN_ARG,
+         examples=("queue ack jobs a.png", "queue ack jobs a.png --token 2"),
+         exits="0 1 3 4 7 9", op=True)
+def cmd_queue_ack(project: object, options: object) -> None:
+    doc = project.queue(options.queue).ack(options.id, token=options.token,
+                                           op=options.op)
+    answer(options, settled_line(doc), doc)
+
+
+@command(
+    "queue nack", "give an item back, to be tried again", QUEUE_ARG, ITEM_ARG,
+    arg("--delay", type=finite, default=0, metavar="SECONDS", help="not before"),
+    arg("--reason", default="given back", metavar="TEXT", help="for its history"),
+    TOKEN_ARG, examples=("queue nack jobs a.png --delay 60",
+                         'queue nack jobs a.png --reason "disk full"'),
+    exits="0 1 3 4 7 9", op=True)
+def cmd_queue_nack(project: object, options: object) -> None:
+    doc = project.queue(options.queue).nack(
+        options.id, token=options.token, delay=options.delay, reason=options.reason,
+        op=options.op)
+    answer(options, settled_line(doc), doc)
+
+
+@command("queue extend", "begin the lease of an item anew", QUEUE_ARG, ITEM_ARG,
+         arg("--ttl", type=int, metavar="SECONDS", help="from now; default: as before"),
+         TOKEN_ARG, examples=("queue extend jobs a.png",
+                              "queue extend jobs a.png --ttl 3600"),
+         exits="0 1 3 4 7 9", op=True)
+def cmd_queue_extend(project: object, options: object) -> None:
+    doc = project.queue(options.queue).extend(options.id, ttl=options.ttl,
+                                              token=options.token, op=options.op)
+    answer(options, f"Extended item {options.id} of queue {options.queue} for"
+           f" {number(doc, 'ttl')}s", doc)
+
+
+@command("queue peek", "what would be popped next; nothing is taken", QUEUE_ARG,
+         LIMIT_ARG, examples=("queue peek jobs", "queue peek jobs --limit 3 --json"),
+         exits="0 7")
+def cmd_queue_peek(project: object, options: object) -> None:
+    limit = listing_limit(options)
+    items = project.queue(options.queue).peek(limit=limit and limit + 1)
+    lines = [f"{item['id']}: {short(item['body'], indent='  ')}"
+             + (f" (in {item['due_in_s']}s)" if item["due_in_s"] else "")
+             for item in items]
+    answer_list(options, items, lines,
+                empty=f"Queue {options.queue} has nothing ready.")
+
+
+@command("queue len", "how many items are in which state", QUEUE_ARG,
+         examples=("queue len jobs", "queue len jobs --json"), exits="0 7")
+def cmd_queue_len(project: object, options: object) -> None:
+    counts = project.queue(options.queue).counts()
+    text = ", ".join(f"{counts[name]} {name}" for name in ITEM_STATES)
+    damaged = f", {counts['damaged']} damaged" if counts["damaged"] else ""
+    answer(options, text + damaged, {"queue": options.queue, **counts})
+
+
+@command("queue dead", "items whose attempts are used up, and why", QUEUE_ARG,
+         LIMIT_ARG, examples=("queue dead jobs", "queue dead jobs --json"), exits="0 7")
+def cmd_queue_dead(project: object, options: object) -> None:
+    items = project.queue(options.queue).dead()
+    lines = [f"{item['id']}: {shown(item['why'])} (attempt {number(item, 'attempt')})"
+             for item in items]
+    answer_list(options, items, lines,
+                empty=f"Queue {options.queue} has no dead items.")
+
+
+@command("queue requeue", "give dead items all their attempts again", QUEUE_ARG,
+         arg("ids", nargs="*", metavar="id", help="dead items"),
+         arg("--all", action="store_true", help="every dead item"),
+         examples=("queue requeue jobs a.png", "queue requeue jobs --all"),
+         exits="0 1 2 3 7 9", op=True)
+def cmd_queue_requeue(project: object, options: object) -> None:
+    queue = project.queue(options.queue)
+    if bool(options.ids) == options.all:
+        raise Usage("name dead items, or give --all", hint="queue dead lists them")
+    ids = [item["id"] for item in queue.dead()] if options.all else options.ids
+    docs = [queue.requeue(item_id, op=options.op) for item_id in ids]
+    answer(options, f"Requeued {len(docs)} item(s) of queue {options.queue}",
+           {"items": docs, "truncated": False, "cursor": None})
+
+
+# == 68. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -19934,11 +20131,13 @@ GROUPS = (
     ("house", (cmd_timeline, cmd_watch, cmd_gc, cmd_export, cmd_import)),
     ("runs", (cmd_run_start, cmd_run_log, cmd_run_note, cmd_run_artifact, cmd_run_end,
               cmd_run_list, cmd_run_show, cmd_run_compare)),
+    ("queues", (cmd_queue_push, cmd_queue_pop, cmd_queue_ack, cmd_queue_nack,
+                cmd_queue_extend, cmd_queue_peek, cmd_queue_len, cmd_queue_dead,
+                cmd_queue_requeue)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
 TOP_HELP = (
-    ("init", "name the store: init s3://bucket/project, or nothing at all"),
-    ("join", "take up an invitation               (invite)"),
+    ("init", "name the store: s3://bucket/project, or nothing  (invite, join)"),
     ("prime", "instructions for an agent, at most 2 KB"),
     ("status", "agents, steps, mail on one screen   (agents, whoami)"),
     ("checkin", "presence, renewals, unread mail     (heartbeat, leave)"),
@@ -19952,6 +20151,7 @@ TOP_HELP = (
     ("inbox", "read messages; --new once each (listen, thread, search, channel)"),
     ("reserve", "files, by pattern       (reservations, unreserve, guard)"),
     ("artifact", "upload / download / list / show / verify / lineage / url / …"),
+    ("queue", "push / pop / ack / nack / extend / peek / len / dead / requeue"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
     ("timeline", "what happened; watch: what happens  (gc, export, import)"),
     ("doctor", "check store and objects; --fix  (config, install, completion)"),
