@@ -20932,6 +20932,7 @@ def form_table():
 
 CEILINGS = {"--version": 20, "directory store": 35, "signed HTTPS request": 60}  # ms
 TOLERANCE = 1.5
+BARE = 10  # ms of `-c pass` where those ceilings were measured
 
 
 @contextlib.contextmanager
@@ -20974,8 +20975,7 @@ def timed_starts(folder, url, keys):
                        cfile=importlib.util.cache_from_source(copy))
     launcher = os.path.join(folder, "go.py")
     with open(launcher, "w") as file:
-        file.write(f"import sys\nsys.path.insert(0, {folder!r})\n"
-                   "import tracecraft\nsys.exit(tracecraft.main())\n")
+        file.write(tracecraft.launcher_text(copy))
     env = {"PATH": os.environ.get("PATH", ""), "HOME": folder, **keys}
     out = {}
     for what, words in (("-c pass", None), ("--version", ["--version"]),
@@ -20999,9 +20999,9 @@ def main_of_tests(what):
                             " standard_library or examples", "-p", "no:cacheprovider", "-W", "ignore"])
     with tempfile.TemporaryDirectory() as folder:
         times = startup_times(folder)
-    late = 0
+    late, slower = 0, max(1, times["-c pass"] / BARE)  # a shared machine has bad hours
     for what, ms in times.items():
-        limit = CEILINGS.get(what, 0) * TOLERANCE
+        limit = round(CEILINGS.get(what, 0) * TOLERANCE * slower, 1)
         word = "" if not limit else "ok" if ms <= limit else "SLOW"
         late += word == "SLOW"
         print(f"{what:20} {ms:6.1f} ms  ceiling {limit or '-'}  {word}")
