@@ -18903,13 +18903,13 @@ def launcher_text(copy: str) -> str:
     if os.name == "nt":
         return (f'@"{python}" -c "import gc, sys; gc.disable();'
                 f' sys.path.insert(0, r\'{folder}\'); from tracecraft import main;'
-                ' gc.enable(); sys.exit(main())" %*\n')
+                ' gc.freeze(); gc.enable(); sys.exit(main())" %*\n')
     # A kernel cuts a first line at 127 bytes and splits it at a space.
     plain_path = len(python) < 120 and " " not in python
     return (f"#!{python if plain_path else '/usr/bin/env python3'}\n"
             f"import gc, sys; gc.disable(); sys.path.insert(0, {folder!r})\n"
             "from tracecraft import main\n"
-            "gc.enable(); sys.exit(main())\n")
+            "gc.freeze(); gc.enable(); sys.exit(main())\n")
 
 
 def uninstall(launcher: str, copy: str) -> bool:
