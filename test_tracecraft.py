@@ -18278,6 +18278,18 @@ def test_drill_reports_two_winners():
     assert run.wrong and run.lines[0].startswith("FAIL  claims: winners per round 2")
 
 
+@pytest.mark.parametrize("won, winners, same, good", [
+    (["a", ""], 1, False, True), (["a", "b"], 1, False, False),
+    (["a", "b"], 2, False, True), (["a", "a"], 2, False, False),
+    (["", ""], 1, False, False), (["open", "open"], 2, True, True),
+    (["open", "broken"], 2, True, False), (["open", ""], 2, True, False)])
+def test_drill_reports_too_many_too_few_and_one_thing_won_twice(won, winners, same,
+                                                                good):
+    run = racers([{"prize": prize, "samples": []} for prize in won])
+    run.prizes("locks", winners=winners, same=same)
+    assert bool(run.wrong) == (not good)
+
+
 def test_drill_reports_lost_updates():
     run = racers([{"added": True, "samples": []}] * 2)
     run.counters(types.SimpleNamespace(memory=types.SimpleNamespace(

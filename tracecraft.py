@@ -15692,7 +15692,7 @@ DEMO_SKIP = frozenset("node_modules __pycache__ venv env dist build target".spli
 DEMO_TTL = 1  # seconds, of the two that fail: a takeover is possible GRACE later
 WORK_TTL = 30  # seconds, of those that work
 VERBS = ("claim won", "claim refused", "takeover won", "complete", "incr", "send",
-         "inbox")
+         "inbox", "next", "lock", "semaphore", "barrier", "reserve", "queue pop")
 
 
 class Crew:
@@ -16217,11 +16217,26 @@ def drill_worker(project: Project, job: dict) -> int:
     for line in sys.stdin:
         mode, _, at = line.strip().partition(" ")
         acts = {"claims": drill_claim, "takeovers": drill_claim,
-                "counters": drill_count, "mail": drill_mail}
+                "counters": drill_count, "mail": drill_mail,
+                **dict.fromkeys(DRILL_VERBS, drill_prize)}
         if mode not in acts:
             return 0
         tell("round", **acts[mode](project, mode=mode, at=int(at), job=job))
     return 0
+
+
+def drill_prize(project: Project, *, mode: str, at: int, job: dict) -> dict:
+    """Take what this round is about; what was won, as a text that tells it apart."""
+    acts = {
+        "locks": lambda: str(project.lock(f"drill-{at}").token),
+        "semaphores": lambda: project.semaphore(f"drill-{at}", DRILL_SLOTS).key,
+        "barriers": lambda: project.barrier(f"drill-{at}", job["count"]).wait(
+            DEADLINE)["verdict"],
+        "reservations": lambda: project.reserve([f"drill-{at}/**"])["id"],
+        "queues": lambda: project.queue("drill").pop(wait=DEADLINE).id,
+        "steps": lambda: project.tasks.take(labels=("drill",), wait=DEADLINE).step}
+    prize, sample = timed(project, DRILL_VERBS[mode], acts[mode])
+    return {"samples": [sample], "prize": prize or ""}
 
 
 def drill_claim(project: Project, *, mode: str, at: int, job: dict) -> dict:
@@ -16258,6 +16273,11 @@ def drill_mail(project: Project, *, mode: str, at: int, job: dict) -> dict:
     return {"samples": samples + [sample], "read": texts_read}
 
 
+DRILL_SLOTS = 2  # of the semaphores that are raced for
+DRILL_VERBS = {"locks": "lock", "semaphores": "semaphore", "barriers": "barrier",
+               "reservations": "reserve", "queues": "queue pop", "steps": "next"}
+
+
 class Drill:
     """Rounds raced by a crew, what they took, and what went wrong."""
 
@@ -16270,7 +16290,7 @@ class Drill:
         """Start the racers and wait until all are ready."""
         for at, name in enumerate(self.names):
             peer = self.names[(at + 1) % len(self.names)]
-            self.crew.start("drill", name, peer=peer, **job)
+            self.crew.start("drill", name, peer=peer, count=len(self.names), **job)
         self.gather("ready")
 
     def race(self, mode: str, at: int) -> list:
@@ -16338,6 +16358,18 @@ class Drill:
                     f" {lost} lost, {doubled} doubled"
                     + (f", {failed} not accepted" if failed else ""))
 
+    def prizes(self, mode: str, *, winners: int, same: bool = False) -> None:
+        """That many win something in each round, each something else (same: the same).
+        """
+        rounds, right = [], True
+        for at in range(1, self.rounds + 1):
+            won = [a["prize"] for a in self.race(mode, at) if a["prize"]]
+            rounds.append(str(len(won)))
+            kinds = 1 if same else len(won)
+            right = right and len(won) == winners and len(set(won)) == kinds
+        self.expect(right, f"{mode}: winners per round {' '.join(rounds)} ({winners} of"
+                    f" {len(self.names)} can win{'' if same else ', each its own'})")
+
     def table(self) -> list:
         """Lines: p50, p95, p99 in ms and requests, per verb; odd outcomes after."""
         lines = [f"{'verb':<16}{'n':>6}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}"
@@ -16390,7 +16422,7 @@ def drill(settings: Settings, options: object, *, out: object) -> int:
 
 
 def drill_run(run: Drill, project: Project, *, rounds: int) -> None:
-    """All four races; the abandoned claims age while the others are run."""
+    """All races; the abandoned claims age while the others are run."""
     for at in range(1, rounds + 1):
         project.claim(f"takeovers-{at}", ttl=DEMO_TTL)
     ripe = time.monotonic() + DEMO_TTL + GRACE + 1.5  # 1 s steps of Last-Modified
@@ -16398,6 +16430,16 @@ def drill_run(run: Drill, project: Project, *, rounds: int) -> None:
     run.claims("claims", run.rounds, token=1)
     run.counters(project)
     run.mail()
+    everybody = len(run.names)
+    for at in range(everybody * run.rounds):
+        project.queue("drill").push(f"item {at}")
+        project.add_step(f"next-{at}", labels=["drill"])
+    run.prizes("locks", winners=1)
+    run.prizes("semaphores", winners=min(DRILL_SLOTS, everybody))
+    run.prizes("barriers", winners=everybody, same=True)
+    run.prizes("reservations", winners=1)
+    run.prizes("queues", winners=everybody)
+    run.prizes("steps", winners=everybody)
     time.sleep(max(0.0, ripe - time.monotonic()))
     run.claims("takeovers", rounds, token=2)
     _, sample = timed(project, "complete", lambda: project.complete("takeovers-1"))
