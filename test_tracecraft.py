@@ -17149,6 +17149,84 @@ def test_contract_two_agents_meet(any_store):
     assert other.wait_for(["design"], timeout=5)[0]["state"] == "complete"
 
 
+def test_contract_a_plan_is_worked_off_by_two_who_race(any_store):
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    plan = {f"s{n}": [f"s{n - 4}"] if n >= 4 else [] for n in range(8)}
+    ada.plans.add(json.dumps([{"id": sid, "needs": of} for sid, of in plan.items()]))
+    done = []
+
+    def work(agent):
+        while True:
+            try:
+                claim = agent.tasks.take(wait=5)
+            except t.NotFound:
+                return
+            done.append(claim.step)
+            claim.complete()
+    run_all([lambda: work(ada), lambda: work(bob)])
+    assert sorted(done) == sorted(plan)
+    assert all(done.index(need) < done.index(sid) for sid in plan for need in plan[sid])
+    assert not [e.key for family in ("ready/", "active/")
+                for e in ada.ledger.list(family).entries]
+
+
+def test_contract_items_of_a_queue_are_given_out_once_and_dead_ones_kept(any_store):
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    ada.queue("q").push_many([f"item {n}" for n in range(6)])
+    out = together(*[lambda a=a: a.queue("q").pop() for a in (ada, bob, ada, bob)])
+    assert len({item.id for item in out}) == 4
+    for item in out:
+        item.ack()
+    for _ in range(2):
+        item = bob.queue("q").pop()
+        item.nack("bad")
+    assert ada.queue("q").counts()["done"] == 4
+
+
+def test_contract_of_two_who_reserve_the_same_files_one_wins(any_store):
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    out = together(lambda: ada.reserve(["src/**"]), lambda: bob.reserve(["**/a.py"]))
+    assert sorted(type(one).__name__ for one in out) == ["Held", "dict"]
+    winner = ada if isinstance(out[0], dict) else bob
+    winner.unreserve(every=True)
+    assert (bob if winner is ada else ada).reserve(["src/a.py"])["token"] == 2
+
+
+def test_contract_a_question_is_answered_and_a_channel_heard(any_store):
+    ada, bob = project_on(any_store, "ada"), project_on(any_store, "bob")
+    bob.channels.join("ops")
+    ada.send("#ops", "hear")
+
+    def answer():
+        batch = bob.inbox(new=True, wait=5)
+        while not any(m.get("kind") == "question" for m in batch.messages):
+            heard.extend(m["message"] for m in batch.messages)
+            batch.commit()
+            batch = bob.inbox(new=True, wait=5)
+        heard.extend(m["message"] for m in batch.messages if m["message"] == "hear")
+        [question] = [m for m in batch.messages if m.get("kind") == "question"]
+        bob.send("ada", "8080", reply_to=question["id"])
+        return "answered"
+    heard = []
+    out = together(lambda: ada.ask("bob", "which port?", wait=20), answer)
+    assert out[0]["message"] == "8080" and heard == ["hear"]
+
+
+def test_contract_a_directory_goes_up_comes_down_and_is_deleted(any_store, tmp_path):
+    ada = project_on(any_store, "ada")
+    for name in ("a.txt", "sub/ü b.txt"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    ada.artifacts.upload_folder(str(tmp_path / "in"), step="s")
+    ada.artifacts.download_folder("", step="s", output=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "in" / "sub" / "ü b.txt").read_text() == "sub/ü b.txt"
+    assert all(not item.get("error") for item in ada.artifacts.verify_all("s"))
+    ada.artifacts.delete("in/a.txt", step="s")
+    with pytest.raises(t.NotFound):
+        ada.artifacts.download("in/a.txt", step="s", output=str(tmp_path / "x"))
+
+
 @pytest.mark.slow
 def test_contract_an_expired_lease_is_taken_over_and_its_holder_fenced(any_store):
     if any_store.kind == "memory":
