@@ -5910,7 +5910,7 @@ class S3Reader(S3Client):
                     raise
 
     def _load(self, key: str, load: Download, *, doing: str) -> None:
-        headers, before = {}, load.done
+        headers = {}
         if load.done:
             headers["range"] = f"bytes={load.done}-"
         if load.etag:
