@@ -18406,7 +18406,8 @@ def test_bench_measures_both_sides_and_cleans_up(tmp_path, monkeypatch):
     monkeypatch.delenv(t.BENCH_STORE, raising=False)
     peer = f"{sys.executable} -c pass"
     out = io.StringIO()
-    options = options_of(peer=peer, quick=True, as_json=True, agents=3, steps=5, size=1)
+    options = options_of(peer=peer, quick=True, as_json=True, agents=3, steps=5, size=1,
+                         ready=8, workers=4, graph=6)
     assert t.bench(options, out=out) == 0
     text, rows = out.getvalue(), json.loads(out.getvalue().splitlines()[-1])["rows"]
     assert {"cold start: --version", "GETs on one connection", "upload of 1 MiB",

@@ -15695,6 +15695,23 @@ VERBS = ("claim won", "claim refused", "takeover won", "complete", "incr", "send
          "inbox", "next", "lock", "semaphore", "barrier", "reserve", "queue pop")
 
 
+def cached_copy(folder: str) -> list:
+    """How to call a copy of this file in `folder` as `install` would have it: compiled.
+
+    A script's own bytecode is never cached; an import's is (style.md 8.1).
+    """
+    import importlib.util
+    import py_compile
+    import shutil
+    copy = os.path.join(folder, "tracecraft.py")  # it may have any name itself
+    shutil.copy(os.path.abspath(__file__), copy)
+    py_compile.compile(copy, doraise=True, optimize=2,  # as `install` does
+                       cfile=importlib.util.cache_from_source(copy))
+    return [sys.executable, "-c", "import gc, sys; gc.disable();"
+            f" sys.path.insert(0, {folder!r}); import tracecraft as t; gc.freeze();"
+            " gc.enable(); sys.exit(t.main(sys.argv[1:]))"]
+
+
 class Crew:
     """Worker processes, and one queue of what they say: (name, event dict).
 
@@ -15703,7 +15720,10 @@ class Crew:
 
     def __init__(self, store: str, environ: dict) -> None:
         import queue
+        import tempfile
         self.store, self.events, self.processes = store, queue.Queue(), {}
+        self.folder = tempfile.TemporaryDirectory(prefix="tracecraft-crew-")
+        self.call = cached_copy(self.folder.name)  # or each would compile the file anew
         self.environ = {name: value for name, value in environ.items() if name not in (
             "TRACECRAFT_TOKEN", "TRACECRAFT_STEP", "TRACECRAFT_AGENT",
             "TRACECRAFT_INSTANCE", "TRACECRAFT_PROJECT", "TRACECRAFT_STORE")}
@@ -15714,7 +15734,7 @@ class Crew:
         import subprocess
         import threading
         process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "_worker", kind],
+            [*self.call, "_worker", kind],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=self.environ, encoding="utf-8", errors="replace")
         self.processes[name] = process
@@ -15761,6 +15781,7 @@ class Crew:
                 process.stdin.close()
             except OSError:
                 pass  # unsent bytes for a process that is gone
+        self.folder.cleanup()
 
 
 def json_line(doc: dict) -> str:
@@ -16661,22 +16682,6 @@ class Bench:
                  ours=peak / (1 << 20 if sys.platform == "darwin" else 1024))
 
 
-def cached_copy(folder: str) -> list:
-    """How to call a copy of this file in `folder` as `install` would have it: compiled.
-
-    A script's own bytecode is never cached; an import's is (style.md 8.1).
-    """
-    import importlib.util
-    import py_compile
-    import shutil
-    copy = shutil.copy(os.path.abspath(__file__), folder)
-    py_compile.compile(copy, doraise=True, optimize=2,  # as `install` does
-                       cfile=importlib.util.cache_from_source(copy))
-    name = os.path.basename(copy).partition(".")[0]
-    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r});"
-            f" import {name} as t; sys.exit(t.main(sys.argv[1:]))"]
-
-
 def seed_project(project: Project, agents: int, *, steps: int) -> None:
     """Put that many agents and steps there, as their own commands would have."""
     from concurrent.futures import ThreadPoolExecutor
@@ -17081,13 +17086,13 @@ def short(text: object, indent: str = "") -> str:
 
 
 def check_command(words: list) -> None:
-    """Refuse a CMD that cannot be found before anything is claimed for it."""
+    """Refuse a CMD that cannot be found before anything is taken for it."""
     import shutil
     if not words:
-        raise Usage("there is no command after --", hint="claim STEP -- make test")
+        raise Usage("there is no command after --", hint="e.g. -- make test")
     if shutil.which(words[0]) is None:
         raise Usage(f"command {shown(words[0])!r} not found",
-                    hint="nothing was claimed")
+                    hint="nothing was taken for it")
 
 
 class Renewer:
