@@ -1147,7 +1147,7 @@ def input_state(head: dict | None, sha256: object) -> str:
 # == 5. Slots and arrivals =============================================
 #
 # Pure: semaphores and barriers as decisions over their records; a lock and a slot are
-# leases of section 3. Knows no store and no clock. protocol.md 6, facts 7.4 and 7.5.
+# leases of "Records". Knows no store and no clock. protocol.md 6, facts 7.4 and 7.5.
 
 MAX_SLOTS = 1000  # of a semaphore: whoever finds it full has read every slot
 MAX_ARRIVALS = 100_000  # of a barrier: each arrival lists all that are there
@@ -3158,7 +3158,7 @@ def _brief(metric: dict | None) -> dict | None:
 
 # == 13. Queue items ===================================================
 #
-# Pure, as section 3: what becomes of an item of a queue when somebody pushes, pops,
+# Pure, as "Records": what becomes of an item of a queue when somebody pushes, pops,
 # acknowledges, gives back, extends or revives it. Its token grows with each pop and
 # names that lease. Nothing but this record decides. Rules: protocol.md 7.
 
@@ -6317,7 +6317,7 @@ class Probe:
             try:
                 self.store.delete(key)
             except Error:
-                return
+                return  # the others would wait as long for nothing; gc removes them
 
 
 def trouble_wait(why: Error) -> float:
@@ -10631,6 +10631,8 @@ class Mail(Mailbox):
             if message and reply_to in (message["id"], message["id"][:8],
                                         record.key, leaf_of((record.key,))):
                 return message["id"], thread or thread_of(message)
+        self.ledger.warn(f"no message {shown(reply_to[:80])} is in sight: nobody will"
+                         " find this as its answer (inbox --json shows ids)")
         return reply_to, thread or reply_to
 
     def _attach(self, doc: dict, attach: tuple) -> None:
@@ -13862,13 +13864,12 @@ class Project:
         if self.who.state is None:
             return
         try:
-            if mutating:
-                for name in self.renew_all()[1]:
-                    self.ledger.warn(f"the lease of {name.replace('/', ' ', 1)}"
-                                     " was lost")
-            self.presence.refresh(self.who.state.age("presence"))
-        except Error:
-            return
+            for name in self.renew_all()[1] if mutating else ():
+                self.ledger.warn(f"the lease of {name.replace('/', ' ', 1)} was lost")
+        except Error as why:
+            self.ledger.warn(f"what I hold was not renewed ({why.message}); checkin"
+                             " does it")
+        self.presence.refresh(self.who.state.age("presence"))
 
     def close(self) -> None:
         """Close connections and files."""
@@ -14389,7 +14390,9 @@ def prime_text(project: Project) -> str:
         "  handoff STEP                    what the one before you left",
         "  send AGENT TEXT                 or _broadcast for all",
         "  inbox --new                     mail you have not seen",
-        "  memory get KEY                  memory set KEY VALUE: shared notes", "",
+        "  memory get KEY                  memory set KEY VALUE: shared notes",
+        "  next --claim                    the best step that is free; context STEP",
+        "Also: ask, channel, queue, lock, semaphore, barrier, reserve, guard, run.", "",
         "Exit 3: another holds it, take another step. 4: you lost the lease, stop"
         " that work.", "5: its needs are not complete. 9: outcome unknown, repeat with"
         " the printed --op.", "--json prints one JSON value; COMMAND --help: more.",
@@ -16910,7 +16913,10 @@ def command(name: str, purpose: str, *args: tuple, examples: tuple, exits: str =
     return attach
 
 
-TOKEN_ARG = arg("--token", type=int, metavar="N", help="the fencing token of the claim")
+TOKEN_ARG = arg("--token", type=int, metavar="N", help="the one that was printed")
+TTL_ARG = arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends")
+LONGER_ARG = arg("--ttl", type=int, metavar="SECONDS",
+                 help="from now; default: as before")
 STEP_ARG = arg("step", help="a step")
 LIMIT_ARG = arg("--limit", type=int, metavar="N", help="show at most N (0: all)")
 FILE_ARG = arg("--file", metavar="PATH", help="take the text from a file")
@@ -17298,7 +17304,7 @@ def record_of(doc: dict, **names: object) -> dict:
 
 @command(
     "claim", "take a step; one winner, whoever asks", STEP_ARG,
-    arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
+    TTL_ARG,
     arg("--wait", type=finite, default=0, metavar="SECONDS", help="while it is held"),
     arg("--reopen", action="store_true", help="take it though it has ended"),
     arg("--resume", action="store_true", help="take over from another instance of me"),
@@ -17668,7 +17674,7 @@ def cmd_step_graph(project: object, options: object) -> None:
     arg("--label", action="append", default=[], metavar="WORD",
         help="only steps with it; repeatable"),
     arg("--wait", type=finite, default=0, metavar="SECONDS", help="until one is ready"),
-    arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
+    TTL_ARG,
     examples=("next --claim --json", "next --claim --wait 600 -- ./work.sh"),
     exits="0 1 4 6 7 10", after="CMD…")
 def cmd_next(project: object, options: object) -> int:
@@ -17742,7 +17748,6 @@ def cmd_context(project: object, options: object) -> None:
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
 NAME_ARG = arg("name", help="any name")
-TTL_ARG = arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends")
 WAIT_ARG = arg("--wait", type=finite, default=0, metavar="SECONDS",
                help="while others hold it")
 RESUME_ARG = arg("--resume", action="store_true",
@@ -17820,7 +17825,8 @@ def cmd_lock_acquire(project: object, options: object) -> None:
            f" {lease.token})", record_of(lease.doc, lock=options.name))
 
 
-@command("lock extend", "begin my lease of a lock anew", NAME_ARG, TTL_ARG, TOKEN_ARG,
+@command("lock extend", "begin my lease of a lock anew", NAME_ARG, LONGER_ARG,
+         TOKEN_ARG,
          examples=("lock extend db", "lock extend db --ttl 600 --token 3"),
          exits="0 3 4 7 9", op=True)
 def cmd_lock_extend(project: object, options: object) -> None:
@@ -17896,7 +17902,7 @@ def cmd_semaphore_acquire(project: object, options: object) -> None:
            record_of(lease.doc, semaphore=options.name))
 
 
-@command("semaphore extend", "begin my lease of a slot anew", NAME_ARG, TTL_ARG,
+@command("semaphore extend", "begin my lease of a slot anew", NAME_ARG, LONGER_ARG,
          SLOT_ARG, TOKEN_ARG,
          examples=("semaphore extend gpu", "semaphore extend gpu --ttl 600"),
          exits="0 3 4 7 9", op=True)
@@ -20006,7 +20012,7 @@ def cmd_queue_push(project: object, options: object) -> None:
 @command(
     "queue pop", "take the next item under a lease", QUEUE_ARG,
     arg("--wait", type=finite, default=0, metavar="SECONDS", help="until there is one"),
-    arg("--ttl", type=int, metavar="SECONDS", help="lease (1800); 0: never ends"),
+    TTL_ARG,
     examples=("queue pop jobs --json", "queue pop jobs --wait 600 -- ./resize.sh"),
     exits="0 1 4 6 7 9 10", op=True, after="CMD…")
 def cmd_queue_pop(project: object, options: object) -> int:
@@ -20091,7 +20097,7 @@ def cmd_queue_nack(project: object, options: object) -> None:
 
 
 @command("queue extend", "begin the lease of an item anew", QUEUE_ARG, ITEM_ARG,
-         arg("--ttl", type=int, metavar="SECONDS", help="from now; default: as before"),
+         LONGER_ARG,
          TOKEN_ARG, examples=("queue extend jobs a.png",
                               "queue extend jobs a.png --ttl 3600"),
          exits="0 1 3 4 7 9", op=True)
@@ -20260,9 +20266,13 @@ def find_command(words: list) -> tuple:
         raise Usage(f"{words[0]} needs one of: "
                     + ", ".join(name.split()[1] for name in inner),
                     hint=f"tracecraft {inner[0]} --help")
-    near = nearest(pair, inner) if inner else nearest(
+    if inner:
+        raise Usage(f"{shown(words[0])} has no {shown(words[1])!r}"
+                    + nearest(pair, inner), hint="it has "
+                    + ", ".join(name.split()[1] for name in inner))
+    near = nearest(
         words[0], [name.partition(" ")[0] for name in rows] + list(rows))
-    raise Usage(f"unknown command {shown(pair if inner else words[0])!r}{near}",
+    raise Usage(f"unknown command {shown(words[0])!r}{near}",
                 hint="tracecraft --help lists them")
 
 
