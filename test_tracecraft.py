@@ -2013,7 +2013,7 @@ def test_a_forged_message_names_no_sender_but_whom_it_claims():
     ({"signature": "forged"}, False)])
 def test_only_a_reply_to_the_question_by_somebody_else_answers_it(change, good):
     reply = {"reply_to": SIGNED["id"], "from": "bob", "signature": "unverified"}
-    assert t.answers({**reply, **change}, SIGNED, "ada") is good
+    assert t.answers({**reply, **change}, SIGNED, "ada", signed=False) is good
 
 
 @pytest.mark.parametrize("ends, now, over", [
@@ -10798,7 +10798,7 @@ def test_next_claims_by_priority_then_age_and_one_step_once(eager, bob, bucket):
         pass_time(bucket, 2)
     got = [agent.tasks.take().step for agent in (eager, bob, eager, bob)]
     assert got == ["x", "z", "y", "w"]
-    refused(t.NotFound, bob.tasks.take)
+    refused(t.Empty, bob.tasks.take)
 
 
 def test_peeking_claims_nothing(eager):
@@ -10811,7 +10811,7 @@ def test_only_steps_with_a_wanted_label_are_taken(eager):
     eager.add_step("a", priority=0)
     eager.add_step("b", labels=["gpu", "big"])
     assert eager.tasks.take(labels=("gpu",)).step == "b"
-    refused(t.NotFound, eager.tasks.take, labels=("gpu",))
+    refused(t.Empty, eager.tasks.take, labels=("gpu",))
     assert eager.tasks.take().step == "a"
 
 
@@ -10825,7 +10825,7 @@ def test_a_released_step_is_offered_again_under_the_next_token(eager, bob):
 def test_an_expired_step_is_taken_over_when_nothing_else_is_ready(eager, bob, bucket):
     eager.add_step("s")
     eager.tasks.take(ttl=60)
-    refused(t.NotFound, bob.tasks.take)
+    refused(t.Empty, bob.tasks.take)
     pass_time(bucket, 66)
     claim = bob.tasks.take()
     assert (claim.token, claim.attempt) == (2, 2)
@@ -10904,7 +10904,7 @@ def test_a_forged_marker_runs_nothing_it_should_not(bob, eager, bucket):
         bucket.place(key, {})
     claim = eager.tasks.take()
     assert (claim.step, claim.token) == ("s", 1)
-    refused(t.NotFound, eager.tasks.take)
+    refused(t.Empty, eager.tasks.take)
     claim.complete()
     bob.complete("held")
     assert eager.tasks.take().step == "w"
@@ -10933,7 +10933,7 @@ def test_a_holder_without_a_marker_gets_one_from_who_finds_it(eager, bob, bucket
     eager.add_step("s")
     bob.claim("s", ttl=60)  # by name: its ready marker stays, it has no active one
     pass_time(bucket, 20)
-    refused(t.NotFound, eager.tasks.take)
+    refused(t.Empty, eager.tasks.take)
     assert bucket.under("ready/") == [] and bucket.under("active/") == ["active/s.1"]
     pass_time(bucket, 70)
     assert eager.tasks.take().token == 2
@@ -15988,7 +15988,7 @@ def test_each_question_gets_its_own_answer(bucket):
 
 def test_an_ask_that_takes_any_reply_is_caught(bucket, monkeypatch):
     """The broken variant of the test before."""
-    monkeypatch.setattr(tracecraft, "answers", lambda message, question, agent:
+    monkeypatch.setattr(tracecraft, "answers", lambda message, question, agent, signed:
                         message.get("reply_to") and message["from"] != agent)
     assert any(got != f"answer to {asked}" for asked, got in asked_by_many(bucket))
 
@@ -20874,6 +20874,156 @@ def test_a_proxy_without_a_usable_port_is_a_usage_error(tmp_path):
                           HTTP_PROXY="http://u:hush@127.0.0.1:abc",
                           AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b")
     assert code == 2 and "hush" not in text
+
+
+@pytest.mark.parametrize("key, body", [
+    ("steps/z/claim.json", b"[]"), ("steps/z/claim.json", b"{"),
+    ("steps/z/spec.json", b"null"), ("steps/z/spec.json", b'{"needs": 3}')])
+def test_a_damaged_step_stops_neither_workers_nor_the_graph(eager, bucket, key, body):
+    for sid, priority in (("z", 1), ("s", 5)):
+        eager.add_step(sid, priority=priority)
+    bucket.place(key, body)
+    assert eager.tasks.take().step == "s"
+    eager.complete("s")
+    why = refused(tracecraft.NotFound, eager.tasks.take)
+    assert why.message == "no step can become ready; failed or blocked: z"
+    assert any("step z is left out" in text for text in eager.warned)
+    assert {row["step"]: row["state"] for row in eager.plans.graph()} == {
+        "z": "corrupt", "s": "complete"}
+    assert bucket.under("active/") == []
+
+
+def test_two_edits_at_once_cannot_close_a_cycle(bucket):
+    for _ in range(10):
+        bucket.shared.objects.clear()
+        ada, bob = agent_on(bucket, "ada"), agent_on(bucket, "bob")
+        for sid in "ab":
+            ada.add_step(sid)
+        gate = threading.Barrier(2)
+
+        def edit(who, sid, need):
+            gate.wait()
+            with contextlib.suppress(tracecraft.Usage):
+                who.steps.edit(sid, needs=[need])
+        run_all([lambda: edit(ada, "a", "b"), lambda: edit(bob, "b", "a")])
+        needs = {sid: bucket.doc(f"steps/{sid}/spec.json")["needs"] for sid in "ab"}
+        assert not tracecraft.find_cycle(needs)
+
+
+def test_a_need_may_be_turned_round_at_once(ada):
+    ada.add_step("b")
+    ada.add_step("a", needs=["b"])
+    refused(tracecraft.Usage, ada.steps.edit, "b", needs=["a"])
+    ada.steps.edit("a", needs=[])
+    assert ada.steps.edit("b", needs=["a"])["needs"] == ["a"]
+
+
+def test_steps_that_wait_for_each_other_end_the_wait_and_doctor_names_them(eager,
+                                                                           bucket):
+    for sid, need in (("a", "b"), ("b", "a"), ("c", "a"), ("d", "gone")):
+        bucket.place(f"steps/{sid}/spec.json", {"title": "", "needs": [need]})
+    why = refused(tracecraft.Empty, eager.tasks.take)  # d may come true
+    bucket.delete("steps/d/spec.json")
+    why = refused(tracecraft.NotFound, eager.tasks.take)
+    assert "cycle: a → b → a" in why.message
+    bucket.place("steps/d/spec.json", {"title": "", "needs": ["gone"]})
+    notes = " ".join(tracecraft.diagnose(eager)["notes"])
+    assert "a → b → a" in notes and "not there" in notes and "gone" in notes
+
+
+def test_waiting_for_a_step_whose_need_has_failed_ends_at_once(ada):
+    ada.complete("a", state="failed")
+    ada.add_step("b", needs=["a"])
+    why = refused(tracecraft.Blocked, ada.wait_for, ["b"], timeout=30)
+    assert why.message == "Step b waits for a, which is failed"
+    why = refused(tracecraft.Blocked, ada.claim, "b")
+    assert why.message == "Step b waits for a (failed)" and "resolve" in why.hint
+
+
+@pytest.mark.parametrize("floor", [float("inf"), float("nan"), 1e300, 1e15, -5])
+def test_a_floor_that_is_no_time_hides_no_mail(ada, bob, bucket, floor):
+    bob.send("ada", "one")
+    read_new(ada)
+    cursor = bucket.doc("messages/ada/_cursor.json")
+    cursor["direct"]["floor"] = floor
+    bucket.place("messages/ada/_cursor.json", cursor)
+    bob.send("ada", "two")
+    assert "two" in read_new(agent_on(bucket, "ada"))
+
+
+def test_an_unsigned_reply_answers_nothing_where_there_is_a_key(bucket):
+    ada = agent_on(bucket, "ada")
+    ada.mail.secret = "k"
+    sent = ada.send("bob", "which port?", kind="question", op="q")
+    bucket.place("messages/ada/1700000001000000000_bob_99999999.json", {
+        "from": "bob", "to": "ada", "message": "6666", "sent_at": "x",
+        "reply_to": sent["id"]})
+    refused(tracecraft.TimedOut, ada.ask, "bob", "which port?", op="q", wait=0.3)
+    assert any("unverified reply does not count" in text for text in ada.warned)
+
+
+def test_forged_mail_has_no_author_in_the_timeline(bucket):
+    ben = agent_on(bucket, "ben")
+    ben.mail.secret = "k"
+    doc = ben.send("ada", "pay bob")
+    key = doc.pop("key")
+    readers = tracecraft.Readers(secret="k")
+    assert readers.events(key, doc)[0][0]["agent"] == "ben"
+    [event], _ = readers.events(key, {**doc, "message": "pay eve"})
+    assert event["agent"] == "?" and "(forged: claims ben)" in event["text"]
+
+
+def test_a_reservation_gets_an_id_that_no_damaged_one_has(ada, bucket):
+    bucket.place("reservations.json", {"entries": [
+        {"id": "r7", "globs": "x", "mode": "zzz", "agent": "bob"}]})
+    assert ada.reserve(["x"])["id"] == "r8"
+    refused(tracecraft.Usage, ada.reserve, ["!src/**"])
+
+
+@pytest.mark.parametrize("damage", [{"token": "x"}, {"ttl": "r"}, {"agent": 5}])
+def test_a_lock_of_the_wrong_shape_is_corrupt_not_held_for_ever(ada, bucket, damage):
+    ada.lock("l")
+    bucket.place("locks/l.json", {**bucket.doc("locks/l.json"), **damage})
+    assert "locks/l.json" in refused(tracecraft.Corrupt, agent_on(
+        bucket, "bob").lock, "l").message
+
+
+def test_a_head_that_names_no_key_is_damage_to_doctor_and_export(ada, bucket):
+    ada.artifacts.put_bytes("f.txt", b"x")
+    head = bucket.doc("manifests/shared/f.txt/_head.json")
+    bucket.place("manifests/shared/f.txt/_head.json", {**head, "key": {}})
+    assert tracecraft.diagnose(ada)["exit"] == 8
+    assert tracecraft.export_to(ada, io.BytesIO())["objects"] >= 2
+
+
+@pytest.mark.parametrize("row", [
+    {"key": 5}, {"modified": "x"}, {"modified": float("inf")}, {"size": "1"},
+    {"sha256": None}, {"modified": -1}])
+def test_a_list_of_members_with_a_damaged_one_is_corrupt(row):
+    good = {"key": "a", "size": 1, "sha256": "x", "modified": 1.5}
+    data = json.dumps({"format": tracecraft.EXPORT_FORMAT, "members": [{**good, **row}]})
+    refused(tracecraft.Corrupt, tracecraft.parse_members, data.encode())
+
+
+def test_an_answer_in_json_has_no_nan(ada):
+    text = tracecraft.json_text({"a": float("nan"), "b": [float("-inf"), 1.5]})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": "NaN", "b": [
+        "-Infinity", 1.5]}
+
+
+@pytest.mark.parametrize("words", [
+    ["memory", "set", "a", "-"], ["send", "ben", "-"], ["step", "add", "--plan", "-"],
+    ["queue", "push", "q", "--lines"], ["run", "log", "-"], ["import", "-"]])
+def test_a_closed_stdin_is_a_sentence(sh, words):
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join([*RUN, *words])} 0<&-"],
+                          cwd=sh.cwd, env=sh.env({}), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_need_that_is_no_step_yet_is_remarked(sh):
+    assert "nope: no such step yet" in sh.run("step", "add", "a", "--needs", "nope").err
+    assert sh.run("step", "add", "b", "--needs", "a").err == ""
 
 
 # == The file's form ===================================================

@@ -97,9 +97,9 @@ REQUEST_TIMEOUT = 20  # seconds for one answer; SeaweedFS lets losers wait 8
 class Error(Exception):
     """Expected trouble. Draws the exit code and the JSON `code` from its class.
 
-    Error 1 -- Usage 2, NotFound 1 (Empty 1), Conflict 3 (Held 3, Moved 3),
-               Fenced 4, Blocked 5, TimedOut 6, Unavailable 7 (Throttled 7, Busy 7),
-               Corrupt 8, Unknown 9, Unsafe 10, Denied 11
+    Error 1 -- Usage 2, NotFound 1 (Empty 1, NoBucket 2), Conflict 3 (Held 3,
+               Moved 3), Fenced 4, Blocked 5, TimedOut 6, Unavailable 7 (Throttled 7,
+               Busy 7), Corrupt 8, Unknown 9, Unsafe 10, Denied 11
 
     hint: what to do about it. details: further keys of the JSON error object.
     """
@@ -124,9 +124,15 @@ class NotFound(Error):
 
 
 class Empty(NotFound):
-    """A queue has nothing to pop now."""
+    """Nothing to take now: no step is ready, no item is to be popped."""
 
-    code = "empty"
+    code, retryable = "empty", True
+
+
+class NoBucket(NotFound):
+    """There is no such bucket: the settings are wrong, not the question."""
+
+    exit, code = 2, "no_bucket"
 
 
 class Conflict(Error):
@@ -438,6 +444,7 @@ def common_start(words: list) -> str:
 # A decision that needs no write returns the very object it was given.
 
 ENDED = ("complete", "failed", "blocked", "needs_review")
+STUCK = ("failed", "blocked", "corrupt")  # states that only a person changes
 TO_02 = {"released": "pending", "failed": "blocked"}  # how 0.2 reads our states
 NOBODY = "(released)"
 # How refusals and histories speak of a lease: a step is claimed (words of 0.2) ...
@@ -597,7 +604,7 @@ def take(claim: dict | None, me: Me, age: float | None, *, at: str, ends: str = 
     """The claim after `me` asks for the step. Raises Held, Blocked or Conflict.
 
     age: seconds since the record's last write, by the store. ends: `at` + ttl as text.
-    missing: needs that are not complete. The table of protocol.md 4, row by row; a step
+    missing: (need, its state) of those not complete. The table of protocol.md 4, row by row; a step
     whose attempts are used up comes back `failed`, with the next token. max_attempts 0:
     no limit, as for locks.
     """
@@ -612,8 +619,12 @@ def take(claim: dict | None, me: Me, age: float | None, *, at: str, ends: str = 
         raise Conflict(f"is {state} (agent: {shown(claim.get('agent'))})", state=state,
                        hint="--reopen starts it again")
     if missing:
-        raise Blocked(f"waits for {', '.join(missing)}", missing=list(missing),
-                      hint="wait-for them, or --ignore-needs")
+        stuck = any(state in STUCK for _, state in missing)
+        raise Blocked("waits for " + ", ".join(
+            f"{need} ({state})" if state in STUCK else need for need, state in missing),
+            missing=[need for need, _ in missing],
+            hint="somebody must resolve that first; or --ignore-needs" if stuck
+            else "wait-for them, or --ignore-needs")
     if state == "released":
         return _taken(claim, me, at=at, ends=ends, ttl=ttl, why=me.words["taken"],
                       attempt=number(claim, "attempt", 1) + 1)
@@ -962,9 +973,14 @@ def waited(views: list, names: list, *, any_: bool) -> bool:
     if any(done) if any_ else all(done):
         return True
     stuck = [(view, name) for view, name in zip(views, names)
-             if view["state"] in ("blocked", "failed")]
+             if view["state"] in ("blocked", "failed") or view.get("stuck")]
     if stuck and (not any_ or len(stuck) == len(views)):
         view, name = stuck[0]
+        if view.get("stuck"):
+            need, state = next(iter(view["stuck"].items()))
+            raise Blocked(f"Step {name} waits for {shown(need)}, which is {state}",
+                          hint="somebody must resolve that first", step=view["step"],
+                          state=view["state"], stuck=view["stuck"])
         raise Blocked(f"Step {name} is {view['state']} (agent: {shown(view['agent'])})"
                       " — it will not complete without intervention. Resolve it and"
                       " re-run wait-for.", step=view["step"], state=view["state"])
@@ -1292,6 +1308,7 @@ CHANNEL = "_channel."
 MEMBER = "messages/_channel/"  # of a membership inside a cursor; no object is there
 IMPORTANCE = ("low", "normal", "high")
 LIST_PAGE = 1000  # keys of one LIST page on S3; a mailbox with more is large
+MAX_TIME = 4e9  # seconds since 1970: a floor beyond it (2096) is damage
 LATE = 86400  # seconds a sender's clock may lag and a partial listing still shows it
 CHAIN = frozenset(("hmac", "rev", "nonce", "prev", "recent"))  # outside the signature
 
@@ -1363,8 +1380,9 @@ def stream_of(cursor: dict | None, name: str) -> dict:
     if not isinstance(raw, dict):
         raw = {}
     floor = raw.get("floor")
-    if isinstance(floor, bool) or not isinstance(floor, (int, float)):
-        floor = None
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) \
+            or not 0 <= floor < MAX_TIME:
+        floor = None  # not a time: rather read all again than hide what comes
     mark = raw.get("watermark") if isinstance(raw.get("watermark"), str) else None
     return {"floor": floor, "watermark": mark, "seen": set(texts(raw, "seen"))}
 
@@ -1498,10 +1516,14 @@ def thread_of(message: dict) -> str:
     return thread if isinstance(thread, str) and thread else str(message.get("id"))
 
 
-def answers(message: dict, question: dict, agent: str) -> bool:
-    """Whether `message` answers the question that `agent` asked; never a forged one."""
+def answers(message: dict, question: dict, agent: str, *, signed: bool) -> bool:
+    """Whether `message` answers the question that `agent` asked; never a forged one.
+
+    signed: where there is a key, an answer without a signature is none either.
+    """
+    trusted = ("verified",) if signed else ("verified", "unverified")
     return (message.get("reply_to") == question["id"] and message["from"] != agent
-            and message["signature"] != "forged")
+            and message["signature"] in trusted)
 
 
 def context(text: str, wanted: str, *, width: int = 100) -> str:
@@ -1728,6 +1750,12 @@ def find_cycle(needs: dict) -> list:
 
 def in_order(needs: dict) -> list:
     """The steps of {sid: [needs]}, needs before dependents; cycles come last."""
+    order, rest = order_and_rest(needs)
+    return order + rest
+
+
+def order_and_rest(needs: dict) -> tuple:
+    """(steps in order, steps that have none): those in a cycle, or after one."""
     waits = {sid: {need for need in of if need in needs and need != sid}
              for sid, of in needs.items()}
     after: dict = {}
@@ -1742,22 +1770,30 @@ def in_order(needs: dict) -> list:
             if not waits[dependent]:
                 free.append(dependent)
     placed = set(order)
-    return order + [sid for sid in needs if sid not in placed]
+    return order, [sid for sid in needs if sid not in placed]
 
 
 def still_alive(steps: dict) -> set:
     """Which of {sid: (state, needs)} may still come to an end by themselves, or after a
-    review: all but the ended and those that wait for a failed or blocked one.
+    review: all but the ended, those that wait for a failed, blocked or damaged one, and
+    those that wait for each other.
 
     A need that is no step may be completed by somebody: it stops nobody.
     """
-    dead = {sid for sid, (state, _) in steps.items() if state in ("failed", "blocked")}
-    for sid in in_order({sid: needs for sid, (_, needs) in steps.items()}):
-        state, needs = steps[sid]
-        if state in ("pending", "waiting", "released") and dead.intersection(needs):
+    dead = {sid for sid, (state, _) in steps.items() if state in STUCK}
+    order, rest = order_and_rest(idle_needs(steps))
+    dead.update(rest)
+    for sid in order:
+        if dead.intersection(steps[sid][1]):
             dead.add(sid)
     return {sid for sid, (state, _) in steps.items()
             if state != "complete" and sid not in dead}
+
+
+def idle_needs(steps: dict) -> dict:
+    """{sid: needs} of those of {sid: (state, needs)} that nobody works on."""
+    return {sid: needs for sid, (state, needs) in steps.items()
+            if state in ("pending", "waiting", "released")}
 
 
 def stand_of(token: int, claim: dict | None, *, described: bool) -> str:
@@ -1878,6 +1914,9 @@ def spellings(pattern: str) -> tuple:
     if len(pattern) > MAX_PATTERN:
         raise _no_pattern(pattern, f"has {len(pattern)} characters; {MAX_PATTERN} is"
                           " the most", "reserve a directory: src/")
+    if pattern[0] == "!":
+        raise _no_pattern(pattern, "begins with '!', which excludes nothing here",
+                          "reserve what you mean; ./!name is such a name")
     if "\\" in pattern:
         raise _no_pattern(pattern, "has a '\\', which means nothing here",
                           "'/' separates; [*] is a literal star, [[] a bracket")
@@ -2224,9 +2263,11 @@ def memory_events(key: str, doc: dict) -> list:
 
 def message_events(key: str, doc: dict) -> list:
     """messages/<to>/<leaf>: it was sent."""
-    to = key.split("/")[1]
+    to, claimed = key.split("/")[1], word(doc, "claimed_from")
+    forged = f"(forged: claims {claimed}) " if claimed else ""
     return [event("message", "wrote to", to, at=doc.get("sent_at"),
-                  agent=doc.get("from"), text=word(doc, "subject", "message"),
+                  agent=doc.get("from"), claimed_from=claimed or None,
+                  text=forged + word(doc, "subject", "message"),
                   step=word(doc, "step"), mark=key, message_kind=word(doc, "kind"),
                   message_id=word(doc, "id"), thread=word(doc, "thread"))]
 
@@ -2386,10 +2427,13 @@ KINDS = tuple(dict.fromkeys(kind for _, kinds, _ in EVENTS for kind in kinds.spl
 
 
 class Readers:
-    """Which function reads the events of a key: EVENTS with its patterns compiled."""
+    """Which function reads the events of a key: EVENTS with its patterns compiled.
 
-    def __init__(self, kinds: tuple = ()) -> None:
-        wanted = set(kinds or KINDS)
+    secret: the project's key, if any: forged mail is then of nobody.
+    """
+
+    def __init__(self, kinds: tuple = (), *, secret: str = "") -> None:
+        wanted, self.secret = set(kinds or KINDS), secret
         self.rows = [(key_pattern(pattern), pattern, of, read)
                      for pattern, of, read in EVENTS if wanted & set(of.split())]
         self.kinds = wanted
@@ -2415,6 +2459,9 @@ class Readers:
         modified: stands in for the time of documents that carry none themselves.
         """
         read, out, faults = self.reader(key), [], 0
+        if self.secret and read is message_events and genuine(
+                self.secret, key, doc) == "forged":
+            doc = {**doc, "from": "?", "claimed_from": word(doc, "from")}
         for row in read(key, doc) if read else ():
             at_s = parse_iso(row["at"]) if row["at"] else modified
             if at_s is None or not 0 <= at_s < YEAR_9999:
@@ -2637,7 +2684,8 @@ def reserve(doc: dict | None, wish: dict, me: Me, *, at: str, now: float,
     if rivals:
         raise _clash(rivals, me)
     last = max([number(doc, "token")] + [
-        number(entry, "token") for entry, _ in rows if isinstance(entry, dict)])
+        max(number(entry, "token"), _serial(entry.get("id"))) for entry, _ in rows
+        if isinstance(entry, dict)])
     old = like(rows, wish, me, known=known)
     if old is None:
         last += 1
@@ -2650,6 +2698,12 @@ def reserve(doc: dict | None, wish: dict, me: Me, *, at: str, now: float,
     kept = [entry for entry, sound in rows if sound is None
             or (sound.live and sound is not old)]
     return {**(doc or {}), "token": last, "entries": [*kept, new]}
+
+
+def _serial(name: object) -> int:
+    """12 for the id r12: an id is not given twice, whatever else is damaged."""
+    digits = name[1:16] if isinstance(name, str) else ""
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
 
 
 def _clash(rivals: list, me: Me) -> Held:
@@ -5198,7 +5252,7 @@ def s3_failure(answer: Answer, doing: str, *, bucket: str, key: str = "",
     kind, hint, more = _failure_kind(status, code, write=write, condition=condition,
                                      message=said.get("Message", ""))
     if code == "NoSuchBucket":
-        kind, more = NotFound, {"bucket": bucket}
+        kind, more = NoBucket, {"bucket": bucket}
         text = f"cannot {doing}: there is no bucket {shown(bucket)!r} here ({status})"
         hint = "check bucket, endpoint and region; `init` creates the bucket"
     error = kind(text, hint=S3_HINTS.get(code, hint), key=key, status=status,
@@ -7978,8 +8032,14 @@ def checked_ttl(ttl: int | None, default: int = TTL) -> int:
 
 def sound_lease(record: Record) -> dict | None:
     """The lease in a record; Corrupt when it does not say who holds it."""
-    if record.doc is not None and not isinstance(record.doc.get("agent"), str):
-        raise Corrupt(f"{record.key} does not say who holds it", key=record.key,
+    if record.doc is None:
+        return None
+    odd = [name for name in ("token", "ttl") if name in record.doc
+           and number(record.doc, name, -1) < 0]
+    if odd or not isinstance(record.doc.get("agent"), str):
+        what = f"has a {odd[0]} that is no number" if odd else \
+            "does not say who holds it"
+        raise Corrupt(f"{record.key} {what}", key=record.key,
                       hint="doctor names such records; mend it by hand")
     return record.doc
 
@@ -8448,12 +8508,12 @@ class StepReader:
     def survey(self, cache: dict, *, specs: bool = False) -> dict:
         """{sid: view} of every step, waiting ones told from ready ones. cache: as in
         states(), specs too. One listing, and one record for each step that has ended.
-        """
+        A damaged one is 'corrupt', with a warning: it stops nobody else."""
         leaves: dict = {}
         for sid, leaf, entry in self._entries("steps/"):
             leaves.setdefault(sid, {})[leaf] = entry
         views = {sid: dict(view) for sid, view in self._views_of(
-            leaves, cache, specs=specs).items()}
+            leaves, cache, specs=specs, strict=False).items()}
         for view in views.values():
             waits_for(view, {
                 need: views[step_id(need)]["state"] if step_id(need) in views
@@ -8466,7 +8526,8 @@ class StepReader:
             sid, _, leaf = entry.key[len("steps/"):].partition("/")
             yield sid, leaf, entry
 
-    def _views_of(self, leaves: dict, cache: dict, *, specs: bool = False) -> dict:
+    def _views_of(self, leaves: dict, cache: dict, *, specs: bool = False,
+                  strict: bool = True) -> dict:
         """Views of {sid: {leaf: Entry}}, their documents read in two parallel sweeps:
         claims, then what only those need that have not ended."""
         marks = {sid: sorted((leaf, e.etag, e.modified, e.size)
@@ -8482,13 +8543,22 @@ class StepReader:
             "spec.json", "status.json") if not ended[sid] or (
                 specs and name == "spec.json")], leaves)
         for sid in stale:
-            cache[sid] = (marks[sid], self.view_of(sid, of[sid]))
+            view = self.view_of(sid, of[sid])
+            try:
+                sound([*of[sid].values()])
+                checked_needs(of[sid]["spec.json"])
+            except Corrupt as why:
+                if strict:
+                    raise
+                self.ledger.warn(f"step {sid} is left out: {why.message}")
+                view["state"] = "corrupt"
+            cache[sid] = (marks[sid], view)
         return {sid: cache[sid][1] for sid in leaves}
 
     def _fill(self, of: dict, wanted: list, leaves: dict) -> None:
         """Put the records of the (sid, leaf) that are there into {sid: {leaf: …}}."""
         there = [(sid, leaf) for sid, leaf in wanted if leaf in leaves[sid]]
-        records = sound(self.ledger.read_many([f"steps/{s}/{n}" for s, n in there]))
+        records = self.ledger.read_many([f"steps/{sid}/{leaf}" for sid, leaf in there])
         for (sid, leaf), record in zip(there, records):
             of[sid][leaf] = record
 
@@ -8498,7 +8568,7 @@ def waits_for(view: dict, missing: dict) -> dict:
     complete without somebody's help. missing: {need: state}."""
     view["missing"] = list(missing)
     view["stuck"] = {need: state for need, state in missing.items()
-                     if state in ("failed", "blocked")}
+                     if state in STUCK}
     if missing and view["state"] in ("pending", "released"):
         view["state"] = "waiting"
     return view
@@ -8583,6 +8653,20 @@ class Frontier:
         for need in needs:
             self.hints.put(f"dependents/{need}/{sid}")
 
+    def undepend(self, sid: str, needs: list) -> None:
+        """Take that back: the spec does not say so, or no longer."""
+        for need in needs:
+            self.hints.drop(f"dependents/{need}/{sid}")
+
+    def flying(self) -> dict:
+        """{step: needs} of specs that may be being written: markers of this minute."""
+        listing, found = self.ledger.list("dependents/"), {}
+        for entry in listing.entries:
+            need, _, step = entry.key[len("dependents/"):].partition("/")
+            if entry.modified is None or listing.now - entry.modified < DEADLINE:
+                found.setdefault(step, []).append(need)
+        return found
+
     def dependents(self, sid: str, *, limit: int | None = None) -> list:
         """The steps that said they need `sid`: one request."""
         prefix = f"dependents/{sid}/"
@@ -8615,6 +8699,7 @@ class Frontier:
     def moved(self, sid: str, old: dict, new: dict) -> None:
         """Put the marker that a changed spec asks for; that of the old priority goes.
         """
+        self.undepend(sid, [need for need in old["needs"] if need not in new["needs"]])
         self.announce([sid])
         if old["priority"] != new["priority"]:
             claim = self.ledger.peek(f"steps/{sid}/claim.json").doc
@@ -8626,11 +8711,14 @@ class Frontier:
             [f"steps/{sid}/{leaf}" for sid in sids for leaf in ("spec.json",
                                                                 "claim.json")])
         for sid, spec, claim in zip(sids, records[::2], records[1::2]):
-            free = spec.doc is not None and state_of(claim.doc) in ("pending",
-                                                                    "released")
+            free = spec.doc is not None and claim.fault is None \
+                and state_of(claim.doc) in ("pending", "released")
             needs = [n for n in texts(spec.doc, "needs") if n != done]
-            if free and not self.reader.lacks(needs):
-                self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
+            try:
+                if free and not self.reader.lacks(needs):
+                    self.hints.put_after(self.ready_key(sid, claim.doc, spec.doc))
+            except Corrupt as why:
+                self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
 # == 29. Steps =========================================================
@@ -8774,18 +8862,35 @@ class Steps:
                      check: bool = True) -> None:
         """Refuse a cycle; put the markers of a spec that is about to be written."""
         added = [need for need in new["needs"] if need not in old.get("needs", ())]
-        if check and added and self.frontier.dependents(sid, limit=1):
-            self._refuse_cycle(sid, new["needs"])
+        # Markers first: of two edits that close a cycle together, one sees the other.
         self.frontier.depend(sid, added)
+        if check and added and self.frontier.dependents(sid, limit=1):
+            try:
+                self._refuse_cycle(sid, new["needs"])
+            except Usage:
+                self.frontier.undepend(sid, added)
+                raise
         if not (old or (added and not check) or self.reader.lacks(new["needs"])):
             self.frontier.hints.put(self.frontier.ready_key(sid, None, new))
 
+    def unknown(self, needs: list) -> list:
+        """Those of `needs` that nobody has described, claimed or ended."""
+        sids = [step_id(need) for need in needs]
+        leaves = ("spec.json", "claim.json", "status.json")
+        records = self.ledger.read_many([f"steps/{sid}/{leaf}" for sid in sids
+                                         for leaf in leaves])
+        return [sid for at, sid in enumerate(sids)
+                if not any(r.doc or r.fault for r in records[3 * at:3 * at + 3])]
+
     def _refuse_cycle(self, sid: str, needs: list) -> None:
-        """Usage when a need of `sid` waits for it, directly or through others."""
+        """Usage when a need of `sid` waits for it, directly or through others, or is
+        about to."""
+        flying = self.frontier.flying()
         edges, todo = {sid: needs}, [need for need in needs if need != sid]
         while todo:
             records = self.ledger.read_many([f"steps/{n}/spec.json" for n in todo])
-            edges.update(zip(todo, (texts(r.doc, "needs") for r in records)))
+            edges.update((step, texts(record.doc, "needs") + flying.get(step, []))
+                         for step, record in zip(todo, records))
             todo = list({need for step in todo for need in edges[step]
                          if need not in edges})
         cycle = find_cycle(edges)
@@ -8822,7 +8927,7 @@ class Steps:
             claim = adopt(record.doc, status.doc, status.stamp)
             free = needs and state_of(claim) in ("pending", "released")
             again = needs and how["reopen"] and state_of(claim) in ENDED
-            missing = tuple(self.reader.missing(needs)) if free or again else ()
+            missing = tuple(self.reader.missing(needs).items()) if free or again else ()
             new = take(claim, me, record.age, at=self.ledger.at(), missing=missing,
                        ends=self.leases.ends(how["ttl"]), **how)
             if token_of(new) > token_of(claim):
@@ -8966,6 +9071,11 @@ class Steps:
 
     # -- waiting
 
+    def _stuck(self, view: dict) -> None:
+        """Note in the view of a step nobody works on which needs will not come."""
+        if view["state"] in ("pending", "released", "waiting") and view["needs"]:
+            waits_for(view, self.reader.missing(view["needs"]))
+
     def wait_for(self, steps: list, *, timeout: float = 300, any_: bool = False,
                  tick: object = None) -> list:
         """Wait until all (any_: one) of `steps` are complete; their views.
@@ -8977,6 +9087,9 @@ class Steps:
             self.ledger.restart()
             views = self.states(steps, cache)
             views = [views[step_id(step)] for step in steps]
+            if tries % 8 == 0:
+                for view in views:
+                    self._stuck(view)
             if waited(views, list(steps), any_=any_):
                 return views
             left = until - time.monotonic()
@@ -9137,8 +9250,8 @@ class Next:
                 return found
             left = began + wait - time.monotonic()
             if wait <= 0:
-                raise NotFound("no step is ready now", hint="--wait SECONDS waits for"
-                               " one; step list says what holds them up")
+                raise Empty("no step is ready now", hint="--wait SECONDS waits for one;"
+                            " step list says what holds them up")
             if left <= 0:
                 raise TimedOut(f"no step became ready within {wait:g}s",
                                hint="wait again, or look at step list")
@@ -9186,7 +9299,17 @@ class Next:
     def _try(self, hint: Hint, how: dict | None) -> object:
         """The claim (how None: the view) of the step of a ready marker, or None.
 
-        Our active marker is up already; it goes again if the step is not to be had."""
+        Our active marker is up already; it goes again if the step is not to be had. One
+        that is damaged stops nobody who can do others."""
+        try:
+            return self._judged(hint, how)
+        except Corrupt as why:
+            self.ledger.warn(f"step {hint.name} is left out: {why.message}")
+            if how is not None:
+                self.hints.drop(self.hints.active_key(hint.name, hint.token))
+            return None
+
+    def _judged(self, hint: Hint, how: dict | None) -> object:
         found = self.reader.load(hint.name)
         view = self.reader.view_of(hint.name, found)
         described = found["spec.json"].doc is not None
@@ -9237,8 +9360,12 @@ class Next:
         random.shuffle(due)
         for hint, record in zip(due, self.ledger.read_many(
                 [f"steps/{hint.name}/claim.json" for hint in due[:most]])):
-            claim = None if record.fault else self._look_at(hint, record, how,
-                                                            labels=labels, now=now)
+            try:
+                claim = None if record.fault else self._look_at(
+                    hint, record, how, labels=labels, now=now)
+            except Corrupt as why:
+                self.ledger.warn(f"step {hint.name} is left out: {why.message}")
+                claim = None
             if claim is not None:
                 return claim
         return None
@@ -9303,13 +9430,13 @@ class Next:
         return not labels or bool(set(labels) & set(spec_of(view["spec"])["labels"]))
 
     def _refuse_if_over(self, views: dict, labels: tuple) -> None:
-        alive = still_alive({sid: (view["state"], view["needs"])
-                             for sid, view in views.items()})
-        if any(self._wanted(views[sid], labels) for sid in alive):
+        steps = {sid: (view["state"], view["needs"]) for sid, view in views.items()}
+        if any(self._wanted(views[sid], labels) for sid in still_alive(steps)):
             return
-        stuck = [sid for sid, view in views.items()
-                 if view["state"] in ("failed", "blocked")]
+        stuck = [sid for sid, view in views.items() if view["state"] in STUCK]
         text = f"; failed or blocked: {', '.join(stuck[:5])}" if stuck else ""
+        cycle = find_cycle(idle_needs(steps))
+        text += f"; cycle: {' → '.join(cycle)}" if cycle else ""
         raise NotFound(f"no step can become ready{text}", stuck=stuck,
                        hint="step list shows them" if views else "step add adds one")
 
@@ -10699,8 +10826,12 @@ class Mail(Mailbox):
         def look() -> dict | None:
             for name in names:
                 for message in self._since(name, since, seen):
-                    if answers(message, question, self.who.agent):
+                    if answers(message, question, self.who.agent,
+                               signed=bool(self.secret)):
                         return message
+                    if message.get("reply_to") == question["id"]:
+                        self.ledger.warn(f"a {message['signature']} reply does not"
+                                         f" count: {shown(message['key'])}")
             return None
         return self.until(look, wait, lambda: TimedOut(
             f"no answer from {shown(to)} within {wait:g}s", id=again, question=question,
@@ -14451,9 +14582,10 @@ class Wanted:
     """Which events are asked for. since, until: seconds; by, step: "" for any."""
 
     def __init__(self, *, since: float = 0.0, until: float = float(YEAR_9999),
-                 by: str = "", kinds: tuple = (), step: str = "") -> None:
+                 by: str = "", kinds: tuple = (), step: str = "",
+                 secret: str = "") -> None:
         self.since, self.until, self.by = since, until, by
-        self.step, self.readers = step, Readers(kinds)
+        self.step, self.readers = step, Readers(kinds, secret=secret)
 
     def entry(self, entry: object) -> bool:
         """Whether the object behind a listed key can hold such an event."""
@@ -14592,7 +14724,8 @@ class Watch:
     def __init__(self, project: Project, prefix: str = "", *,
                  since: float | None = None) -> None:
         self.ledger, self.prefix, self.since = project.ledger, prefix, since
-        self.readers, self.begun = Readers(), False
+        self.readers = Readers(secret=project.settings.key)
+        self.begun = False
         self.marks, self.known, self.fresh = {}, {}, []
 
     def look(self, seconds: float) -> list:
@@ -15064,9 +15197,9 @@ class Exporter:
         try:
             head = parse_record(data, key)
         except Corrupt:
-            return
+            return  # it is exported as it is; doctor names it
         if not head.get("deleted_at"):
-            self.named[head.get("key")] = head.get("sha256")
+            self.named[str(head.get("key"))] = head.get("sha256")
 
     def _check(self) -> None:
         for member in self.members:
@@ -15215,6 +15348,14 @@ def parse_members(data: bytes) -> dict:
         rows = {row["key"]: row for row in doc["members"]}
     except (ValueError, TypeError, KeyError, RecursionError) as why:
         raise Corrupt(f"{EXPORT} lists no members", hint="export it again") from why
+    for row in rows.values():
+        at = row.get("modified")
+        sound = isinstance(row["key"], str) and isinstance(row.get("sha256"), str) \
+            and type(row.get("size")) is int and (at is None or (
+                type(at) in (int, float) and 0 <= at < YEAR_9999))
+        if not sound:
+            raise Corrupt(f"{EXPORT} has a damaged member: {shown(str(row)[:80])}",
+                          hint="export it again")
     if doc.get("format") != EXPORT_FORMAT:
         raise Corrupt(f"this export has format {shown(doc.get('format'))}; this client"
                       f" knows {EXPORT_FORMAT}", hint="get a newer tracecraft.py")
@@ -15435,6 +15576,7 @@ def diagnose(project: Project, *, probe: bool = False, fix: bool = False) -> dic
         look.projections()
         look.leftovers()
         look.spellings()
+        look.plan()
         if fix:
             look.collectable()
     failed = [row for row in look.checks if row["ok"] is False]
@@ -15451,7 +15593,7 @@ class Checkup:
         self.project, self.fix = project, fix
         self.ledger, self.store = project.ledger, project.ledger.store
         self.checks, self.problems, self.notes = [], [], []
-        self.keys, self.steps, self.spelled = {}, {}, {}
+        self.keys, self.steps, self.spelled, self.needs = {}, {}, {}, {}
 
     def say(self, name: str, ok: bool | None, detail: str, *, code: int = 1) -> None:
         """Add a check; code: the exit code if it failed."""
@@ -15547,7 +15689,7 @@ class Checkup:
         wrong = misfit(doc, fields)
         parts = key.split("/")
         if not wrong and parts[-1] == "_head.json" and not doc.get("deleted_at"):
-            there = self.keys.get(doc.get("key"))
+            there = self.keys.get(str(doc.get("key")))
             if there is None:
                 wrong = f"names bytes that are not there: {shown(doc.get('key'))}"
             elif there.size != number(doc, "size", there.size):
@@ -15556,6 +15698,8 @@ class Checkup:
             self.blame(key, f"{key} {wrong}")
         elif parts[0] == "steps":
             self._spell(parts[1], doc)
+            if parts[2] == "spec.json":
+                self.needs[parts[1]] = texts(doc, "needs")
         return bool(wrong)
 
     def _spell(self, sid: str, doc: dict) -> None:
@@ -15618,6 +15762,21 @@ class Checkup:
         if count:
             self.notes.append(f"gc would remove {count} objects that have had their"
                               " time")
+
+    def plan(self) -> None:
+        """Steps that wait for each other, or for steps that are not there."""
+        there = {key.split("/")[1] for key in self.keys if key.startswith("steps/")}
+        away = sorted({need for needs in self.needs.values() for need in needs} - there)
+        cycle, odd = find_cycle(self.needs), []
+        if cycle:
+            odd.append("these wait for each other: "
+                       + " → ".join(shown(sid) for sid in cycle))
+        if away:
+            odd.append(f"{len(away)} steps are needed and not there (a plan that was cut"
+                       f" off?): {', '.join(shown(sid) for sid in away[:5])}")
+        self.notes += odd
+        self.say("plan", None if odd else True, f"{len(odd)} oddities" if odd
+                 else "no cycle, no need that is not there")
 
     def spellings(self) -> None:
         """Steps whose names meet on one id, or lie there under another spelling."""
@@ -16958,7 +17117,12 @@ def put_out(text: str) -> None:
 def json_text(doc: object) -> str:
     """`doc` as the JSON value of an answer, without what UTF-8 cannot carry."""
     import json
-    text = json.dumps(doc, indent=2, ensure_ascii=False, default=str) + "\n"
+    how = {"indent": 2, "ensure_ascii": False, "default": str}
+    try:
+        text = json.dumps(doc, allow_nan=False, **how) + "\n"
+    except ValueError:  # a record holds NaN or Infinity: as texts they are JSON
+        plain_doc = json.loads(json.dumps(doc, **how), parse_constant=str)
+        text = json.dumps(plain_doc, **how) + "\n"
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -17032,7 +17196,7 @@ def given_text(options: object, value: str | None, what: str) -> str:
     if path is not None:
         data, source = read_file(path), shown(path)
     elif value == "-" and "-" not in (options.rest or ()):
-        data, source = sys.stdin.buffer.read(), "stdin"
+        data, source = stdin_bytes().read(), "stdin"
     else:
         data, source = os.fsencode(value), f"the {what}"
     try:
@@ -17043,6 +17207,18 @@ def given_text(options: object, value: str | None, what: str) -> str:
     if path is not None or source == "stdin":
         text = text[:-1] if text.endswith("\n") else text
     return text
+
+
+def stdin_bytes() -> object:
+    """Stdin as a stream of bytes; Usage when it is closed."""
+    if sys.stdin is None:
+        raise Usage("stdin is closed", hint="give the text as an argument or a file")
+    return sys.stdin.buffer
+
+
+def no_terminal() -> bool:
+    """Whether nobody types here: CMD may then have a process group of its own."""
+    return os.name == "posix" and (sys.stdin is None or not sys.stdin.isatty())
 
 
 def read_file(path: str) -> bytes:
@@ -17225,7 +17401,7 @@ def run_under(lease: object, words: list, environ: dict, *, subject: str,
     """
     import subprocess
     renewer = Renewer(lease, asked)
-    own_group = os.name == "posix" and not sys.stdin.isatty()
+    own_group = no_terminal()
     with Stoppable() as stop:  # also while CMD starts: somebody must end it
         try:
             renewer.start()
@@ -17626,6 +17802,7 @@ def cmd_step_add(project: object, options: object) -> None:
                     hint="step add --help")
     if options.plan is None:
         doc = project.steps.add(options.step, op=options.op, **given)
+        remark_unknown(project, options, given)
         answer(options, f"Added step {options.step}",
                record_of(doc, step=step_id(options.step)))
         return
@@ -17634,9 +17811,17 @@ def cmd_step_add(project: object, options: object) -> None:
     answer(options, f"Plan: {text}", told)
 
 
+def remark_unknown(project: object, options: object, given: dict) -> None:
+    """Say which needs are of steps that are not there (yet): typing slips look so."""
+    away = project.steps.unknown(given.get("needs") or [])
+    if away:
+        remark(options, f"warning: {', '.join(map(shown, away))}: no such step yet;"
+               f" {shown(options.step)} waits until it is complete")
+
+
 def plan_text(path: str) -> str:
     """The text of a plan's file, or of stdin for '-'."""
-    data = sys.stdin.buffer.read() if path == "-" else read_file(path)
+    data = stdin_bytes().read() if path == "-" else read_file(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as why:
@@ -17652,6 +17837,7 @@ def cmd_step_edit(project: object, options: object) -> None:
     if not given:
         raise Usage("nothing to change", hint="step edit --help")
     doc = project.steps.edit(options.step, op=options.op, **given)
+    remark_unknown(project, options, given)
     answer(options, f"Changed step {options.step}",
            record_of(doc, step=step_id(options.step)))
 
@@ -19105,6 +19291,7 @@ def cmd_timeline(project: object, options: object) -> None:
     when = {name: since(text, now) for name, text in (
         ("since", options.since), ("until", options.until)) if text is not None}
     past = gather_past(project, Wanted(
+        secret=project.settings.key,
         **when, by=options.by or "", kinds=tuple(options.kind or ()),
         step=step_id(options.step) if options.step else ""), limit=limit)
     rows = past.events
@@ -19245,7 +19432,7 @@ def opened_archive(path: str) -> object:
             raise Usage(f"cannot read {shown(path)}: {why.strerror}",
                         hint="name a readable file") from why
     file = tempfile.TemporaryFile(prefix="tracecraft-")
-    for piece in file_chunks(sys.stdin.buffer, total=0):
+    for piece in file_chunks(stdin_bytes(), total=0):
         file.write(piece)
     file.seek(0)
     return file
@@ -19557,7 +19744,7 @@ def given_params(options: object) -> dict:
     import json
     params: object = {}
     if options.params is not None:
-        data = sys.stdin.buffer.read() if options.params == "-" \
+        data = stdin_bytes().read() if options.params == "-" \
             else read_file(options.params)
         try:
             params = json.loads(data)
@@ -19641,7 +19828,7 @@ def run_measured(project: object, how: dict, options: object) -> int:
             raise Conflict(f"Run {run.id} has ended already; CMD was not run again",
                            hint="leave --op out to begin another")
         remark(options, f"Started run {run.id}")
-        own_group = os.name == "posix" and not sys.stdin.isatty()
+        own_group = no_terminal()
         process = start_measured(project, run, options.rest, own_group=own_group)
         pump = Pump(process.stdout, run)
         run.points.start()
@@ -19723,7 +19910,7 @@ def log_stream(run: object, options: object) -> None:
     points, bad, first, count = run.points, 0, "", 0
     points.start()
     try:
-        for count, line in enumerate(lines_of(sys.stdin.buffer), 1):
+        for count, line in enumerate(lines_of(stdin_bytes()), 1):
             if not line.strip():
                 continue
             try:
