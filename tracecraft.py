@@ -604,9 +604,9 @@ def take(claim: dict | None, me: Me, age: float | None, *, at: str, ends: str = 
     """The claim after `me` asks for the step. Raises Held, Blocked or Conflict.
 
     age: seconds since the record's last write, by the store. ends: `at` + ttl as text.
-    missing: (need, its state) of those not complete. The table of protocol.md 4, row by row; a step
-    whose attempts are used up comes back `failed`, with the next token. max_attempts 0:
-    no limit, as for locks.
+    missing: (need, its state) of those not complete. The table of protocol.md 4, row
+    by row; a step whose attempts are used up comes back `failed`, with the next token.
+    max_attempts 0: no limit, as for locks.
     """
     state = state_of(claim)
     if state == "in_progress":
@@ -12447,7 +12447,7 @@ def as_float(name: str, value: object) -> float:
 class Runs:
     """The runs of a project. Every method may be killed between any two requests."""
 
-    def __init__(self, ledger: Ledger, who: Who, artifacts: Artifacts) -> None:
+    def __init__(self, ledger: Ledger, who: Who, artifacts: object) -> None:
         self.ledger, self.who, self.artifacts = ledger, who, artifacts
 
     # -- writing
@@ -15772,7 +15772,7 @@ class Checkup:
             odd.append("these wait for each other: "
                        + " → ".join(shown(sid) for sid in cycle))
         if away:
-            odd.append(f"{len(away)} steps are needed and not there (a plan that was cut"
+            odd.append(f"{len(away)} needed steps are not there (a plan that was cut"
                        f" off?): {', '.join(shown(sid) for sid in away[:5])}")
         self.notes += odd
         self.say("plan", None if odd else True, f"{len(odd)} oddities" if odd
