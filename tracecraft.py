@@ -15004,8 +15004,7 @@ class Sweep:
             keys = [entry.key for entry in entries]
             for at in range(0, len(keys), AT_ONCE):
                 self.ledger.restart()
-                in_parallel(self.ledger.store, self.ledger.store.delete,
-                            keys[at:at + AT_ONCE])
+                self.ledger.each(self.ledger.store.delete, keys[at:at + AT_ONCE])
         for entry in self.classes.get("deleted artifacts", ()):
             self._restore(entry.key)
         if self.expired:
@@ -15045,15 +15044,6 @@ def stray_files(store: object) -> list:
 def _bytes_of(head_key: str) -> str:
     """The 0.2 key of the artifact with this head."""
     return "artifacts/" + head_key[len("manifests/"):-len("/_head.json")]
-
-
-def in_parallel(store: object, act: object, items: list) -> list:
-    """[act(item) for each], by threads where the store is worth it (6 ms to import)."""
-    if len(items) < 3 or store.kind == "file":
-        return [act(item) for item in items]
-    from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(min(32, len(items))) as pool:
-        return list(pool.map(act, items))
 
 
 def collect(project: Project, *, dry_run: bool = False, after: float = DAY) -> dict:
@@ -15155,8 +15145,7 @@ class Exporter:
         if wave[0].size > SMALL:
             self._add_large(wave[0])
             return
-        store = self.ledger.store
-        for found in in_parallel(store, self._get, [entry.key for entry in wave]):
+        for found in self.ledger.each(self._get, [entry.key for entry in wave]):
             if found is not None:
                 self._add_small(found)
 
@@ -15390,7 +15379,7 @@ class Importer:
         other = []
         for wave in in_waves(both, lambda entry: entry.size):
             self.ledger.restart()
-            same = in_parallel(self.ledger.store, self._same, wave)
+            same = self.ledger.each(self._same, wave)
             other += [entry.key for entry, like in zip(wave, same) if not like]
         if other:
             names = ", ".join(shown(key) for key in other[:5])
@@ -15420,7 +15409,7 @@ class Importer:
                 for wave in in_waves(some, lambda key: self._wanted(key)[1]):
                     self.ledger.restart()
                     pairs = [(key, self._source(key, folder)) for key in wave]
-                    in_parallel(self.ledger.store, self._create, pairs)
+                    self.ledger.each(self._create, pairs)
 
     def _source(self, key: str, folder: str) -> Source:
         if key in self.rewritten:
