@@ -36,25 +36,25 @@ Contents (grep -n '^# == ' prints them with line numbers):
   7 Plans                    8 Patterns                 9 Events
   10 Leftovers               11 Reservation records     12 Run records
   13 Queue items             14 Wire                    15 HTTP
-  16 Stores                  17 S3                      18 S3 store
-  19 Probe                   20 Settings                21 Local state
-  22 Command settings        23 Credentials             24 Ledger
-  25 Leases                  26 Hints                   27 Step records
-  28 Frontier                29 Steps                   30 Tasks
-  31 Locks                   32 Barriers                33 Memory
-  34 Mailboxes               35 Mail                    36 Channels and threads
-  37 Bytes                   38 Artifact heads          39 Artifacts
-  40 Reservations            41 Runs                    42 Artifact trees
-  43 Queue reader            44 Queues                  45 Project
-  46 Context                 47 Views                   48 Timeline
-  49 Housekeeping            50 Archive                 51 Doctor
-  52 Trials                  53 Drill                   54 Bench
-  55 Rows                    56 Commands under a lease  57 Step commands
-  58 Task commands           59 Lock commands           60 Memory commands
-  61 Artifact commands       62 Reservation commands
-  63 Commands of presence, views and set-up  64 House commands
-  65 Commands of mail        66 Run commands            67 Queue commands
-  68 Command line
+  16 Remote                  17 Stores                  18 S3
+  19 S3 store                20 Probe                   21 Settings
+  22 Local state             23 Command settings        24 Credentials
+  25 Ledger                  26 Leases                  27 Hints
+  28 Step records            29 Frontier                30 Steps
+  31 Tasks                   32 Locks                   33 Barriers
+  34 Memory                  35 Mailboxes               36 Mail
+  37 Channels and threads    38 Bytes                   39 Artifact heads
+  40 Artifacts               41 Reservations            42 Runs
+  43 Artifact trees          44 Queue reader            45 Queues
+  46 Project                 47 Context                 48 Views
+  49 Timeline                50 Housekeeping            51 Archive
+  52 Doctor                  53 Trials                  54 Drill
+  55 Bench                   56 Rows                    57 Commands under a lease
+  58 Step commands           59 Task commands           60 Lock commands
+  61 Memory commands         62 Artifact commands       63 Reservation commands
+  64 Commands of presence, views and set-up  65 House commands
+  66 Commands of mail        67 Run commands            68 Queue commands
+  69 Command line
 """
 
 from __future__ import annotations
@@ -4243,7 +4243,10 @@ def open_http(origin: str, *, timeout: float = REQUEST_TIMEOUT, trace: object = 
     return kind(origin, timeout=timeout, trace=trace, environ=environ)
 
 
-# -- the store's clock -------------------------------------------------
+# == 16. Remote ========================================================
+#
+# What clients of network stores share: connections by origin, the store's clock,
+# retries. Knows no store's protocol.
 
 
 def server_date(answer: Answer) -> float | None:
@@ -4285,7 +4288,71 @@ class Clock:
         return time.time() + self.offset()
 
 
-# == 16. Stores ========================================================
+class Remote:
+    """Connections to a store's origins, its clock, and retries of what may be repeated.
+
+    open_to: callable(origin) returning an Http. random: callable returning a float
+    from 0 to 1. deadline: time.monotonic() up to which reads are retried.
+    """
+
+    def __init__(self, *, open_to: object, random: object) -> None:
+        import threading
+        self.deadline, self._time = time.monotonic() + DEADLINE, Clock()
+        self._open, self._random = open_to, random
+        self._links, self._lock, self._reached = {}, threading.Lock(), False
+
+    @property
+    def requests(self) -> int:
+        """How many requests were made."""
+        return sum(link.sent for link in list(self._links.values()))
+
+    def clock(self) -> float:
+        """The store's time in seconds since 1970, from the Date of its answers."""
+        return self._time.now()
+
+    def offset(self) -> float:
+        """Seconds that the store's clock is ahead of ours; 0 within what Date shows."""
+        return self._time.offset()
+
+    def now_of(self, answer: Answer) -> float:
+        """The store's time of one answer."""
+        date = server_date(answer)
+        return self.clock() if date is None else date
+
+    def _link(self, origin: str) -> object:
+        with self._lock:
+            if origin not in self._links:
+                self._links[origin] = self._open(origin)
+            return self._links[origin]
+
+    def retry(self, act: object, *, lasting: float = 0) -> object:
+        """act() until it answers; only for what may be done twice.
+
+        Up to the deadline, but at least `lasting` seconds from now. What never was
+        reached is given up after three tries: that is a wrong address, not a bad day.
+        """
+        until, tries = max(self.deadline, time.monotonic() + lasting), 0
+        while True:
+            try:
+                return act()
+            except (Unavailable, Lost) as why:
+                tries += 1
+                wait = max(backoff(tries, self._random), getattr(why, "after", 0.0))
+                given_up = isinstance(why, NotSent) and tries > 2 and not self._reached
+                if given_up or not why.retryable or time.monotonic() + wait > until:
+                    if isinstance(why, Lost):
+                        raise Unavailable(why.message, hint=why.hint,
+                                          **why.details) from why
+                    raise
+            time.sleep(wait)
+
+    def close(self) -> None:
+        """Close idle connections; the store stays usable."""
+        for link in list(self._links.values()):
+            link.close()
+
+
+# == 17. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -5136,7 +5203,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 17. S3 ============================================================
+# == 18. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -5290,40 +5357,17 @@ def _failure_kind(status: int, code: str, *, write: bool, condition: str,
 # -- signed requests ---------------------------------------------------
 
 
-class S3Client:
-    """Signed requests to one bucket: regions, skew, redirects, retries of reading.
+class S3Client(Remote):
+    """Signed requests to one bucket: regions, skew, redirects.
 
-    keys: callable returning Keys, or None for anonymous requests. random: callable
-    returning a float from 0 to 1. deadline: time.monotonic() up to which reads are
-    retried. open_to: callable(origin) returning an Http.
+    keys: callable returning Keys, or None for anonymous requests.
     """
 
     def __init__(self, bucket: str, *, endpoint: str, region: str, keys: object,
                  open_to: object, random: object, path_style: bool | None) -> None:
-        import threading
+        super().__init__(open_to=open_to, random=random)
         self.bucket, self.region = bucket, region or "us-east-1"
-        self.endpoint, self.deadline = endpoint, time.monotonic() + DEADLINE
-        self._keys, self._open, self._random = keys, open_to, random
-        self._path_style, self._time = path_style, Clock()
-        self._links, self._lock, self._reached = {}, threading.Lock(), False
-
-    @property
-    def requests(self) -> int:
-        """How many requests were made."""
-        return sum(link.sent for link in list(self._links.values()))
-
-    def clock(self) -> float:
-        """The store's time in seconds since 1970, from the Date of its answers."""
-        return self._time.now()
-
-    def offset(self) -> float:
-        """Seconds that the store's clock is ahead of ours; 0 within what Date shows."""
-        return self._time.offset()
-
-    def now_of(self, answer: Answer) -> float:
-        """The store's time of one answer."""
-        date = server_date(answer)
-        return self.clock() if date is None else date
+        self.endpoint, self._keys, self._path_style = endpoint, keys, path_style
 
     def call(self, method: str, path: str, *, doing: str, query: object = (),
              headers: dict | None = None, body: object = b"",
@@ -5372,12 +5416,6 @@ class S3Client:
         self._time.observe(answer)
         self._reached = True
         return answer
-
-    def _link(self, origin: str) -> object:
-        with self._lock:
-            if origin not in self._links:
-                self._links[origin] = self._open(origin)
-            return self._links[origin]
 
     def _other_region(self, answer: Answer, used: str) -> bool:
         """Whether the answer names another region than `used`; it is kept if so."""
@@ -5442,32 +5480,6 @@ class S3Client:
                 error.message = error.message.replace(secret, "***")
         error.args = (error.message,)
         return error
-
-    def retry(self, act: object, *, lasting: float = 0) -> object:
-        """act() until it answers; only for what may be done twice.
-
-        Up to the deadline, but at least `lasting` seconds from now. What never was
-        reached is given up after three tries: that is a wrong address, not a bad day.
-        """
-        until, tries = max(self.deadline, time.monotonic() + lasting), 0
-        while True:
-            try:
-                return act()
-            except (Unavailable, Lost) as why:
-                tries += 1
-                wait = max(backoff(tries, self._random), getattr(why, "after", 0.0))
-                given_up = isinstance(why, NotSent) and tries > 2 and not self._reached
-                if given_up or not why.retryable or time.monotonic() + wait > until:
-                    if isinstance(why, Lost):
-                        raise Unavailable(why.message, hint=why.hint,
-                                          **why.details) from why
-                    raise
-            time.sleep(wait)
-
-    def close(self) -> None:
-        """Close idle connections; the store stays usable."""
-        for link in list(self._links.values()):
-            link.close()
 
 
 # -- listings ----------------------------------------------------------
@@ -5807,7 +5819,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 18. S3 store ======================================================
+# == 19. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -6197,7 +6209,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 19. Probe =========================================================
+# == 20. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -6407,7 +6419,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 20. Settings ======================================================
+# == 21. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -6781,7 +6793,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 21. Local state ===================================================
+# == 22. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -6976,7 +6988,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 22. Command settings ==============================================
+# == 23. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -7193,7 +7205,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 23. Credentials ===================================================
+# == 24. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -7571,7 +7583,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 24. Ledger ========================================================
+# == 25. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -7982,7 +7994,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 25. Leases ========================================================
+# == 26. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of "Records".
@@ -8245,7 +8257,7 @@ class Leases:
             raise
 
 
-# == 26. Hints =========================================================
+# == 27. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -8374,7 +8386,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 27. Step records ==================================================
+# == 28. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -8635,7 +8647,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 28. Frontier ======================================================
+# == 29. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -8721,7 +8733,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 29. Steps =========================================================
+# == 30. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -9103,7 +9115,7 @@ class Steps:
             tries += 1
 
 
-# == 30. Tasks =========================================================
+# == 31. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -9441,7 +9453,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 31. Locks =========================================================
+# == 32. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -9784,7 +9796,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 32. Barriers ======================================================
+# == 33. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -10005,7 +10017,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 33. Memory ========================================================
+# == 34. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -10220,7 +10232,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 34. Mailboxes =====================================================
+# == 35. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -10647,7 +10659,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 35. Mail ==========================================================
+# == 36. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -10878,7 +10890,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 36. Channels and threads ==========================================
+# == 37. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -11108,7 +11120,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 37. Bytes =========================================================
+# == 38. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -11472,7 +11484,7 @@ class Bytes:
         return body
 
 
-# == 38. Artifact heads ================================================
+# == 39. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -11765,7 +11777,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 39. Artifacts =====================================================
+# == 40. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -12059,7 +12071,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 40. Reservations ==================================================
+# == 41. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -12209,7 +12221,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 41. Runs ==========================================================
+# == 42. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -12671,7 +12683,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 42. Artifact trees ================================================
+# == 43. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -13070,7 +13082,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 43. Queue reader ==================================================
+# == 44. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -13280,7 +13292,7 @@ class QueueReader:
                 yield record
 
 
-# == 44. Queues ========================================================
+# == 45. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -13692,7 +13704,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 45. Project =======================================================
+# == 46. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -14067,7 +14079,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 46. Context =======================================================
+# == 47. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -14218,7 +14230,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 47. Views =========================================================
+# == 48. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -14568,7 +14580,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 48. Timeline ======================================================
+# == 49. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -14837,7 +14849,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 49. Housekeeping ==================================================
+# == 50. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -15071,7 +15083,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 50. Archive =======================================================
+# == 51. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -15493,7 +15505,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 51. Doctor ========================================================
+# == 52. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -15829,7 +15841,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 52. Trials ========================================================
+# == 53. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -16364,7 +16376,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 53. Drill =========================================================
+# == 54. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -16628,7 +16640,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 54. Bench =========================================================
+# == 55. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -16999,7 +17011,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 55. Rows ==========================================================
+# == 56. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -17250,7 +17262,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 56. Commands under a lease ========================================
+# == 57. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -17456,7 +17468,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 57. Step commands =================================================
+# == 58. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -17746,7 +17758,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 58. Task commands =================================================
+# == 59. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -17918,7 +17930,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 59. Lock commands =================================================
+# == 60. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -18199,7 +18211,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 60. Memory commands ===============================================
+# == 61. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -18318,7 +18330,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 61. Artifact commands =============================================
+# == 62. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -18544,7 +18556,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 62. Reservation commands ==========================================
+# == 63. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -18776,7 +18788,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 63. Commands of presence, views and set-up ========================
+# == 64. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -19249,7 +19261,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 64. House commands ================================================
+# == 65. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -19425,7 +19437,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 65. Commands of mail ==============================================
+# == 66. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -19685,7 +19697,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 66. Run commands ==================================================
+# == 67. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -20140,7 +20152,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 67. Queue commands ================================================
+# == 68. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -20331,7 +20343,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 68. Command line ==================================================
+# == 69. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
