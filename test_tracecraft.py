@@ -20788,6 +20788,135 @@ def test_throughput(s, record_property):
     assert rate >= 800
 
 
+# == Stores without conditions =========================================
+#
+# The Hub's own API has no compare-and-set: what has one writer goes on, what must have
+# one winner is refused, a repeated --id is still one message.
+
+
+class PlainStore(MemoryStore):
+    """A memory store whose every conditional write is refused without a request."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.verdict = {"atomic": False, "cas": False, "dialect": "quoted",
+                        "why": "no compare-and-set here", "hint": "make a key"}
+
+    def handle(self, name="?"):
+        return PlainStore(self.project, self.shared, name)
+
+    def put(self, key, data, *, if_match=None, if_none_match=False):
+        if if_match is not None or if_none_match:
+            raise tracecraft.Unsafe("no compare-and-set here")
+        return super().put(key, data)
+
+    def upload(self, key, path, *, if_none_match=False, **how):
+        if if_none_match:
+            raise tracecraft.Unsafe("no compare-and-set here")
+        return super().upload(key, path, **how)
+
+
+@pytest.fixture
+def plain():
+    return agent_on(PlainStore(), "ada")
+
+
+def test_memory_without_conditions_is_overwritten_and_said_once(plain):
+    assert plain.memory.set("k", "1")["rev"] == 1
+    assert plain.memory.set("k", "2")["rev"] == 2
+    assert plain.memory.get("k")["value"] == "2"
+    assert plain.warned == ["no compare-and-set here: written as a plain overwrite,"
+                            " for one writer"]
+
+
+WINNERS = {
+    "claim": lambda p: p.claim("s"), "lock": lambda p: p.locks.acquire("l", ttl=60),
+    "reserve": lambda p: p.reservations.reserve(("*.py",)),
+    "push": lambda p: p.queue("q").push("x"), "incr": lambda p: p.memory.incr("n"),
+    "if-rev": lambda p: p.memory.set("k", "v", if_rev=0),
+    "if-absent": lambda p: p.memory.set("k", "v", if_absent=True),
+    "append": lambda p: p.memory.append("k", "v"),
+    "step add": lambda p: p.steps.add("s", title="t")}
+
+
+@pytest.mark.parametrize("act", WINNERS)
+def test_what_must_have_one_winner_is_refused_without_conditions(plain, act):
+    error = refused(tracecraft.Unsafe, WINNERS[act], plain)
+    assert error.hint == "make a key" and not plain.ledger.store.log
+
+
+@pytest.mark.parametrize("act", ["claim", "incr", "lock"])
+def test_an_advisory_act_is_allowed_with_a_warning_each_time(plain, act):
+    plain.ledger.allow_advisory = True
+    WINNERS[act](plain)
+    before = len(plain.warned)
+    plain.claim("another")
+    assert before and len(plain.warned) > before and "advisory" in plain.warned[-1]
+
+
+def test_mail_goes_its_way_without_conditions_and_an_id_is_sent_once(plain):
+    bob = agent_on(plain.ledger.store, "bob")
+    bob.presence.beat()
+    first = plain.mail.send("bob", "hello", op="7")
+    assert plain.mail.send("bob", "hello", op="7")["key"] == first["key"]
+    refused(tracecraft.Conflict, plain.mail.send, "bob", "other", op="7")
+    batch = bob.mail.inbox(new=True)
+    assert [m["message"] for m in batch.messages] == ["hello"]
+    batch.commit()
+    assert not bob.mail.inbox(new=True).messages
+
+
+def test_a_message_of_no_id_costs_no_look_without_conditions(plain):
+    agent_on(plain.ledger.store, "bob").presence.beat()
+    plain.mail.send("bob", "first")
+    plain.ledger.store.forget()
+    plain.mail.send("bob", "second")
+    assert plain.ledger.store.requests == 1
+
+
+def test_artifacts_work_without_conditions(plain, tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    plain.artifacts.upload(str(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(b"two")
+    refused(tracecraft.Conflict, plain.artifacts.upload, str(tmp_path / "a"))
+    plain.artifacts.upload(str(tmp_path / "a"), overwrite=True)
+    plain.artifacts.download("a", output=str(tmp_path / "b"))
+    assert (tmp_path / "b").read_bytes() == b"two"
+    plain.artifacts.delete("a")
+    assert plain.artifacts.show("a")["deleted_at"]
+
+
+def test_init_without_conditions_leaves_no_verdict_for_others(plain):
+    assert plain.init()["atomic"] is False
+    doc = plain.ledger.read("_project.json").doc
+    assert doc["layout"] == 1 and doc["verdicts"] == {}
+    assert plain.init()["cas"] is False
+
+
+class DigestStore(MemoryStore):
+    """A memory store whose ETags are digests of the bytes, as at Hugging Face."""
+
+    def handle(self, name="?"):
+        return DigestStore(self.project, self.shared, name)
+
+    def etag_of(self, data):
+        return '"' + hashlib.sha256(data).hexdigest() + '"'
+
+    def head(self, key):
+        found = super().head(key)
+        return tracecraft.Found(key, b"", etag=self.etag_of(self.shared.objects[key][0]),
+                                modified=found.modified, now=found.now, size=found.size)
+
+
+def test_where_etags_are_digests_one_head_settles_a_lost_answer():
+    ada = agent_on(DigestStore(), "ada")
+    store = ada.ledger.store
+    store.fault("lose", key="claim.json")
+    assert ada.claim("s").token == 1
+    asked = [pair for pair in store.counts if pair[1].endswith("claim.json")]
+    assert store.counts["HEAD", "steps/s/claim.json"] == 1, asked
+
+
 # == What an attack found ==============================================
 
 

@@ -6399,7 +6399,8 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     verdict. Keys: creates and deletes _probe/<random>/.
     """
     known = store.verdict
-    if store.kind == "file" and known and not known.get("atomic", True):
+    if known and (known.get("cas") is False or (
+            store.kind == "file" and not known.get("atomic", True))):
         return known  # a network mount: races within one machine prove nothing
     probe, why = Probe(store, seconds), ""
     try:
@@ -7663,7 +7664,7 @@ class Ledger:
                  warn: object = None) -> None:
         self.store, self.verdicts = store, verdicts
         self.allow_advisory, self.warn = allow_advisory, warn or (lambda text: None)
-        self.allow_seconds, self.writer = deadline, ""
+        self.allow_seconds, self.writer, self._told = deadline, "", False
         self.restart()
 
     def restart(self, seconds: float | None = None) -> None:
@@ -7744,9 +7745,10 @@ class Ledger:
         duplicate from writing twice.
         """
         self.restart()
-        op = op or key.rpartition("/")[2].partition(".json")[0]
+        repeated, op = bool(op), op or key.rpartition("/")[2].partition(".json")[0]
         new = stamped(doc, None, nonce=self.nonce(op, key))
-        return self._write(key, new, Record(key), op, plain_ok=True)[0] == "landed"
+        plain = "look" if repeated else "over"
+        return self._write(key, new, Record(key), op, plain=plain)[0] == "landed"
 
     def create_bytes(self, key: str, data: bytes, *, op: str = "") -> None:
         """Create an object that is no record, under a name nobody else uses.
@@ -7768,7 +7770,7 @@ class Ledger:
                 raise (unknown if doubt else why) from why
             return "landed", None
         self._send(key, data, {"if_none_match": True}, settled, unknown=unknown,
-                   plain_ok=True)
+                   plain="over")
 
     def put(self, key: str, doc: dict, *, seconds: float | None = None) -> None:
         """Overwrite a record that only informs (presence); retried for `seconds`."""
@@ -7783,16 +7785,19 @@ class Ledger:
                 tries += 1
 
     def change(self, key: str, decide: object, *, keep: int = RECENT, op: str = "",
-               first: Record | None = None, above: object = None) -> Change:
+               first: Record | None = None, above: object = None,
+               sole: bool = False) -> Change:
         """Read `key`, let decide(record) say what it becomes, write it by CAS; repeat.
 
         decide returns the next document, or record.doc itself for no change, or raises.
         It may run several times. first: the record if it was read already. above:
-        callable(record) -> rev to exceed. op: ID or ID@REV of a repeated command.
+        callable(record) -> rev to exceed. op: ID or ID@REV of a repeated command. sole:
+        it has one writer in practice; see require_arbiter.
         Raises Unknown with op and rev when the outcome could not be settled.
         """
         self.restart()
-        self.require_arbiter()
+        self.require_arbiter(sole=sole)
+        plain = "over" if sole or self.allow_advisory else ""
         name, _, rev = op.partition("@")
         name = name or self.hex(16)
         nonce = self.nonce(name, key)
@@ -7806,7 +7811,7 @@ class Ledger:
                 return Change(new, record, wrote=False, after=record)
             new = stamped(new, record.doc, nonce=nonce, keep=keep,
                           above=above(record) if above else 0)
-            outcome, after = self._write(key, new, record, name)
+            outcome, after = self._write(key, new, record, name, plain=plain)
             if outcome == "landed":
                 if f"{new['rev']}:{nonce}" in texts(after.doc, "recent"):
                     return Change(new, record, wrote=True, after=after)
@@ -7826,39 +7831,44 @@ class Ledger:
         return became == "landed"
 
     def _write(self, key: str, new: dict, old: Record, op: str, *,
-               plain_ok: bool = False) -> tuple:
+               plain: str = "") -> tuple:
         """Replace `old` by `new`: ('landed' or 'lost', record there now)."""
         condition = {"if_none_match": True} if old.doc is None \
             else {"if_match": old.etag}
         outcome, there = self._send(
             key, dump_json(new), condition,
             lambda doubt: self._settle(key, new, old, op=op, doubt=doubt),
-            unknown=self._unknown(key, op, new["rev"]), plain_ok=plain_ok)
+            unknown=self._unknown(key, op, new["rev"]), plain=plain)
         if isinstance(there, Stamp):
             there = Record(key, new, etag=there.etag, now=there.now,
                            modified=there.modified)
         return outcome, there
 
     def _send(self, key: str, data: bytes, condition: dict, settled: object, *,
-              unknown: Unknown, plain_ok: bool = False) -> tuple:
+              unknown: Unknown, plain: str = "") -> tuple:
         """Send one conditional PUT until its outcome is certain.
 
         ('landed', Stamp), or what settled(doubt) found, unless that is 'again'. A 409
         or a throttle is neither: nothing landed, the same bytes go again (protocol.md
-        1.4).
+        1.4). plain: what to do on a store without conditions: '' refuse, 'over' write
+        all the same, 'look' write if nothing is there.
         """
         doubt, tries = False, 0
         while True:
             try:
                 return "landed", self.store.put(key, data, **condition)
             except Unsafe:
-                if not plain_ok:
+                if not plain:
                     raise
                 condition = {}
+                if plain == "look" and self._is_there(key):
+                    return settled(False)
                 continue
             except (Moved, Unknown) as why:
                 trouble, doubt = why, doubt or isinstance(why, Unknown)
-                became, seen = settled(doubt)
+                became, seen = self._recognised(key, data) if doubt else ("", None)
+                if not became:
+                    became, seen = settled(doubt)
                 if became != "again":
                     return became, seen
             except Unavailable as why:
@@ -7869,6 +7879,29 @@ class Ledger:
                 raise
             self._rest(tries, trouble, unknown=unknown if doubt else None)
             tries += 1
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.store.head(key)
+        except NotFound as why:
+            if why.details.get("bucket"):
+                raise
+            return False
+        return True
+
+    def _recognised(self, key: str, data: bytes) -> tuple:
+        """('landed', Stamp) where ETags are digests of the bytes and these are there.
+
+        One HEAD settles it: no two writes have the same bytes, because of the nonce.
+        """
+        digest = self.store.etag_of(data) if hasattr(self.store, "etag_of") else ""
+        try:
+            found = self.store.head(key) if digest else None
+        except (NotFound, Unavailable):
+            return "", None  # the slower way finds out, or says why not
+        if found is None or not same_etag(found.etag, digest):
+            return "", None
+        return "landed", Stamp(found.etag, modified=found.modified, now=found.now)
 
     def _settle(self, key: str, new: dict, old: Record, *, op: str,
                 doubt: bool) -> tuple:
@@ -7907,20 +7940,32 @@ class Ledger:
 
     # -- may this store arbitrate?
 
-    def require_arbiter(self) -> None:
+    def conditional(self) -> bool:
+        """Whether the store has conditional writes at all, atomic or not."""
+        return (self.store.verdict or {}).get("cas") is not False
+
+    def require_arbiter(self, *, sole: bool = False) -> None:
         """Raise Unsafe unless the store picks winners atomically or need not.
 
-        The verdict comes from this process, this user's cache, _project.json, or a
-        short probe, in that order (protocol.md 2).
+        sole: what is to be written has one writer in practice, so a store without
+        conditional writes overwrites it, which is said once. The verdict comes from
+        this process, this user's cache, _project.json, or a short probe, in that order
+        (protocol.md 2).
         """
         verdict = self.store.verdict or self._find_verdict()
         self.store.verdict = verdict
         if verdict.get("atomic"):
             return
         why = verdict.get("why") or "it is advisory"
+        if sole and verdict.get("cas") is False:
+            if not self._told:
+                self._told = True
+                self.warn(f"{why}: written as a plain overwrite, for one writer")
+            return
         if not self.allow_advisory:
             raise Unsafe(f"this store cannot pick one winner: {why}",
-                         hint="use another store, or --allow-advisory to take the risk")
+                         hint=verdict.get("hint") or "use another store, or"
+                         " --allow-advisory to take the risk")
         self.warn(f"advisory store ({why}); another agent may win as well")
 
     def _find_verdict(self) -> dict:
@@ -8873,6 +8918,7 @@ class Steps:
     def _before_spec(self, sid: str, new: dict, old: dict, *,
                      check: bool = True) -> None:
         """Refuse a cycle; put the markers of a spec that is about to be written."""
+        self.ledger.require_arbiter()  # no marker of what will be refused
         added = [need for need in new["needs"] if need not in old.get("needs", ())]
         # Markers first: of two edits that close a cycle together, one sees the other.
         self.frontier.depend(sid, added)
@@ -10083,7 +10129,8 @@ class Memory:
                         if_value=if_value)
             return value, "json" if as_json else "text"
         ends = self.ledger.at(expires_in) if expires_in else ""
-        return self._update(key, make, op=op, expires_at=ends)
+        free = if_rev is None and not if_absent and if_value is None
+        return self._update(key, make, op=op, expires_at=ends, sole=free)
 
     def delete(self, key: str, *, op: str = "") -> dict:
         """Leave a tombstone: the key reads as absent, its history stays."""
@@ -10091,7 +10138,7 @@ class Memory:
             if not live(old, self.ledger.now()):
                 raise NotFound("is not there", hint="memory list")
             return None, "text"
-        return self._update(key, make, op=op)
+        return self._update(key, make, op=op, sole=True)
 
     def incr(self, key: str, by: float = 1, *, op: str = "") -> dict:
         """Add to a number; an absent key counts as 0. Applied once."""
@@ -10132,8 +10179,11 @@ class Memory:
             return ""
         return unspilled(str(old.get("value", "")), old.get("blob"), self.artifacts)
 
-    def _update(self, key: str, make: object, *, op: str, expires_at: str = "") -> dict:
-        """One CAS update; make(old) -> (text or None for a tombstone, type)."""
+    def _update(self, key: str, make: object, *, op: str, expires_at: str = "",
+                sole: bool = False) -> dict:
+        """One CAS update; make(old) -> (text or None for a tombstone, type).
+
+        sole: nothing depends on what was there before."""
         path, tried, floor = memory_parts(key), [], [0]
         op = op or self.ledger.hex(16)
         mark = self.ledger.nonce(op.partition("@")[0], f"memory/{path}.json")
@@ -10151,7 +10201,7 @@ class Memory:
         try:
             change = self.ledger.change(
                 f"memory/{path}.json", naming(f"memory {key}", decide), keep=RECENT_OPS,
-                op=op, above=lambda record: floor[0])
+                op=op, above=lambda record: floor[0], sole=sole)
         except Unknown:
             raise  # the snapshot stays: the write may be live
         except Error:
@@ -10559,7 +10609,7 @@ class Mailbox:
             new = with_streams(record.doc, {**olds, **streams})
             return {**new, "updated_at": self.ledger.at()}
         change = self.ledger.change(cursor_key(self.who.agent), deciding, first=first,
-                                    op=op)
+                                    op=op, sole=True)
         after = change.after
         self.who.remember("cursor", {"doc": after.doc, "etag": after.etag,
                                      "put_etag": after.etag,
@@ -10730,9 +10780,9 @@ class Mail(Mailbox):
         if not op:
             return name, made, None
         import hashlib
-        mark = hashlib.sha256(f"{self.who.agent}\n{op}".encode()).hexdigest()
-        mark = f"messages/{box}/_ids/{mark}.json"
-        self.ledger.create(mark, {"key": made, "from": self.who.agent})
+        name_of = hashlib.sha256(f"{self.who.agent}\n{op}".encode()).hexdigest()
+        mark = f"messages/{box}/_ids/{name_of}.json"
+        self.ledger.create(mark, {"key": made, "from": self.who.agent}, op=name_of)
         key = self.ledger.read(mark).doc.get("key")
         if key == made or not isinstance(key, str) or \
                 not key.startswith(f"messages/{box}/"):
@@ -11441,6 +11491,10 @@ class Bytes:
             if progress is not None:
                 progress(source.size, source.size)
 
+        if not (replace or self._ledger.conditional()):
+            if self.find(key) is not None:
+                return False
+            replace = True
         try:
             insist(send, self._ledger)
         except Moved:
@@ -11695,7 +11749,8 @@ class Heads:
             old = head and {name: head[name] for name in head if name != "key"}
             return next_head(old, new, overwrite=True)
 
-        if self._ledger.change(place.head, decide).wrote and head is not None:
+        change = self._ledger.change(place.head, decide, sole=True)
+        if change.wrote and head is not None:
             self._ledger.warn(f"{place.key} was replaced by an 0.2 client:"
                               f" {sha256[:12]} adopted over {head['sha256'][:12]}")
 
@@ -11897,7 +11952,7 @@ class Files:
         Held, Conflict. Keys: CAS manifests/…/_head.json.
         """
         place = Place(readable_name(name), step)
-        self._ledger.require_arbiter()
+        self._ledger.require_arbiter(sole=True)
         record = self._heads.sound(place)
         if record.doc is None:  # bytes of an 0.2 client: a tombstone needs a head
             self._heads.current(place)
@@ -11916,7 +11971,7 @@ class Files:
             except (Conflict, Fenced) as why:
                 raise named(f"Artifact {place.key}", why)
 
-        change = self._ledger.change(place.head, decide, first=record, op=op)
+        change = self._ledger.change(place.head, decide, first=record, op=op, sole=True)
         return {**self._view(place, change.doc), "changed": change.wrote}
 
     def url(self, name: str, *, step: str | None = None, expires: int = 3600) -> dict:
@@ -11955,7 +12010,7 @@ class Files:
              inputs: tuple, progress: object = None) -> dict:
         """Bytes first, head by CAS second, the 0.2 copy last; anew if a rival's head
         comes between."""
-        self._ledger.require_arbiter()
+        self._ledger.require_arbiter(sole=True)
         while True:
             record = self._heads.sound(place)
             head = record.doc
@@ -11971,7 +12026,7 @@ class Files:
                 continue
             decide = self._decision(place, head, new={**new, "key": key}, token=token,
                                     overwrite=overwrite)
-            change = self._ledger.change(place.head, decide, first=record)
+            change = self._ledger.change(place.head, decide, first=record, sole=True)
             if change.wrote:
                 self._heads.copy_out(place, change.doc)
                 return {**self._view(place, change.doc), "changed": True}
@@ -12491,7 +12546,7 @@ class Runs:
                 first: Record | None = None) -> Change:
         return self.ledger.change(
             meta_key(run), naming(f"Run {run}", lambda record: decide(record.doc)),
-            keep=RECENT_OPS, op=op, first=first)
+            keep=RECENT_OPS, op=op, first=first, sole=True)
 
     def open(self, run: str) -> Run:
         """The run, to log to it. NotFound; Conflict when it has ended."""
@@ -12955,7 +13010,7 @@ class Artifacts(Files):
         {path, name, step, artifact, error}, and the others go on. What is there already
         costs one read each. Raises what would meet every file: Fenced, Held, …
         """
-        self._ledger.require_arbiter()
+        self._ledger.require_arbiter(sole=True)
         own = os.path.basename(os.path.abspath(folder)) if prefix is None else prefix
         lead = name_prefix(own)
         found = files_below(folder, spare=self._own_folder(), warn=self._ledger.warn)
@@ -13981,7 +14036,7 @@ class Project:
             self.store.verdict = verdict
             if self.ledger.verdicts:
                 self.ledger.verdicts.save(verdict)
-        self.ledger.change("_project.json", self._project_doc)
+        self.ledger.change("_project.json", self._project_doc, sole=True)
         self.presence.beat(summary="Initialized")
         return verdict
 
@@ -13991,7 +14046,10 @@ class Project:
             raise Conflict(f"this project has layout {old['layout']}; this client knows"
                            f" {LAYOUT}", hint="get a newer tracecraft.py")
         known = old.get("verdicts") if isinstance(old.get("verdicts"), dict) else {}
-        if known.get(self.store.url, {}).get("atomic") == self.store.verdict["atomic"]:
+        # Without conditional writes it is our way in that lacks them, not the store.
+        ours = {self.store.url: self.store.verdict} if self.ledger.conditional() else {}
+        if old and all(known.get(url, {}).get("atomic") == verdict["atomic"]
+                       for url, verdict in ours.items()):
             return old
         about_us = ("Plain JSON, readable as it is. steps/<id>/claim.json is the truth"
                     " of a step; status.json and handoff.json repeat it. Change records"
@@ -13999,7 +14057,7 @@ class Project:
         return {"layout": LAYOUT, "project": self.settings.project,
                 "conventions": about_us, "created_by": self.agent,
                 "created_at": self.ledger.at(), **old,
-                "verdicts": {**known, self.store.url: self.store.verdict}}
+                "verdicts": {**known, **ours}}
 
     def tidy(self, *, mutating: bool) -> None:
         """What goes beside a command once its answer is out: renewals that are due
@@ -15019,7 +15077,7 @@ class Sweep:
                 self.ledger.each(self.ledger.store.delete, keys[at:at + AT_ONCE])
         for entry in self.classes.get("deleted artifacts", ()):
             self._restore(entry.key)
-        if self.expired:
+        if self.expired and self.ledger.conditional():
             self.ledger.change(RESERVATIONS, lambda record: record.doc
                                if record.doc is None
                                else unexpired(record.doc, record.now), keep=RECENT_OPS)
@@ -15654,7 +15712,8 @@ class Checkup:
                     self.ledger.verdicts.save(self.store.verdict)
             self.ledger.require_arbiter()
         except Error as why:
-            self.say("arbiter", False, why.message, code=why.exit)
+            known = None if not self.ledger.conditional() else False
+            self.say("arbiter", known, f"{why.message}. {why.hint}", code=why.exit)
             return
         verdict = self.store.verdict
         # Not atomic, yet not refused: --allow-advisory took the risk.
