@@ -71,16 +71,17 @@ except ImportError:
     Config = Credentials = None
 
 # The status of every code but 400, which is that of the rest.
-S3_CODES = {"PermanentRedirect": 301, "TemporaryRedirect": 307, "NoSuchBucket": 404,
-            "InvalidAccessKeyId": 403, "RequestTimeTooSkewed": 403, "NoSuchUpload": 404,
-            "SignatureDoesNotMatch": 403, "BucketAlreadyOwnedByYou": 409,
-            "MissingContentLength": 411, "InvalidRange": 416}
-S3_FAULT_CODES = {403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed",
+S3_CODES = {"NoSuchBucket": 404, "InvalidAccessKeyId": 403, "NoSuchUpload": 404,
+            "RequestTimeTooSkewed": 403, "SignatureDoesNotMatch": 403,
+            "BucketAlreadyOwnedByYou": 409, "MissingContentLength": 411,
+            "InvalidRange": 416}
+S3_FAULT_CODES = {301: "PermanentRedirect", 307: "TemporaryRedirect",
+                  403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed",
                   409: "ConditionalRequestConflict", 429: "TooManyRequests",
                   500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}
 S3_CODES.update((code, status) for status, code in S3_FAULT_CODES.items())
-S3_FAULTS = set("""refuse lose reset reset_after delay late duplicate truncate landed
-    redirect region html stale_list ignore garbage age call""".split())
+FAULTS = set("""refuse lose reset reset_after delay late duplicate truncate landed
+    redirect html ignore garbage age call lag""".split())
 S3_SUBRESOURCES = """uploadId uploads delete location acl tagging versioning versions
     policy lifecycle cors website encryption retention restore attributes""".split()
 SIGV4 = "AWS4-HMAC-SHA256"
@@ -118,21 +119,31 @@ class S3Error(Exception):
         return _xml_reply("Error", inner, self.status, self.headers)
 
 
-class S3Request:
+class Request:
     """A request and, once answered, its entry in the log: `status` is what the client
-    was sent (0: nothing), `landed` says that a write took effect all the same."""
-    status, landed, ignore, depth = 0, False, False, 0
+    was sent (0: nothing), `landed` says that a write took effect all the same. Faults
+    look for their key in `subject`; `depth` writes and `lag` seconds are not seen."""
+    status, landed, ignore, depth, lag = 0, False, False, 0, 0
+    listing, origin = False, ""
 
-    def __init__(self, method, target, headers, body, buckets):
+    def __init__(self, method, target, headers, body):
         self.id = uuid.uuid4().hex[:16].upper()
-        self.method, self.headers = method, headers
+        self.method, self.headers, self.body = method, headers, body
         self.path, _, query = target.partition("?")
         self.pairs = parse_qsl(query, keep_blank_values=True)
         self.query = dict(self.pairs)
-        self.bucket, self.key = _locate(headers.get("host", ""), self.path, buckets)
-        if headers.get("x-amz-content-sha256") in STREAMING:
-            body = _unchunk(io.BytesIO(body))
-        self.body, self.body_size = body, len(body)
+        self.subject = self.path
+
+
+class S3Request(Request):
+    def __init__(self, *args, buckets):
+        super().__init__(*args)
+        self.bucket, self.key = _locate(self.headers.get("host", ""), self.path, buckets)
+        self.listing = bool(self.query.get("list-type") and not self.key)
+        self.subject = self.query.get("prefix", "") if self.listing else self.key
+        if self.headers.get("x-amz-content-sha256") in STREAMING:
+            self.body = _unchunk(io.BytesIO(self.body))
+        self.body_size = len(self.body)
 
 
 def _locate(host, path, buckets):
@@ -316,19 +327,34 @@ class S3Store:
     def _set(self, where, obj):
         old = self.objects.get(where)
         if old or obj:
-            self.history.append((where, old))
+            self.history.append((where, old, time.monotonic()))
         if obj:
             self.objects[where] = obj
         else:
             self.objects.pop(where, None)
 
-    def view(self, bucket, depth=0):
-        """{key: object} of a bucket as it was before its last `depth` writes."""
+    def past(self, bucket, depth=0, lag=0):
+        """What the last `depth` writes to a bucket, or those of `lag` seconds, took the
+        place of: (key, object), the latest first."""
+        since = time.monotonic() - lag
+        writes = (write for write in reversed(self.history) if write[0][0] == bucket)
+        for nth, (where, old, at) in enumerate(writes if depth or lag else ()):
+            if nth >= depth and at <= since:
+                return
+            yield where[1], old
+
+    def read(self, where, lag=0):
+        """The object there, or there `lag` seconds ago; None without one."""
+        with self.lock:
+            return dict(self.past(where[0], lag=lag)).get(where[1],
+                                                          self.objects.get(where))
+
+    def view(self, bucket, depth=0, lag=0):
+        """{key: object} of a bucket as it was before its last `depth` writes, or `lag`
+        seconds ago."""
         with self.lock:
             view = {key: obj for (b, key), obj in self.objects.items() if b == bucket}
-            past = depth and [(key, old) for (b, key), old in reversed(self.history)
-                              if b == bucket][:depth]
-        view.update(past or ())
+            view.update(self.past(bucket, depth, lag))
         return {key: obj for key, obj in view.items() if obj}
 
 
@@ -399,8 +425,8 @@ class S3Api:
         self.store.write((req.bucket, req.key), obj, check, 0.005 if self.races else 0)
         return obj
 
-    def find(self, bucket, key):
-        obj = self.objects.get((bucket, key))
+    def find(self, bucket, key, lag=0):
+        obj = self.store.read((bucket, key), lag)
         if not obj:
             raise S3Error("NoSuchKey" if bucket in self.buckets else "NoSuchBucket")
         return obj
@@ -429,7 +455,7 @@ class S3Api:
             ETag=new.etag, LastModified=_iso(new.modified)))
 
     def get_key(self, req):
-        obj = self.find(req.bucket, req.key)
+        obj = self.find(req.bucket, req.key, req.lag)
         headers = dict(obj.headers, **{"ETag": obj.etag, "Accept-Ranges": "bytes"})
         if self.lm:
             headers["Last-Modified"] = formatdate(obj.modified, usegmt=True)
@@ -463,7 +489,7 @@ class S3Api:
             "<Deleted>%s</Deleted>" % _tags(Key=key) for key in told))
 
     def get_bucket(self, req):
-        query, view = req.query, self.store.view(req.bucket, req.depth)
+        query, view = req.query, self.store.view(req.bucket, req.depth, req.lag)
         if query.get("list-type") != "2":
             raise S3Error("NotImplemented")
         token, start = query.get("continuation-token"), query.get("start-after", "")
@@ -564,44 +590,38 @@ class S3Api:
         return S3Reply(204)
 
 
-def _error_reply(status, req, headers=()):
-    code = S3_FAULT_CODES.get(status, "InternalError")
-    return S3Error(code, status=status, headers=headers).reply(req)
-
-
-def _canned_reply(kind, options, req):
+def _canned_reply(api, kind, options, req):
     """The answer of a fault that keeps the request from being acted upon, or None."""
     if kind == "late":
-        return _error_reply(options.get("status", 500), req)
+        return api.refuse(options.get("status", 500), req)
     if isinstance(kind, int):
         wait = options.get("retry_after")
-        return _error_reply(kind, req, {} if wait is None else {"Retry-After": wait})
+        return api.refuse(kind, req, {} if wait is None else {"Retry-After": wait})
     if kind == "redirect":
-        return S3Error("TemporaryRedirect", status=options.get("status", 307),
-                       headers={"Location": options["location"]}).reply(req)
+        return api.refuse(options.get("status", 307), req,
+                          {"Location": options["location"]})
     if kind == "region":
-        return S3Error("PermanentRedirect", headers={
-            "x-amz-bucket-region": options["region"]}).reply(req)
+        return api.refuse(301, req, {"x-amz-bucket-region": options["region"]})
     if kind == "html":
         return S3Reply(200, {"Content-Type": "text/html"},
                        b"<!DOCTYPE html><html><h1>Sign in to this network</h1></html>")
     return None
 
 
-def _spoiled_reply(kind, options, req, reply, now):
+def _spoiled_reply(api, kind, options, req, reply):
     """The answer of a fault that falsifies what is told of a request carried out."""
     if kind == "landed":
-        return _error_reply(options.get("status", 500), req)
+        return api.refuse(options.get("status", 500), req)
     if kind == "garbage":
         flipped = bytes(byte ^ 255 for byte in reply.body) or b"\0garbage"
         return S3Reply(200, reply.headers, options.get("body", flipped))
     if kind == "age":
-        aged = {"Age": 120, "Date": formatdate(now - 120, usegmt=True)}
+        aged = {"Age": 120, "Date": formatdate(api.now() - 120, usegmt=True)}
         return reply._replace(headers=dict(reply.headers, **aged))
     return reply
 
 
-class S3Handler(socketserver.StreamRequestHandler):
+class Handler(socketserver.StreamRequestHandler):
     """One connection: reads requests, applies faults, writes answers."""
     disable_nagle_algorithm = True
     last = False
@@ -615,7 +635,7 @@ class S3Handler(socketserver.StreamRequestHandler):
 
     def serve(self, api):
         try:
-            req = self.read_request(api.buckets)
+            req = self.read_request(api)
         except ValueError:
             self.wfile.write(b"HTTP/1.1 400 Bad Request\r\nx-amz-request-id: 0\r\n"
                              b"Content-Length: 0\r\nConnection: close\r\n\r\n")
@@ -632,7 +652,7 @@ class S3Handler(socketserver.StreamRequestHandler):
             raise ConnectionError
         self.send(req, reply, formatdate(api.now(), usegmt=True), fault)
 
-    def read_request(self, buckets):
+    def read_request(self, api):
         line = self.rfile.readline(65536)
         if not line:
             raise ConnectionError
@@ -646,7 +666,7 @@ class S3Handler(socketserver.StreamRequestHandler):
             headers[name] = headers[name] + "," + value if name in headers else value
         self.last = version == "HTTP/1.0" or "close" in headers.get(
             "connection", "").lower()
-        return S3Request(method, target, headers, self.read_body(headers), buckets)
+        return api.request(method, target, headers, self.read_body(headers))
 
     def read_body(self, headers):
         if headers.get("expect", "").lower() == "100-continue":
@@ -667,7 +687,7 @@ class S3Handler(socketserver.StreamRequestHandler):
             timer = threading.Timer(options["seconds"], api.act, (req,))
             timer.daemon = True
             timer.start()
-        canned = _canned_reply(kind, options, req)
+        canned = _canned_reply(api, kind, options, req)
         if canned:
             return canned
         if kind == "delay":
@@ -676,10 +696,12 @@ class S3Handler(socketserver.StreamRequestHandler):
             options["fn"](req)
         req.ignore = kind == "ignore"
         req.depth = options.get("depth", 1) if kind == "stale_list" else 0
+        if kind == "lag":
+            req.lag = options["seconds"]
         reply = api.act(req)
         if kind == "duplicate":
             api.act(req)
-        return _spoiled_reply(kind, options, req, reply, api.now())
+        return _spoiled_reply(api, kind, options, req, reply)
 
     def send(self, req, reply, date, fault):
         bare = req.method == "HEAD" and reply.status >= 300
@@ -708,18 +730,19 @@ class S3Handler(socketserver.StreamRequestHandler):
         self.connection.close()
 
 
-class S3Listener(socketserver.ThreadingTCPServer):
+class Listener(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 256
 
 
-class S3Server(S3Api):
-    """S3 on a loopback port, with a log of requests and faults to order. Of the faults
-    queued, the first that matches and has nothing left to skip takes a request."""
+class Loopback:
+    """What serves an API on a loopback port, with a log of requests and faults to
+    order. Of the faults queued, the first that matches and has nothing left to skip
+    takes a request."""
+    kinds = FAULTS
 
-    def __init__(self, port=0, **options):
-        super().__init__(**options)
+    def __init__(self, port=0):
         self.port, self.log, self.faults, self.listener = port, [], [], None
 
     @property
@@ -727,7 +750,7 @@ class S3Server(S3Api):
         return "http://127.0.0.1:%d" % self.port
 
     def start(self):
-        self.listener = S3Listener(("127.0.0.1", self.port), S3Handler)
+        self.listener = Listener(("127.0.0.1", self.port), Handler)
         self.listener.api, self.listener.live = self, set()
         # Kept, so that a server stopped and started again is found where it was.
         self.port = self.listener.server_address[1]
@@ -751,7 +774,7 @@ class S3Server(S3Api):
         self.stop()
 
     def fault(self, kind, method=None, key="", times=1, skip=0, **options):
-        if not isinstance(kind, int) and kind not in S3_FAULTS:
+        if not isinstance(kind, int) and kind not in self.kinds:
             raise ValueError("no such fault: %r" % (kind,))
         fault = SimpleNamespace(kind=kind, method=method, key=key, times=times,
                                 skip=skip, options=options)
@@ -760,13 +783,9 @@ class S3Server(S3Api):
         return fault
 
     def take_fault(self, req):
-        listing = req.query.get("list-type") and not req.key
-        subject = req.query.get("prefix", "") if listing else req.key
         with self.lock:
             for fault in self.faults:
-                if (fault.times < 1 or fault.method not in (None, req.method)
-                        or fault.key not in subject
-                        or fault.kind == "stale_list" and not listing):
+                if fault.times < 1 or not self.concerns(fault, req):
                     continue
                 if fault.skip < 1:
                     fault.times -= 1
@@ -774,12 +793,31 @@ class S3Server(S3Api):
                 fault.skip -= 1
         return SimpleNamespace(kind="", options={})
 
-    def count(self, method=None, key_contains=None):
-        return sum(method in (None, req.method) and (key_contains or "") in req.key
-                   for req in list(self.log))
+    def concerns(self, fault, req):
+        return (fault.method in (None, req.method) and fault.key in req.subject
+                and (fault.kind != "stale_list" or req.listing))
 
     def clear_log(self):
         self.log.clear()
+
+
+class S3Server(Loopback, S3Api):
+    kinds = FAULTS | {"region", "stale_list"}
+
+    def __init__(self, port=0, **options):
+        S3Api.__init__(self, **options)
+        Loopback.__init__(self, port)
+
+    def request(self, *parts):
+        return S3Request(*parts, buckets=self.buckets)
+
+    def refuse(self, status, req, headers=()):
+        code = S3_FAULT_CODES.get(status, "InternalError")
+        return S3Error(code, status=status, headers=headers).reply(req)
+
+    def count(self, method=None, key_contains=None):
+        return sum(method in (None, req.method) and (key_contains or "") in req.key
+                   for req in list(self.log))
 
     def body(self, key, bucket="bucket"):
         obj = self.objects.get((bucket, key))
