@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, quote_plus, unquote
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 from xml.sax.saxutils import escape
 import ast
 import base64
@@ -31,6 +31,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -124,7 +125,7 @@ class Request:
     was sent (0: nothing), `landed` says that a write took effect all the same. Faults
     look for their key in `subject`; `depth` writes and `lag` seconds are not seen."""
     status, landed, ignore, depth, lag = 0, False, False, 0, 0
-    listing, origin = False, ""
+    listing, origin, fault, options = False, "", "", {}
 
     def __init__(self, method, target, headers, body):
         self.id = uuid.uuid4().hex[:16].upper()
@@ -138,12 +139,15 @@ class Request:
 class S3Request(Request):
     def __init__(self, *args, buckets):
         super().__init__(*args)
-        self.bucket, self.key = _locate(self.headers.get("host", ""), self.path, buckets)
+        self.bucket, self.key = self.locate(buckets)
         self.listing = bool(self.query.get("list-type") and not self.key)
         self.subject = self.query.get("prefix", "") if self.listing else self.key
         if self.headers.get("x-amz-content-sha256") in STREAMING:
             self.body = _unchunk(io.BytesIO(self.body))
         self.body_size = len(self.body)
+
+    def locate(self, buckets):
+        return _locate(self.headers.get("host", ""), self.path, buckets)
 
 
 def _locate(host, path, buckets):
@@ -681,6 +685,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def respond(self, api, req, kind, options):
         """The answer, after acting on the request as far as the fault lets it."""
+        req.fault, req.options = kind, options
         if kind in ("refuse", "reset"):
             return None
         if kind == "late":
@@ -795,7 +800,8 @@ class Loopback:
 
     def concerns(self, fault, req):
         return (fault.method in (None, req.method) and fault.key in req.subject
-                and (fault.kind != "stale_list" or req.listing))
+                and (fault.kind != "stale_list" or req.listing)
+                and fault.options.get("origin") in (None, req.origin))
 
     def clear_log(self):
         self.log.clear()
@@ -1051,6 +1057,1115 @@ SIGV4_VECTORS = [
         "3bfa292879f6447bbcda7001decf97f4a54dc650c8942174ae0a9121cf58ad04",
         "aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404", 86400),
 ]
+
+
+# == A Hub of our own ==================================================
+#
+# Hugging Face Hub, CAS, origin of bytes and S3 gateway on loopback ports: strict,
+# with faults to order, and itself tried by the real clients (below). What it demands
+# and answers: hf-buckets.md 2-9, xet-upload.md 2-7.
+
+# -- Xet by the book ---------------------------------------------------
+#
+# Small and slow, and nothing of tracecraft's: the Hub derives every hash anew.
+
+B3_START, B3_END, B3_PARENT, B3_ROOT, B3_KEYED = 1, 2, 4, 8, 16
+B3_INIT = [int(word, 16) for word in "6a09e667 bb67ae85 3c6ef372 a54ff53a".split()]
+B3_ORDER = [2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8]
+B3_MIXES = [(0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
+            (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)]
+XET_KEYS = {name: bytes.fromhex(key) for name, key in {
+    "chunk": "6697f5775b9550de3135cbaca597181c9de421109beb2b58b4d0b04b93adf229",
+    "node": "017ec5c7a5472996fd946666b48a02e65ddd536f37c76dd2f86352e64a53713f",
+    "range": "7f1857d6ce56ed66127ff913e7a5c3f3a4cd26d5b5db49e64124987f28fb94c3",
+    "file": "00" * 32}.items()}
+XET_MIN, XET_MAX, XET_XORB = 8192, 131072, 64 << 20
+XET_EMPTY = "0" * 64
+XET_TAG = bytes.fromhex(
+    "48465265706f4d6574614461746100556967456a7b815783a5bdd95ccdd14aa9")
+XET_GEAR = struct.unpack(">256Q", base64.b85decode("""
+u!z&C=s@*ZR#M0JIqe|UMY4%$iHUNnYYK_gwvNYlHjh_6i+VA)9mY1?={DI*AbLzrRaDisq;#`JC?lH7
+I|ise9HY4skmrqTF9N#v;mIxc6%Cq-
+j+F&E5QfvOS}yeQxH<<Sr4Ou>pMZa^4s!$RfY{c7nXrD`6>zN&Xq_*$RsAq_002;e5uT)I#IS<~sE^Dj
+KCows_BTrX@t=pQhOKlq@)DoFzH7%eND)a_T$rTo00037l}CHUAG$Yy8l39PJMeGTW2BpHnP`5Og5!rv
+d7%b#s!-VD<gCx0ViEKpB_QV?hgXnsE7jBecp8eE0Nzc_-
+4V!h>ZvgtT8B9=+jNe$7ra3KuUDFl_8`A+hNk7(8wtX(%rC<V!y=(BHC`(I!S_OEEt$ylz#*i2y537ll
+mySi_q7;u9dLbVGKRKTd-
+E(H006d#hOZ|Kp%vET+lr8RNKby8m$KoR%*uPWR}<p_za@mGE3olkt>@?yVqLt*003~54TqIlisq3B6P
+{vky?1KYFWxw!`)dFn!u-I`$E0+)=6l2^y7uuF5bIr73CkZ_ZRc>&u(BEEmwik}0L;8NZl|qE%!Hi^-
+<LlDbEEHl0c!Vf$OqEXhP}Q1e=5nAY<U+j&^M@S#>E8M^YMIU9;#rStfnTgO{(UHby}G>PfA+{kb{2aT
+P&{LZs@I({Z<Es007zH5L4~go(4Oz(j42@2dj7SDgn~6>{S9)=42a0c>9#7M4S}H$59R&#=!OU001%zH
+ss3Vf_yV3EQ=Z~6lY%xNa{gECVSJSNsa95@sV%&g7pJlh9Vn(^fdd3oxaZJIB!YV>R9;7$PbT70F4=jl
+Kf=YZ8&gGy1$w>;4;ex(dWKQB8?&TtwjisV_dPnz$J;LMj)YcoTAQgr{~|}s^$Aw3=qnbD?APBCnx^sg
+s<&;qTd{C`Qob|P0i7)2Xyr#0040Rtux|IqO9n9#g}*%n35-2v?yRn!iEun-SLT8yP0yJLP$Ot?{LjGW
+>GMB000FOtNfT`z*x2zSjj+x3FuITmnGodk(c{B_&$A<ejZ|N61GduQVdj3e|uNazTtUsbmAlyZ`rIeB
+I#9!03(%rn%}=Zpd5XEBTK#&tD?tPxTB1_4IiM+>^>_n3$~?;eqgzgLo?l5pQ2_p!u>maKmoy{`$2#tR
+C5t0Wu;+-
+r41O%_Id)nhlI6HX>SqTXXa32001B&{HPSGjMl!9ExFiIX;F!`>8^@b?vzut3fc@P*!*6p8hC_WtA@WB
+8cL^U0073d$Yd4eCUX!MjtHVI?JW=+2aC!jJ3;M)vL>ke6Xqfk4=CIQqZRe*`*3Y0h!(?6GXc8J={Z}R
+yK()l04(VsE^-z~LWA2KE3?TQ*L_AB(y^wc;_MgXZtI3?xZu7(Is3$X-
+l1T`)hV3>e(Z+G(u_7VAsMX_pO~YWrp)wfVWNZYEK<(i_E^RjEwqObX{_CY008jT^PbD;J=NIBjW3jmi
+WqXDD*^R{@`9wq4tqTEfFSHF%NwDVW|Owyo>}7)007Pz%zT6EAj?-Z_D7sMb}qj+S=U-
+yAbb9TJ!v_0*L}efGo0Dgo2P?9gkpUIA$`RY>0eRlvU?gS{9bq#0M*TyF}r3hapRkSZFO@@epf2+2KyQ
+#qH|9#YUv+^zk<fK0xaF~Ts!K<2VtPz&B&9xM?q<rZ4iZFTo`@<clfR_tS5Y3k$h``5-
+Kc_TXnXXt<h;`007Tw=b8qa^TZ1JVBQe~AY&4GrIBaDVjbopY0-&I(TJ=a<|{`g5O6l)6-
+#G4006jOC{;Qg^6ySe7$a{z+1B1>5xMpPq5OGO`$v%+>xKOTFDZ?^z9&#Gv%dP_;{!rb#LZ?NL=$AwR0
+kL~0D`k@b@G@#u|<&s7W!uJ0vraMm`BR@DG=YsT1!$Pb6Yh&99O8d&O|XR>5kcKyp%3Q2EF=a@KA=Q5?
+7QP{=>2r(^1Z?0Im>K;1ogv^-
+Dm6Z$ji$004j4$h^GBzrCLG7v7uxs01)C@`X+kInGH}rRCVv|GDC%RyVqYRk^Jlo}ht?004^1^BEV4Na
+DZ9(EIy1i{qF<=t#Bb4kr>829}_U)ex5GOGG3p5dpdvXOiJM!Y+3YMKNfd7K!ija=XQB0I4b&e^yZJym
+ncTy`gwc#uP#0lKi-?2jMy_?J?w_lFR9YBTk)7k5Bb-yM2nq3zl%e3zj?3VwGB08UyPAWM6~j>Hq>%LH
+y+w&4}`uyV{pX+IpDJ00648{zygo8Fm{6oAqT?i;rG|L$<9}K3yFB6i6Z2>|7o!qOi@6`uE`er~9>k00
+02fx)PQf+CPvNgaNURaQ~2P<2qmK1t-;~z-
+e&jBG~71V0;tl$*XYRWIQ{p?WD%sioO!#?C&2z05j)`03^b)bgXjA26PRTPpJU39eOF7GCgAiv%`F{n9
+J(b$%f;{VR&<!pR4LNOGfpIZK4##uZ7H37o<Mex1*1QZp`da9h%$g`O32i6Ej--N?u^a^cC*X003!cP&
+RV3ouwTT6jZy1gfbozxx2^~`#o>At1sP+U@%_ojur}y%fCw$>6C2f002*8I2#bd2i3QMZ_G{*<)t=qYH
+ER1SFf@(N1%V*81qK=tI5-pV{OJ&)*912%!{i@IrsDSW5=lm!QB{p
+""".replace("\n", "")))
+
+
+def b3_compress(chain, words, counter, size, flags, ones=1):
+    """BLAKE3's compression; of many blocks side by side if `ones` has a 1 in every 64
+    bits and the other integers have a word there. The result is a chaining value."""
+    mask = ones * 0xffffffff
+    state = [*chain, *(word * ones for word in B3_INIT), counter, 0, size * ones,
+             flags * ones]
+    for _ in range(7):
+        for (a, b, c, d), x, y in zip(B3_MIXES, words[::2], words[1::2]):
+            for word, right, left in ((x, 16, 12), (y, 8, 7)):
+                state[a] = state[a] + state[b] + word & mask
+                mixed = state[d] ^ state[a]
+                state[d] = (mixed >> right | mixed << 32 - right) & mask
+                state[c] = state[c] + state[d] & mask
+                mixed = state[b] ^ state[c]
+                state[b] = (mixed >> left | mixed << 32 - left) & mask
+        words = [words[at] for at in B3_ORDER]
+    return [state[at] ^ state[at + 8] for at in range(8)]
+
+
+def _side_by_side(words):
+    return int.from_bytes(struct.pack("<%dQ" % len(words), *words), "little")
+
+
+def _apart(chain, count):
+    """The chaining values that are side by side in one."""
+    return list(zip(*(struct.unpack("<%dQ" % count, word.to_bytes(8 * count, "little"))
+                      for word in chain)))
+
+
+def b3_leaves(key, data, first=0, root=0):
+    """The chaining values of chunks of 1024 bytes, or of one that is shorter."""
+    count = len(data) // 1024 or 1
+    size = len(data) // count
+    blocks = -(-size // 64) or 1
+    words = struct.unpack("<%dI" % (count * blocks * 16),
+                          data.ljust(count * blocks * 64, b"\0"))
+    ones = _side_by_side([1] * count)
+    chain = [word * ones for word in key]
+    for block in range(blocks):
+        last = block == blocks - 1
+        flags = B3_KEYED | (B3_START if not block else 0) | (B3_END | root) * last
+        chain = b3_compress(
+            chain, [_side_by_side(words[block * 16 + at::blocks * 16])
+                    for at in range(16)], _side_by_side(range(first, first + count)),
+            size - 64 * block if last else 64, flags, ones)
+    return _apart(chain, count)
+
+
+def blake3_keyed(key, data):
+    """The 32 bytes of keyed BLAKE3."""
+    key, full = struct.unpack("<8I", key), max(0, len(data) - 1) // 1024
+    if not full:
+        return struct.pack("<8I", *b3_leaves(key, data, root=B3_ROOT)[0])
+    cut = full * 1024
+    level = b3_leaves(key, data[:cut]) + b3_leaves(key, data[cut:], full)
+    while len(level) > 1:
+        count, odd = divmod(len(level), 2)
+        words = [left + right for left, right in zip(level[::2], level[1::2])]
+        ones = _side_by_side([1] * count)
+        flags = B3_KEYED | B3_PARENT | (B3_ROOT if len(level) == 2 else 0)
+        level = _apart(b3_compress([word * ones for word in key],
+                                   [_side_by_side(row) for row in zip(*words)], 0, 64,
+                                   flags, ones), count) + level[len(level) - odd:]
+    return struct.pack("<8I", *level[0])
+
+
+def xet_string(raw):
+    return "%016x%016x%016x%016x" % struct.unpack("<4Q", raw)
+
+
+def xet_raw(string):
+    if not re.fullmatch("[0-9a-f]{64}", string):
+        raise ValueError("not a hash: %r" % string)
+    return struct.pack("<4Q", *(int(string[at:at + 16], 16) for at in (0, 16, 32, 48)))
+
+
+def xet_cuts(data):
+    """The sizes of the chunks that data is cut into."""
+    sizes, start = [], 0
+    while start < len(data):
+        stop, h = min(start + XET_MAX, len(data)), 0
+        for at in range(start + XET_MIN - 65, stop):  # older bytes have left h
+            h = h * 2 + XET_GEAR[data[at]] & 2**64 - 1
+            if h < 2**48 and at + 1 >= start + XET_MIN:
+                stop = at + 1
+                break
+        sizes.append(stop - start)
+        start = stop
+    return sizes
+
+
+@functools.lru_cache(maxsize=4096)
+def xet_chunk_hash(chunk):
+    return blake3_keyed(XET_KEYS["chunk"], chunk)
+
+
+def xet_root(entries):
+    """The merkle root of (raw hash, size) pairs."""
+    while len(entries) > 1:
+        level, at = [], 0
+        while at < len(entries):
+            end = _group_end(entries, at)
+            text = "".join("%s : %d\n" % (xet_string(raw), size)
+                           for raw, size in entries[at:end])
+            level.append((blake3_keyed(XET_KEYS["node"], text.encode()),
+                          sum(size for _, size in entries[at:end])))
+            at = end
+        entries = level
+    return entries[0][0]
+
+
+def _group_end(entries, at):
+    if len(entries) - at <= 2:
+        return len(entries)
+    last = min(at + 9, len(entries))
+    return next((end for end in range(at + 3, last) if not entries[end - 1][0][24] & 3),
+                last)
+
+
+def xet_of_chunks(entries):
+    """The hash string of the file that has these chunks, as (raw hash, size)."""
+    if not entries:
+        return XET_EMPTY
+    return xet_string(blake3_keyed(XET_KEYS["file"], xet_root(entries)))
+
+
+def xet_split(data):
+    ends = list(itertools.accumulate(xet_cuts(data)))
+    return [data[start:end] for start, end in zip([0] + ends, ends)]
+
+
+@functools.lru_cache(maxsize=1024)
+def xet_of(data):
+    """The hash string of a file: its xetHash, and its ETag at the gateway."""
+    return xet_of_chunks([(xet_chunk_hash(chunk), len(chunk))
+                          for chunk in xet_split(data)])
+
+
+class Xorb:
+    """Chunks in one body, as clients store them; `ends` are offsets in it."""
+
+    def __init__(self, chunks):
+        self.chunks = chunks
+        self.entries = [(xet_chunk_hash(chunk), len(chunk)) for chunk in chunks]
+        self.hash = xet_string(xet_root(self.entries))
+        heads = ((len(chunk) << 8 | len(chunk) << 40).to_bytes(8, "little")
+                 for chunk in chunks)
+        self.body = b"".join(head + chunk for head, chunk in zip(heads, chunks))
+        self.ends = [0, *itertools.accumulate(len(chunk) + 8 for chunk in chunks)]
+
+    @classmethod
+    def read(cls, body):
+        chunks, at = [], 0
+        while at < len(body):
+            head = int.from_bytes(body[at:at + 8], "little")
+            size, scheme, raw = head >> 8 & 0xffffff, head >> 32 & 255, head >> 40
+            if head & 255 or scheme or not 0 < size == raw <= XET_MAX:
+                raise ValueError("a chunk that is not plain: %016x" % head)
+            chunks.append(body[at + 8:at + 8 + size])
+            at += 8 + size
+        if at != len(body) or not 0 < len(chunks) <= 8192 or at > XET_XORB:
+            raise ValueError("a xorb of %d bytes, %d chunks" % (len(body), len(chunks)))
+        return cls(chunks)
+
+
+def read_shard(body):
+    """The files and xorbs that a shard in upload form tells of."""
+    tag, version, footer = struct.unpack_from("<32sQQ", body)
+    if tag != XET_TAG or version != 2 or footer % 8 or len(body) % 48 and not footer:
+        raise ValueError("not the head of a shard")
+    rows = iter([body[at:at + 48] for at in range(48, len(body) - footer, 48)])
+    bookend = b"\xff" * 32 + bytes(16)
+    files, xorbs = [], []
+    for row in iter(lambda: _row(rows), bookend):
+        name, flags, count, zero = struct.unpack("<32sIIQ", row)
+        terms = [struct.unpack("<32s4I", _row(rows)) for _ in range(count)]
+        checks = [_row(rows)[:32] for _ in range(count) if flags >> 31]
+        digest = _row(rows)[:32] if flags >> 30 & 1 else None
+        if zero or any(term[1] for term in terms) or len(checks) != count:
+            raise ValueError("a file of a shard is not as it should be")
+        files.append(SimpleNamespace(hash=xet_string(name), terms=terms, checks=checks,
+                                     sha256=digest))
+    for row in iter(lambda: _row(rows), bookend):
+        name, flags, count, size, stored = struct.unpack("<32s4I", row)
+        xorbs.append(SimpleNamespace(
+            hash=xet_string(name), size=size, stored=stored,
+            chunks=[struct.unpack("<32s4I", _row(rows)) for _ in range(count)]))
+    if next(rows, None) is not None:
+        raise ValueError("a shard goes on after its end")
+    return files, xorbs
+
+
+def _row(rows):
+    for row in rows:
+        return row
+    raise ValueError("a shard ends before its end")
+
+
+# -- what all of its origins share -------------------------------------
+
+
+class HubError(Exception):
+    def __init__(self, status, message, code=None, headers=(), **fields):
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, dict(headers)
+        self.fields = fields
+
+    def reply(self):
+        told = {"X-Error-Message": str(self).replace("\n", " ")}
+        if self.code:
+            told["X-Error-Code"] = self.code
+        return _json({"error": str(self), **self.fields}, self.status,
+                     {**told, **self.headers})
+
+
+def _json(doc, status=200, headers=()):
+    return S3Reply(status, {"Content-Type": "application/json; charset=utf-8",
+                            **dict(headers)}, json.dumps(doc).encode())
+
+
+def _ms(when):
+    return _iso(when, ".%03dZ" % (when % 1 * 1000))
+
+
+def _name_trouble(path):
+    """What is wrong with the path of a file in a bucket, or None."""
+    if not path or path[0] == "/" or path[-1] == "/" or "//" in path:
+        return "a slash too many"
+    if path.startswith("./") or path.endswith("..") or "../" in path:
+        return "a step up or to nowhere"
+    return "a backslash or NUL" if set("\\\0") & set(path) else None
+
+
+class HubRequest(Request):
+    """A request to the Hub, the CAS below its /cas, or the origin of bytes: the same
+    port, under another name."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.parts = [unquote(part) for part in self.path.split("/")[1:]]
+        if self.headers.get("host", "").startswith("localhost"):
+            self.origin = "bytes"
+        elif self.parts[0] == "cas" or self.parts[-1] == "telemetry":
+            self.origin = "cas"
+        else:
+            self.origin = "hub"
+        self.listing = "tree" in self.parts[4:5]
+        named = self.body if self.parts[-1] in ("batch", "paths-info") else b""
+        self.subject = "\n".join(["/".join(self.parts), named.decode("latin-1")])
+        scheme, _, token = self.headers.get("authorization", "").partition(" ")
+        self.bearer = token.strip() if scheme.lower() == "bearer" else None
+
+
+class HubStore(S3Store):
+    """The files of every bucket, what hashes stand for, and who changed what when."""
+
+    def __init__(self):
+        super().__init__()
+        self.contents, self.changes, self.updated = {XET_EMPTY: b""}, [], {}
+        self.news = threading.Condition(self.lock)
+
+    def _set(self, where, obj):
+        old = self.objects.get(where)
+        super()._set(where, obj)
+        if obj:
+            self.contents[obj.etag.strip('"')] = obj.body
+        if obj or old:
+            self.note(where[0], where[1], old, obj)
+
+    def note(self, bucket, path, old, obj):
+        now = time.time()
+        self.updated[bucket] = now
+        op = "delete" if not obj else "update" if old else "add"
+        change = {"path": path, "op": op}
+        if obj:
+            change.update(size=len(obj.body), xetHash=obj.etag.strip('"'),
+                          uploadedAt=_ms(obj.modified))
+        self.changes.append((bucket, now, change))
+        self.news.notify_all()
+
+
+class Limits:
+    """What is left to an account in the window, for each class of URL."""
+
+    def __init__(self, quota, window):
+        self.quota = dict.fromkeys(("api", "resolvers", "pages"), 100000)
+        self.quota.update(quota)
+        self.window, self.used, self.lock = window, {}, threading.Lock()
+
+    def charge(self, account, path):
+        """Whether one more request may pass, and the headers that tell of it."""
+        kind = "resolvers" if "/resolve/" in path else "pages"
+        kind = "api" if path.startswith("/api/") else kind
+        now, most = time.monotonic(), self.quota[kind]
+        with self.lock:
+            begun, used = self.used.get((account, kind), (now, 0))
+            if now >= begun + self.window:
+                begun, used = now, 0
+            self.used[account, kind] = begun, used + 1
+        rest = math.ceil(begun + self.window - now)
+        return used < most, {
+            "RateLimit": '"%s";r=%d;t=%d' % (kind, max(0, most - used - 1), rest),
+            "RateLimit-Policy": '"fixed window";"%s";q=%d;w=%d' % (
+                kind, most, math.ceil(self.window))}
+
+
+# -- the Hub -----------------------------------------------------------
+
+
+class HubApi:
+    """Buckets, their trees and files (hf-buckets.md 2, 3)."""
+
+    def __init__(self, hub):
+        self.hub, self.store = hub, hub.store
+
+    def act(self, req):
+        allowed, told = self.hub.limits.charge(req.bearer, req.path)
+        try:
+            if not allowed:
+                raise HubError(429, "We had to rate limit you")
+            reply = self.route(req)
+        except HubError as error:
+            reply = error.reply()
+        return reply._replace(headers={**told, **reply.headers})
+
+    def route(self, req):
+        """The answer of the method named after the verb and the last fixed word."""
+        parts = req.parts
+        if parts[:2] == ["api", "buckets"] and len(parts) > 2:
+            space = self.user(req) if parts[2] == "me" else parts[2]
+            name, rest = "/".join([space] + parts[3:4]), parts[5:]
+            word = parts[4].replace("-", "_") if parts[4:] else "bucket"
+            word = word if parts[3:] else "buckets"
+        elif parts[0] == "buckets" and parts[3:4] == ["resolve"]:
+            name, word, rest = "/".join(parts[1:3]), "resolve", parts[4:]
+        else:
+            name, word, rest = "", "_".join(parts[1:]).replace("-", "_"), ()
+        act = getattr(self, "%s_%s" % (req.method.lower(), word), None)
+        if not act:
+            raise HubError(404, "Sorry, we can't find the page you are looking for.")
+        return act(req, name, "/".join(rest))
+
+    # rights
+
+    def user(self, req):
+        """The name behind the token; None for a request without one."""
+        if req.bearer is None:
+            return None
+        if req.bearer not in self.hub.accounts:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return self.hub.accounts[req.bearer][0]
+
+    def member(self, req, space):
+        user = self.user(req)
+        return bool(user) and space in (user, *self.hub.orgs.get(user, ()))
+
+    def bucket(self, req, name, write=False):
+        """The bucket, if the request may have it."""
+        found, member = self.hub.buckets.get(name), self.member(req, name.split("/")[0])
+        if not found or found.private and not member:
+            raise HubError(404 if req.bearer else 401, "Repository not found",
+                           "RepoNotFound")
+        if write:
+            self.may_write(req, name)
+        return found
+
+    def may_write(self, req, name):
+        if self.user(req) is None:
+            raise HubError(401, "Invalid username or password.")
+        if (not self.member(req, name.split("/")[0]) or req.fault == "scope"
+                or self.hub.accounts[req.bearer][1] != "write"):
+            raise HubError(403, "Forbidden: you don't have the required permissions to"
+                           " perform this action on %s" % name)
+
+    # accounts and buckets
+
+    def get_whoami_v2(self, req, name, rest):
+        user = self.user(req)
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        return _json({"type": "user", "name": user, "fullname": user.title(),
+                      "orgs": [{"type": "org", "name": org, "roleInOrg": "write"}
+                               for org in self.hub.orgs.get(user, ())],
+                      "auth": {"type": "access_token", "accessToken": {
+                          "displayName": "test", "role": self.hub.accounts[
+                              req.bearer][1]}}})
+
+    def post_bucket(self, req, name, rest):
+        self.may_write(req, name)
+        wanted = json.loads(req.body or b"{}")
+        url = "%s/buckets/%s" % (self.hub.url, name)
+        if wanted.get("visibility") not in (None, "public", "private"):
+            raise HubError(400, "no such visibility")
+        with self.store.lock:
+            if name in self.hub.buckets:
+                raise HubError(409, "You already created this bucket repo", url=url)
+            self.hub.bucket(name, wanted.get("visibility") == "private")
+        return _json({"url": url, "id": name})
+
+    def told(self, bucket):
+        files = self.store.view(bucket.id).values()
+        return {"id": bucket.id, "private": bucket.private, "size": sum(
+            len(obj.body) for obj in files), "totalFiles": len(files),
+                "createdAt": _ms(bucket.created),
+                "updatedAt": _ms(self.store.updated[bucket.id])}
+
+    def get_bucket(self, req, name, rest):
+        return _json(self.told(self.bucket(req, name)))
+
+    def get_buckets(self, req, space, rest):
+        sought = req.query.get("search", "")
+        return _json([self.told(bucket) for bucket in list(self.hub.buckets.values())
+                      if bucket.id.startswith(space + "/") and sought in bucket.id
+                      and (not bucket.private or self.member(req, space))])
+
+    def delete_bucket(self, req, name, rest):
+        self.bucket(req, name, write=True)
+        for path in self.store.view(name):
+            self.store.write((name, path), None)
+        self.hub.buckets.pop(name, None)
+        return S3Reply(200)
+
+    def put_settings(self, req, name, rest):
+        self.bucket(req, name, write=True).private = json.loads(req.body)["private"]
+        return S3Reply(200)
+
+    def post_repos_move(self, req, _, rest):
+        wanted = json.loads(req.body)
+        old, new = wanted["fromRepo"], wanted["toRepo"]
+        self.bucket(req, old, write=True)
+        self.may_write(req, new)
+        if wanted["type"] != "bucket" or new in self.hub.buckets:
+            raise HubError(409, "cannot move there")
+        self.hub.bucket(new, self.hub.buckets.pop(old).private)
+        for path, obj in self.store.view(old).items():
+            self.store.write((new, path), obj)
+            self.store.write((old, path), None)
+        return S3Reply(200)
+
+    def get_xet_write_token(self, req, name, rest):
+        self.bucket(req, name, write=True)
+        return self.xet_token(name, "write")
+
+    def get_xet_read_token(self, req, name, rest):
+        self.bucket(req, name)
+        return self.xet_token(name, "read")
+
+    def xet_token(self, name, scope):
+        token, ends = self.hub.issue(name, scope)
+        where = self.hub.url + "/cas"
+        return _json({"accessToken": token, "exp": int(ends), "casUrl": where},
+                     headers={"X-Xet-Access-Token": token, "X-Xet-Cas-Url": where,
+                              "X-Xet-Token-Expiration": int(ends)})
+
+    # trees
+
+    def get_tree(self, req, name, prefix):
+        bucket = self.bucket(req, name)
+        if req.path.endswith("/"):
+            return S3Reply(307, {"Location": req.path.rstrip("/")})
+        rows = self.rows(self.store.view(bucket.id, req.depth,
+                                         req.lag or self.hub.list_lag), prefix,
+                         req.query.get("recursive", "true") != "false")
+        after = base64.urlsafe_b64decode(req.query.get("cursor", "")).decode()
+        rows = [row for row in rows if row["path"] > after]
+        most = min(int(req.query.get("limit", self.hub.page)), self.hub.page)
+        if not 0 < most <= 5000:
+            raise HubError(400, "limit must be from 1 to 5000")
+        return _json(rows[:most], headers=self.following(req, rows, most))
+
+    def following(self, req, rows, most):
+        if len(rows) <= most:
+            return {}
+        cursor = base64.urlsafe_b64encode(rows[most - 1]["path"].encode()).decode()
+        query = urlencode({**req.query, "cursor": cursor})
+        return {"Link": '<%s%s?%s>; rel="next"' % (self.hub.url, req.path, query)}
+
+    def rows(self, view, prefix, recursive):
+        """The entries below a directory, by path."""
+        base, found = prefix + "/" if prefix else "", {}
+        for path, obj in sorted(view.items()):
+            if not path.startswith(base):
+                continue
+            cut = path.find("/", len(base))
+            if recursive or cut < 0:
+                found[path] = self.entry(path, obj)
+                continue
+            newest = max(_ms(obj.modified), found.get(path[:cut], {}).get(
+                "uploadedAt", ""))
+            found[path[:cut]] = {"type": "directory", "path": path[:cut],
+                                 "uploadedAt": newest}
+        return [found[path] for path in sorted(found)]
+
+    def entry(self, path, obj):
+        row = {"type": "file", "path": path, "size": len(obj.body),
+               "xetHash": obj.etag.strip('"'), "uploadedAt": _ms(obj.modified)}
+        if getattr(obj, "mtime", None) is not None:
+            row["mtime"] = _ms(obj.mtime / 1000)
+        if "content-type" in obj.headers:
+            row["contentType"] = obj.headers["content-type"]
+        return row
+
+    def post_paths_info(self, req, name, rest):
+        bucket, form = self.bucket(req, name), req.headers.get("content-type", "")
+        if form.startswith("application/json"):
+            paths = json.loads(req.body)["paths"]
+        else:
+            pairs = parse_qsl(req.body.decode(), keep_blank_values=True)
+            paths = [value for key, value in pairs if key == "paths"]
+        if not isinstance(paths, list) or len(paths) > 2000:
+            raise HubError(400, "paths must be a list of at most 2000")
+        view = self.store.view(bucket.id, req.depth, req.lag or self.hub.read_lag)
+        return _json([row for path in paths for row in self.named(view, path)])
+
+    def named(self, view, path):
+        if path in view:
+            return [self.entry(path, view[path])]
+        inside = [obj.modified for name, obj in view.items()
+                  if name.startswith(path + "/")]
+        return [{"type": "directory", "path": path, "uploadedAt": _ms(max(inside))}
+                ] if inside else []
+
+    # bytes
+
+    def get_resolve(self, req, name, path):
+        bucket = self.bucket(req, name)
+        obj = self.store.read((bucket.id, path), req.lag or self.hub.read_lag)
+        if not obj:
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        told, tag = self.metadata(name, path, obj), obj.etag.strip('"')
+        if req.headers.get("accept") == "application/vnd.xet-fileinfo+json":
+            return _json({"hash": tag, "size": len(obj.body)}, headers=told)
+        if len(obj.body) <= self.hub.direct:
+            return _ranged(req, obj.body, told)
+        where = self.hub.signed("/files/" + tag)
+        return S3Reply(302, {**told, "Location": where, "Content-Type": "text/plain"},
+                       b"Found. Redirecting to " + where.encode())
+
+    head_resolve = get_resolve
+
+    def metadata(self, name, path, obj):
+        api = "%s/api/buckets/%s/xet-read-token" % (self.hub.url, name)
+        info = "%s/cas/v1/reconstructions/%s" % (self.hub.url, obj.etag.strip('"'))
+        return {"X-Xet-Hash": obj.etag.strip('"'), "X-Linked-Size": len(obj.body),
+                "X-Linked-Etag": obj.etag, "ETag": obj.etag, "Accept-Ranges": "bytes",
+                "Content-Type": obj.headers.get("content-type",
+                                                "application/octet-stream"),
+                "Link": '<%s>; rel="xet-auth", <%s>; rel="xet-reconstruction-info"' % (
+                    api, info)}
+
+    # writing
+
+    def post_batch(self, req, name, rest):
+        bucket = self.bucket(req, name, write=True)
+        if req.headers.get("content-type") != "application/x-ndjson":
+            raise HubError(400, "expecting application/x-ndjson")
+        try:
+            acts = [json.loads(line) for line in req.body.splitlines() if line.strip()]
+        except ValueError:
+            raise HubError(400, "not JSON, one object per line") from None
+        if not 0 < len(acts) <= 1000:
+            raise HubError(400, "from 1 to 1000 operations")
+        failed = []
+        with self.store.lock:
+            for act in acts:
+                trouble = self.trouble(req, act)
+                if trouble:
+                    failed.append({"path": act.get("path"), "error": trouble})
+                else:
+                    self.apply(bucket, act)
+        done = len(acts) - len(failed)
+        return _json({"success": not failed, "processed": len(acts), "succeeded": done,
+                      "failed": failed}, 200 if done else 422)
+
+    def trouble(self, req, act):
+        """Why one operation of a batch is not carried out, or None."""
+        path, kind, wanted = act.get("path"), act.get("type"), req.options.get("paths")
+        if not isinstance(path, str) or _name_trouble(path):
+            return "Invalid path: %s" % _name_trouble(path or "")
+        if req.fault == "invalid" or req.fault == "failed" and (
+                not wanted or any(part in path for part in wanted)):
+            return "Internal error, please try again"
+        if kind == "deleteFile":
+            return None
+        if kind not in ("addFile", "copyFile"):
+            return "no such operation"
+        if act.get("xetHash") not in self.store.contents:
+            return "unknown xetHash"
+        if type(act.get("mtime", 0)) is not int or act.get("size") not in (
+                None, len(self.store.contents[act["xetHash"]])):
+            return "mtime or size is wrong"
+        if kind == "copyFile" and act.get("sourceRepoType") != "bucket":
+            return "unknown source"
+        if kind == "copyFile":
+            self.bucket(req, act.get("sourceRepoId", ""))
+        return None
+
+    def apply(self, bucket, act):
+        if act["type"] == "deleteFile":
+            self.store.write((bucket.id, act["path"]), None)
+            return
+        kind = act.get("contentType")
+        self.store.write((bucket.id, act["path"]), SimpleNamespace(
+            body=self.store.contents[act["xetHash"]], etag='"%s"' % act["xetHash"],
+            modified=time.time(), mtime=act.get("mtime"),
+            headers={"content-type": kind} if kind else {}))
+
+    # events
+
+
+def _ranged(req, body, headers):
+    """A whole body or the part that a Range asks for."""
+    try:
+        span = _byte_range(req.headers.get("range"), len(body))
+    except S3Error as error:
+        return S3Reply(416, error.headers)
+    if not span:
+        return S3Reply(200, headers, body)
+    where = "bytes %d-%d/%d" % (span[0], span[1] - 1, len(body))
+    return S3Reply(206, {**headers, "Content-Range": where}, body[slice(*span)])
+
+
+# -- the CAS and the origin of bytes -----------------------------------
+
+
+class CasApi:
+    """Xorbs and shards, every hash of them derived anew (xet-upload.md 4-7)."""
+
+    def __init__(self, hub):
+        self.hub, self.store = hub, hub.store
+        self.xorbs, self.files, self.grants = {}, {XET_EMPTY: []}, {}
+
+    def act(self, req):
+        if req.parts[-1] == "telemetry":
+            return S3Reply(200)
+        _, version, what, *rest = req.parts
+        name = "%s_%s" % (req.method.lower(), what.replace("-", "_"))
+        act = getattr(self, name, None)
+        if not act:
+            raise HubError(404, "no such route")
+        self.check_rights(req, write=req.method in ("POST", "PUT"))
+        try:
+            return act(req, version, rest)
+        except (ValueError, struct.error) as error:
+            raise HubError(400, str(error)) from None
+
+    def check_rights(self, req, write):
+        bucket, scope, ends = self.hub.xet_tokens.get(req.bearer, ("", "", 0))
+        if ends <= self.hub.now() or req.fault == "expired":
+            raise HubError(401, "Unauthorized")
+        if write and scope != "write" or req.fault == "scope":
+            raise HubError(403, "Forbidden: the token is for reading")
+
+    # xorbs
+
+    def post_xorbs(self, req, version, rest):
+        prefix, name = rest
+        xorb = Xorb.read(req.body)
+        if xorb.hash != name or prefix != "default":
+            raise ValueError("that xorb is %s, not %s" % (xorb.hash, name))
+        return _json({"was_inserted": self.keep(xorb)})
+
+    def keep(self, xorb):
+        with self.store.lock:
+            return self.xorbs.setdefault(xorb.hash, xorb) is xorb
+
+    def head_xorbs(self, req, version, rest):
+        return S3Reply(200 if rest[1] in self.xorbs else 404)
+
+    def get_chunks(self, req, version, rest):
+        return S3Reply(404)  # what anybody else has stored is not told
+
+    def post_xorb_grants(self, req, version, rest):
+        return S3Reply(404)
+
+    # shards
+
+    def post_shards(self, req, version, rest):
+        if version == "v2" and not self.hub.shards_v2:
+            return S3Reply(404)
+        files, xorbs = read_shard(req.body)
+        for told in xorbs:
+            self.check_xorb(told)
+        fresh = [file for file in files if self.keep_file(file)]
+        if version == "v1":
+            return _json({"result": int(bool(fresh))})
+        frames = [{"type": "validating", "verified": len(files), "total": len(files)},
+                  {"type": "committing", "stage": "uploading"}, {"type": "result"}]
+        return S3Reply(200, {"Content-Type": "application/x-ndjson"}, b"".join(
+            json.dumps(frame).encode() + b"\n" for frame in frames))
+
+    def stored(self, name):
+        if name not in self.xorbs:
+            raise ValueError("xorb %s was not sent before its shard" % name)
+        return self.xorbs[name]
+
+    def check_xorb(self, told):
+        xorb = self.stored(told.hash)
+        sizes = [size for _, size in xorb.entries]
+        starts = [0, *itertools.accumulate(sizes)]
+        wanted = [(raw, start, size, 0, 0)
+                  for (raw, size), start in zip(xorb.entries, starts)]
+        if told.chunks != wanted or told.size != sum(sizes) or told.stored not in (
+                0, len(xorb.body)):
+            raise ValueError("xorb %s is not as the shard says" % told.hash)
+
+    def keep_file(self, file):
+        """Whether the file was unknown, its hashes having proved right."""
+        pieces = []
+        for (raw, _, size, first, end), check in zip(file.terms, file.checks):
+            xorb = self.stored(xet_string(raw))
+            part = xorb.entries[first:end]
+            if not 0 <= first < end <= len(xorb.entries) or size != sum(
+                    size for _, size in part):
+                raise ValueError("a term that is not in its xorb")
+            if check != blake3_keyed(XET_KEYS["range"], b"".join(
+                    raw for raw, _ in part)):
+                raise ValueError("a term with another range hash")
+            pieces += [(xorb, at) for at in range(first, end)]
+        if xet_of_chunks([xorb.entries[at] for xorb, at in pieces]) != file.hash:
+            raise ValueError("that file is not %s" % file.hash)
+        return self.keep_pieces(file, pieces)
+
+    def keep_pieces(self, file, pieces):
+        body = b"".join(xorb.chunks[at] for xorb, at in pieces)
+        # Read as a hash string, so every eight bytes are turned round.
+        words = struct.unpack(">4Q", hashlib.sha256(body).digest())
+        digest = struct.pack("<4Q", *words)
+        if file.sha256 not in (None, digest):
+            raise ValueError("that file has another SHA-256")
+        if xet_cuts(body) != [len(xorb.chunks[at]) for xorb, at in pieces]:
+            self.hub.violations.append("%s is not cut as it should be" % file.hash)
+        with self.store.lock:
+            self.store.contents[file.hash] = body
+            return self.files.setdefault(file.hash, pieces) is pieces
+
+    # reading
+
+    def pieces(self, name):
+        """The chunks of a file, as (xorb, number); of one put at the gateway too."""
+        if name not in self.store.contents:
+            raise HubError(404, "no such file")
+        with self.store.lock:
+            if name not in self.files:
+                xorb = Xorb(xet_split(self.store.contents[name]))
+                self.keep(xorb)
+                self.files[name] = [(xorb, at) for at in range(len(xorb.chunks))]
+        return self.files[name]
+
+    def head_files(self, req, version, rest):
+        return S3Reply(200 if rest[0] in self.store.contents else 404)
+
+    def get_reconstructions(self, req, version, rest):
+        if version == "v2" and not self.hub.reconstructions_v2:
+            return S3Reply(404)
+        pieces = self.pieces(rest[0])
+        try:
+            span = _byte_range(req.headers.get("range"), len(
+                self.store.contents[rest[0]]))
+        except S3Error:
+            return S3Reply(416)
+        skipped, runs = _runs(pieces, *(span or (0, 1 << 62)))
+        told = {"offset_into_first_range": skipped, "terms": [
+            {"hash": xorb.hash, "unpacked_length": sum(map(len, xorb.chunks[a:b])),
+             "range": {"start": a, "end": b}} for xorb, a, b in runs]}
+        where = collections.defaultdict(list)
+        for xorb, a, b in runs:
+            where[xorb.hash].append(self.place(version, xorb, a, b))
+        return _json({**told, "fetch_info" if version == "v1" else "xorbs": where})
+
+    def place(self, version, xorb, a, b):
+        url = self.hub.signed("/xorbs/" + xorb.hash)
+        chunks = {"start": a, "end": b}
+        span = {"start": xorb.ends[a], "end": xorb.ends[b] - 1}
+        if version == "v1":
+            return {"range": chunks, "url": url, "url_range": span}
+        return {"url": url, "ranges": [{"chunks": chunks, "bytes": span}]}
+
+
+def _runs(pieces, start, stop):
+    """Where the bytes from start to stop are: how many to skip in the first chunk, and
+    runs of chunks as [xorb, first, end]."""
+    runs, at, skipped = [], 0, 0
+    for xorb, nth in pieces:
+        size = len(xorb.chunks[nth])
+        if at + size > start and at < stop:
+            skipped = skipped if runs else start - at
+            if runs and runs[-1][0] is xorb and runs[-1][2] == nth:
+                runs[-1][2] += 1
+            else:
+                runs.append([xorb, nth, nth + 1])
+        at += size
+    return skipped, runs
+
+
+class BytesApi:
+    """Files and xorbs by signed URL; a stranger to every credential."""
+
+    def __init__(self, hub):
+        self.hub = hub
+
+    def act(self, req):
+        kind, name = (req.parts + [""])[:2]
+        if req.query.get("sig") != self.hub.signature(req.path):
+            raise HubError(403, "that URL was not signed by us")
+        if req.method not in ("GET", "HEAD"):
+            raise HubError(405, "only for reading")
+        if kind == "files":
+            body = self.hub.store.contents[name]
+        else:
+            body = self.hub.cas.xorbs[name].body
+        return _ranged(req, body, {"ETag": '"%s"' % name, "Accept-Ranges": "bytes",
+                                   "Content-Type": "application/octet-stream"})
+
+
+# -- the gateway -------------------------------------------------------
+
+
+class GatewayRequest(S3Request):
+    """A request to /{namespace}/{bucket}/{key}; the bucket is the first two."""
+    origin = "gateway"
+
+    def locate(self, buckets):
+        parts = unquote(self.path[1:], errors="strict").split("/", 2)
+        return "/".join(parts[:2]), parts[2] if len(parts) > 2 else ""
+
+
+class HubGateway(S3Server):
+    """The S3 gateway (hf-buckets.md 8), on the store of the Hub."""
+
+    def __init__(self, hub, **options):
+        super().__init__(access_key=hub.keys[0], secret_key=hub.keys[1],
+                         conditional_get=False, **options)
+        self.hub, self.store, self.objects = hub, hub.store, hub.store.objects
+        self.lock, self.buckets = hub.store.lock, hub.buckets
+        self.log, self.faults = hub.log, hub.faults
+
+    def request(self, *parts):
+        req = GatewayRequest(*parts, buckets=self.buckets)
+        req.lag = self.hub.list_lag if req.listing else self.hub.read_lag
+        self.hub.watch(req)
+        return req
+
+    def route(self, req):
+        if "aws-chunked" in req.headers.get("content-encoding", "") or req.headers.get(
+                "x-amz-content-sha256") in STREAMING:
+            raise S3Error("NotImplemented", "aws-chunked is not parsed here")
+        if req.bucket.split("/")[0] not in self.hub.spaces():
+            raise S3Error("AccessDenied")
+        if req.key and req.method in ("PUT", "POST") and _name_trouble(req.key):
+            raise S3Error("InvalidArgument", _name_trouble(req.key))
+        if req.query.get("delimiter", "/") != "/":
+            raise S3Error("InvalidArgument", "only / is a delimiter here")
+        return super().route(req)
+
+    def write(self, req, body, headers, etag=None):
+        return super().write(req, body, headers, xet_of(body))
+
+    def kept_headers(self, req):
+        return {"content-type": req.headers.get("content-type",
+                                                "application/octet-stream")}
+
+    def copy(self, req):
+        """Only within a namespace, from a source that is not percent-encoded; what the
+        request says of the target is ignored."""
+        space, source = req.bucket.split("/")[0], req.headers["x-amz-copy-source"]
+        place = source.lstrip("/")
+        if "%s/%s" % (space, place.partition("/")[0]) in self.buckets:
+            place = "%s/%s" % (space, place)
+        if not place.startswith(space + "/"):
+            raise S3Error("NotImplemented", "only within one namespace")
+        _, name, key = (place.split("/", 2) + ["", ""])[:3]
+        old = self.find("%s/%s" % (space, name), key)
+        if not _etag_listed(req.headers.get("x-amz-copy-source-if-match", "*"),
+                            old.etag):
+            raise S3Error("PreconditionFailed")
+        req.ignore = True
+        new = self.write(req, old.body, old.headers)
+        return _xml_reply("CopyObjectResult", _tags(
+            ETag=new.etag, LastModified=_iso(new.modified)))
+
+    def get_key(self, req):
+        reply = super().get_key(req)
+        agent = req.headers.get("user-agent", "").lower()
+        if req.method == "HEAD" or any(name in agent for name in (
+                "aws-cli", "botocore", "aws-sdk-rust")):
+            return reply
+        etag = reply.headers["ETag"]
+        told = {"ETag": etag} if self.hub.redirect_etag else {}
+        return S3Reply(302, {**told, "Location": self.hub.signed(
+            "/files/" + etag.strip('"'))})
+
+    head_key = get_key
+
+    def put_bucket(self, req):
+        with self.lock:
+            if req.bucket in self.buckets:
+                raise S3Error("BucketAlreadyOwnedByYou")
+            self.hub.bucket(req.bucket, False)
+        return S3Reply(200, {"Location": "/" + req.bucket})
+
+
+# -- all of it ---------------------------------------------------------
+
+
+class HubServer(Loopback):
+    """Hub, CAS, bytes and gateway over one store; at its end no secret may have been
+    where it does not belong.
+
+    direct: files up to that size come from resolve itself, without a redirect. page:
+    entries of a page of a tree at most. quota, window: requests by class of URL and
+    the seconds they are for. read_lag, list_lag: seconds that reading and listing are
+    behind, at the gateway too. token_life: seconds of a Xet token.
+    """
+    kinds = FAULTS | {"stale_list", "expired", "scope", "failed", "invalid"}
+
+    def __init__(self, port=0, user="alice", orgs=("team",), direct=-1, page=1000,
+                 quota=(), window=300, read_lag=0, list_lag=0, latency=0, skew=0,
+                 token_life=900, shards_v2=False, reconstructions_v2=True,
+                 redirect_etag=True):
+        vars(self).update((k, v) for k, v in locals().items() if k != "self")
+        super().__init__(port)
+        self.token, self.read_token, self.foreign_token = (
+            "hf_" + uuid.uuid4().hex for _ in range(3))
+        self.accounts = {self.token: (user, "write"), self.read_token: (user, "read"),
+                         self.foreign_token: ("mallory", "write")}
+        self.orgs = {user: orgs}
+        self.keys = "HFAK" + uuid.uuid4().hex[:16].upper(), uuid.uuid4().hex
+        self.buckets, self.xet_tokens, self.violations = {}, {}, []
+        self.store, self.limits = HubStore(), Limits(dict(quota), window)
+        self.lock, self.secret = self.store.lock, uuid.uuid4().bytes
+        self.cas, self.gate = CasApi(self), HubGateway(self, latency=latency, skew=skew)
+        self.origins = {"hub": HubApi(self), "cas": self.cas, "bytes": BytesApi(self)}
+
+    def now(self):
+        return time.time() + self.skew
+
+    @property
+    def gateway(self):
+        return self.gate.url
+
+    def start(self):
+        self.gate.start()
+        return super().start()
+
+    def stop(self):
+        super().stop()
+        self.gate.stop()
+        with self.lock:
+            self.store.news.notify_all()
+
+    def __exit__(self, kind, *exc):
+        self.stop()
+        assert kind or not self.violations, self.violations
+
+    # requests
+
+    def request(self, *parts):
+        req = HubRequest(*parts)
+        self.watch(req)
+        return req
+
+    def act(self, req):
+        try:
+            reply = self.origins[req.origin].act(req)
+        except HubError as error:
+            reply = error.reply()
+        except (ValueError, KeyError, TypeError) as error:
+            reply = HubError(400, repr(error)).reply()
+        req.landed = req.method not in ("GET", "HEAD") and reply.status < 300
+        return reply
+
+    def refuse(self, status, req, headers=()):
+        """An answer that a fault gives; the Hub itself tells of limits its own way."""
+        headers = dict(headers)
+        if status == 429 and req.origin == "hub":
+            headers = {"RateLimit": '"api";r=0;t=%d' % headers.get("Retry-After", 1)}
+        return HubError(status, responses.get(status, "?"), headers=headers).reply()
+
+    def watch(self, req):
+        """Note what a request has with it that is not for where it goes."""
+        sent = [req.path, *req.query.values(), *req.headers.values()]
+        for token in (*self.accounts, *self.xet_tokens, self.keys[1]):
+            home = "cas" if token in self.xet_tokens else "hub"
+            if any(token in value for value in sent) and (
+                    req.origin != home or token not in req.headers.get(
+                        "authorization", "")):
+                self.violations.append("a %s secret in %s %s of the %s origin" % (
+                    home, req.method, req.path, req.origin))
+        bare = [name for name in req.headers if name.startswith("x-amz-")
+                or name in ("authorization", "cookie")]
+        if req.origin == "bytes" and bare:
+            self.violations.append("%s at the origin of bytes: %s" % (bare, req.path))
+
+    def issue(self, bucket, scope):
+        """A new Xet token and when it ends."""
+        token, ends = "xet_" + uuid.uuid4().hex, self.now() + self.token_life
+        self.xet_tokens[token] = bucket, scope, ends
+        return token, ends
+
+    def expire_tokens(self):
+        """Let every Xet token issued so far be refused from now on."""
+        for token, (bucket, scope, _) in list(self.xet_tokens.items()):
+            self.xet_tokens[token] = bucket, scope, 0
+
+    def signature(self, path):
+        return hmac.digest(self.secret, path.encode(), "sha256").hex()
+
+    def signed(self, path):
+        """The URL of bytes, on their own origin."""
+        return "http://localhost:%d%s?sig=%s" % (self.port, path, self.signature(path))
+
+    # what tests ask
+
+    def spaces(self):
+        """The namespaces of the user."""
+        return {self.user, *self.orgs[self.user]}
+
+    def bucket(self, name, private=True):
+        """A new bucket."""
+        made = SimpleNamespace(id=name, private=private, created=time.time())
+        self.store.updated[name] = made.created
+        self.buckets[name] = made
+        return made
+
+    def files(self, name):
+        """{path: bytes} of a bucket."""
+        return {path: obj.body for path, obj in self.store.view(name).items()}
+
+    def count(self, method=None, path_contains=None, origin=None):
+        return sum(method in (None, req.method) and origin in (None, req.origin)
+                   and (path_contains or "") in unquote(req.path)
+                   for req in list(self.log))
+
+    def env(self, native=True, gateway=True):
+        env = {"HF_ENDPOINT": self.url, "HF_S3_ENDPOINT": self.gateway}
+        if native:
+            env["HF_TOKEN"] = self.token
+        if gateway:
+            env.update(HF_S3_ACCESS_KEY_ID=self.keys[0],
+                       HF_S3_SECRET_ACCESS_KEY=self.keys[1])
+        return env
 
 
 # == 3. Records ========================================================
