@@ -712,12 +712,18 @@ class Handler(socketserver.StreamRequestHandler):
         bare = req.method == "HEAD" and reply.status >= 300
         body = b"" if bare else reply.body
         headers = {"x-amz-request-id": req.id, "Date": date, **reply.headers}
-        if reply.status not in (204, 304):
+        if not isinstance(body, bytes):
+            headers["Transfer-Encoding"] = "chunked"
+        elif reply.status not in (204, 304):
             headers["Content-Length"] = len(body)
         if self.last:
             headers["Connection"] = "close"
         head = "HTTP/1.1 %d %s\r\n" % (reply.status, responses.get(reply.status, "-"))
         head += "".join("%s: %s\r\n" % pair for pair in headers.items()) + "\r\n"
+        if not isinstance(body, bytes):
+            self.wfile.write(head.encode("latin-1"))
+            self.stream(body)
+            return
         data = head.encode("latin-1") + (body if req.method != "HEAD" else b"")
         if fault.kind != "truncate":
             self.wfile.write(data)
@@ -726,6 +732,11 @@ class Handler(socketserver.StreamRequestHandler):
         cut = len(head) + tail // 2 if tail else len(head) // 2
         self.wfile.write(data[:fault.options.get("at", cut)])
         raise ConnectionError
+
+    def stream(self, pieces):
+        for piece in pieces:
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\n\r\n")
 
     def reset(self):
         """Close with RST: the linger must be set before the last reference goes."""
@@ -1262,6 +1273,15 @@ def xet_of(data):
                           for chunk in xet_split(data)])
 
 
+def crc64nvme(data):
+    crc = 2**64 - 1
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x9a6c9329ac4bc9b5 * (crc & 1)
+    return crc ^ 2**64 - 1
+
+
 class Xorb:
     """Chunks in one body, as clients store them; `ends` are offsets in it."""
 
@@ -1372,7 +1392,7 @@ class HubRequest(Request):
             self.origin = "hub"
         self.listing = "tree" in self.parts[4:5]
         named = self.body if self.parts[-1] in ("batch", "paths-info") else b""
-        self.subject = "\n".join(["/".join(self.parts), named.decode("latin-1")])
+        self.subject = "/%s\n%s" % ("/".join(self.parts), named.decode("latin-1"))
         scheme, _, token = self.headers.get("authorization", "").partition(" ")
         self.bearer = token.strip() if scheme.lower() == "bearer" else None
 
@@ -1405,6 +1425,31 @@ class HubStore(S3Store):
         self.news.notify_all()
 
 
+    def after(self, bucket, at):
+        """The changes of a bucket from number `at` on."""
+        return [change for name, _, change in self.changes[at:] if name == bucket]
+
+    def place(self, bucket, cursor=None, since=None):
+        """The number of the first change that somebody wants who resumes there."""
+        if cursor is not None:
+            at = int(cursor[1:])
+            if cursor != "c%d" % at or at > len(self.changes):
+                raise ValueError("no such cursor")
+            return at
+        if since is None:
+            return len(self.changes)
+        when = calendar.timegm(time.strptime(since[:19], "%Y-%m-%dT%H:%M:%S"))
+        when += float("0" + since[19:-1])
+        return next((at for at, (_, then, _) in enumerate(self.changes)
+                     if then >= when), len(self.changes))
+
+    def forgotten(self, bucket, at, replay):
+        """Whether a change from `at` on is older than can be replayed."""
+        oldest = time.time() - replay
+        return any(name == bucket and when < oldest
+                   for name, when, _ in self.changes[at:])
+
+
 class Limits:
     """What is left to an account in the window, for each class of URL."""
 
@@ -1433,8 +1478,8 @@ class Limits:
 # -- the Hub -----------------------------------------------------------
 
 
-class HubApi:
-    """Buckets, their trees and files (hf-buckets.md 2, 3)."""
+class HubRights:
+    """Who may do what, and which method answers."""
 
     def __init__(self, hub):
         self.hub, self.store = hub, hub.store
@@ -1466,8 +1511,6 @@ class HubApi:
             raise HubError(404, "Sorry, we can't find the page you are looking for.")
         return act(req, name, "/".join(rest))
 
-    # rights
-
     def user(self, req):
         """The name behind the token; None for a request without one."""
         if req.bearer is None:
@@ -1493,12 +1536,165 @@ class HubApi:
     def may_write(self, req, name):
         if self.user(req) is None:
             raise HubError(401, "Invalid username or password.")
-        if (not self.member(req, name.split("/")[0]) or req.fault == "scope"
+        if (not self.member(req, name.split("/")[0])
                 or self.hub.accounts[req.bearer][1] != "write"):
             raise HubError(403, "Forbidden: you don't have the required permissions to"
                            " perform this action on %s" % name)
 
-    # accounts and buckets
+
+class HubFiles(HubRights):
+    """What is in a bucket: trees, bytes, batches (hf-buckets.md 2.1, 2.2, 3)."""
+
+    def get_tree(self, req, name, prefix):
+        bucket = self.bucket(req, name)
+        if req.path.endswith("/"):
+            return S3Reply(307, {"Location": req.path.rstrip("/")})
+        rows = self.rows(self.store.view(bucket.id, req.depth,
+                                         req.lag or self.hub.list_lag), prefix,
+                         req.query.get("recursive", "true") != "false")
+        after = base64.urlsafe_b64decode(req.query.get("cursor", "")).decode()
+        rows = [row for row in rows if row["path"] > after]
+        most = min(int(req.query.get("limit", self.hub.page)), self.hub.page)
+        if not 0 < most <= 5000:
+            raise HubError(400, "limit must be from 1 to 5000")
+        return _json(rows[:most], headers=self.following(req, rows, most))
+
+    def following(self, req, rows, most):
+        if len(rows) <= most:
+            return {}
+        cursor = base64.urlsafe_b64encode(rows[most - 1]["path"].encode()).decode()
+        query = urlencode({**req.query, "cursor": cursor})
+        return {"Link": '<%s%s?%s>; rel="next"' % (self.hub.url, req.path, query)}
+
+    def rows(self, view, prefix, recursive):
+        """The entries below a directory, by path."""
+        base, found = prefix + "/" if prefix else "", {}
+        for path, obj in sorted(view.items()):
+            if not path.startswith(base):
+                continue
+            cut = path.find("/", len(base))
+            if recursive or cut < 0:
+                found[path] = self.entry(path, obj)
+                continue
+            newest = max(_ms(obj.modified), found.get(path[:cut], {}).get(
+                "uploadedAt", ""))
+            found[path[:cut]] = {"type": "directory", "path": path[:cut],
+                                 "uploadedAt": newest}
+        return [found[path] for path in sorted(found)]
+
+    def entry(self, path, obj):
+        row = {"type": "file", "path": path, "size": len(obj.body),
+               "xetHash": obj.etag.strip('"'), "uploadedAt": _ms(obj.modified)}
+        if getattr(obj, "mtime", None) is not None:
+            row["mtime"] = _ms(obj.mtime / 1000)
+        if "content-type" in obj.headers:
+            row["contentType"] = obj.headers["content-type"]
+        return row
+
+    def post_paths_info(self, req, name, rest):
+        bucket, form = self.bucket(req, name), req.headers.get("content-type", "")
+        if form.startswith("application/json"):
+            paths = json.loads(req.body)["paths"]
+        else:
+            pairs = parse_qsl(req.body.decode(), keep_blank_values=True)
+            paths = [value for key, value in pairs if key == "paths"]
+        if not isinstance(paths, list) or len(paths) > 2000:
+            raise HubError(400, "paths must be a list of at most 2000")
+        view = self.store.view(bucket.id, req.depth, req.lag or self.hub.read_lag)
+        return _json([row for path in paths for row in self.named(view, path)])
+
+    def named(self, view, path):
+        if path in view:
+            return [self.entry(path, view[path])]
+        inside = [obj.modified for name, obj in view.items()
+                  if name.startswith(path + "/")]
+        return [{"type": "directory", "path": path, "uploadedAt": _ms(max(inside))}
+                ] if inside else []
+
+    def get_resolve(self, req, name, path):
+        bucket = self.bucket(req, name)
+        obj = self.store.read((bucket.id, path), req.lag or self.hub.read_lag)
+        if not obj:
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        told, tag = self.metadata(name, path, obj), obj.etag.strip('"')
+        if req.headers.get("accept") == "application/vnd.xet-fileinfo+json":
+            return _json({"hash": tag, "size": len(obj.body)}, headers=told)
+        if len(obj.body) <= self.hub.direct:
+            return _ranged(req, obj.body, told)
+        where = self.hub.signed("/files/" + tag)
+        return S3Reply(302, {**told, "Location": where, "Content-Type": "text/plain"},
+                       b"Found. Redirecting to " + where.encode())
+
+    head_resolve = get_resolve
+
+    def metadata(self, name, path, obj):
+        api = "%s/api/buckets/%s/xet-read-token" % (self.hub.url, name)
+        info = "%s/cas/v1/reconstructions/%s" % (self.hub.url, obj.etag.strip('"'))
+        return {"X-Xet-Hash": obj.etag.strip('"'), "X-Linked-Size": len(obj.body),
+                "X-Linked-Etag": obj.etag, "ETag": obj.etag, "Accept-Ranges": "bytes",
+                "Content-Type": obj.headers.get("content-type",
+                                                "application/octet-stream"),
+                "Link": '<%s>; rel="xet-auth", <%s>; rel="xet-reconstruction-info"' % (
+                    api, info)}
+
+    def post_batch(self, req, name, rest):
+        bucket = self.bucket(req, name, write=True)
+        if req.headers.get("content-type") != "application/x-ndjson":
+            raise HubError(400, "expecting application/x-ndjson")
+        try:
+            acts = [json.loads(line) for line in req.body.splitlines() if line.strip()]
+        except ValueError:
+            raise HubError(400, "not JSON, one object per line") from None
+        if not 0 < len(acts) <= 1000:
+            raise HubError(400, "from 1 to 1000 operations")
+        failed = []
+        with self.store.lock:
+            for act in acts:
+                trouble = self.trouble(req, act)
+                if trouble:
+                    failed.append({"path": act.get("path"), "error": trouble})
+                else:
+                    self.apply(bucket, act)
+        done = len(acts) - len(failed)
+        return _json({"success": not failed, "processed": len(acts), "succeeded": done,
+                      "failed": failed}, 200 if done else 422)
+
+    def trouble(self, req, act):
+        """Why one operation of a batch is not carried out, or None."""
+        path, kind, wanted = act.get("path"), act.get("type"), req.options.get("paths")
+        if not isinstance(path, str) or _name_trouble(path):
+            return "Invalid path: %s" % _name_trouble(path or "")
+        if req.fault == "invalid" or req.fault == "failed" and (
+                not wanted or any(part in path for part in wanted)):
+            return "Internal error, please try again"
+        if kind == "deleteFile":
+            return None
+        if kind not in ("addFile", "copyFile"):
+            return "no such operation"
+        if act.get("xetHash") not in self.store.contents:
+            return "unknown xetHash"
+        if type(act.get("mtime", 0)) is not int or act.get("size") not in (
+                None, len(self.store.contents[act["xetHash"]])):
+            return "mtime or size is wrong"
+        if kind == "copyFile" and act.get("sourceRepoType") != "bucket":
+            return "unknown source"
+        if kind == "copyFile":
+            self.bucket(req, act.get("sourceRepoId", ""))
+        return None
+
+    def apply(self, bucket, act):
+        if act["type"] == "deleteFile":
+            self.store.write((bucket.id, act["path"]), None)
+            return
+        kind = act.get("contentType")
+        self.store.write((bucket.id, act["path"]), SimpleNamespace(
+            body=self.store.contents[act["xetHash"]], etag='"%s"' % act["xetHash"],
+            modified=time.time(), mtime=act.get("mtime"),
+            headers={"content-type": kind} if kind else {}))
+
+
+class HubApi(HubFiles):
+    """Accounts, buckets, Xet tokens and the feed of changes (hf-buckets.md 2, 4)."""
 
     def get_whoami_v2(self, req, name, rest):
         user = self.user(req)
@@ -1578,160 +1774,53 @@ class HubApi:
                      headers={"X-Xet-Access-Token": token, "X-Xet-Cas-Url": where,
                               "X-Xet-Token-Expiration": int(ends)})
 
-    # trees
-
-    def get_tree(self, req, name, prefix):
-        bucket = self.bucket(req, name)
-        if req.path.endswith("/"):
-            return S3Reply(307, {"Location": req.path.rstrip("/")})
-        rows = self.rows(self.store.view(bucket.id, req.depth,
-                                         req.lag or self.hub.list_lag), prefix,
-                         req.query.get("recursive", "true") != "false")
-        after = base64.urlsafe_b64decode(req.query.get("cursor", "")).decode()
-        rows = [row for row in rows if row["path"] > after]
-        most = min(int(req.query.get("limit", self.hub.page)), self.hub.page)
-        if not 0 < most <= 5000:
-            raise HubError(400, "limit must be from 1 to 5000")
-        return _json(rows[:most], headers=self.following(req, rows, most))
-
-    def following(self, req, rows, most):
-        if len(rows) <= most:
-            return {}
-        cursor = base64.urlsafe_b64encode(rows[most - 1]["path"].encode()).decode()
-        query = urlencode({**req.query, "cursor": cursor})
-        return {"Link": '<%s%s?%s>; rel="next"' % (self.hub.url, req.path, query)}
-
-    def rows(self, view, prefix, recursive):
-        """The entries below a directory, by path."""
-        base, found = prefix + "/" if prefix else "", {}
-        for path, obj in sorted(view.items()):
-            if not path.startswith(base):
-                continue
-            cut = path.find("/", len(base))
-            if recursive or cut < 0:
-                found[path] = self.entry(path, obj)
-                continue
-            newest = max(_ms(obj.modified), found.get(path[:cut], {}).get(
-                "uploadedAt", ""))
-            found[path[:cut]] = {"type": "directory", "path": path[:cut],
-                                 "uploadedAt": newest}
-        return [found[path] for path in sorted(found)]
-
-    def entry(self, path, obj):
-        row = {"type": "file", "path": path, "size": len(obj.body),
-               "xetHash": obj.etag.strip('"'), "uploadedAt": _ms(obj.modified)}
-        if getattr(obj, "mtime", None) is not None:
-            row["mtime"] = _ms(obj.mtime / 1000)
-        if "content-type" in obj.headers:
-            row["contentType"] = obj.headers["content-type"]
-        return row
-
-    def post_paths_info(self, req, name, rest):
-        bucket, form = self.bucket(req, name), req.headers.get("content-type", "")
-        if form.startswith("application/json"):
-            paths = json.loads(req.body)["paths"]
-        else:
-            pairs = parse_qsl(req.body.decode(), keep_blank_values=True)
-            paths = [value for key, value in pairs if key == "paths"]
-        if not isinstance(paths, list) or len(paths) > 2000:
-            raise HubError(400, "paths must be a list of at most 2000")
-        view = self.store.view(bucket.id, req.depth, req.lag or self.hub.read_lag)
-        return _json([row for path in paths for row in self.named(view, path)])
-
-    def named(self, view, path):
-        if path in view:
-            return [self.entry(path, view[path])]
-        inside = [obj.modified for name, obj in view.items()
-                  if name.startswith(path + "/")]
-        return [{"type": "directory", "path": path, "uploadedAt": _ms(max(inside))}
-                ] if inside else []
-
-    # bytes
-
-    def get_resolve(self, req, name, path):
-        bucket = self.bucket(req, name)
-        obj = self.store.read((bucket.id, path), req.lag or self.hub.read_lag)
-        if not obj:
-            raise HubError(404, "Entry not found", "EntryNotFound")
-        told, tag = self.metadata(name, path, obj), obj.etag.strip('"')
-        if req.headers.get("accept") == "application/vnd.xet-fileinfo+json":
-            return _json({"hash": tag, "size": len(obj.body)}, headers=told)
-        if len(obj.body) <= self.hub.direct:
-            return _ranged(req, obj.body, told)
-        where = self.hub.signed("/files/" + tag)
-        return S3Reply(302, {**told, "Location": where, "Content-Type": "text/plain"},
-                       b"Found. Redirecting to " + where.encode())
-
-    head_resolve = get_resolve
-
-    def metadata(self, name, path, obj):
-        api = "%s/api/buckets/%s/xet-read-token" % (self.hub.url, name)
-        info = "%s/cas/v1/reconstructions/%s" % (self.hub.url, obj.etag.strip('"'))
-        return {"X-Xet-Hash": obj.etag.strip('"'), "X-Linked-Size": len(obj.body),
-                "X-Linked-Etag": obj.etag, "ETag": obj.etag, "Accept-Ranges": "bytes",
-                "Content-Type": obj.headers.get("content-type",
-                                                "application/octet-stream"),
-                "Link": '<%s>; rel="xet-auth", <%s>; rel="xet-reconstruction-info"' % (
-                    api, info)}
-
-    # writing
-
-    def post_batch(self, req, name, rest):
-        bucket = self.bucket(req, name, write=True)
-        if req.headers.get("content-type") != "application/x-ndjson":
-            raise HubError(400, "expecting application/x-ndjson")
+    def get_events(self, req, name, rest):
+        """The feed of changes (hf-buckets.md 4)."""
+        bucket, how = self.bucket(req, name), self.hub.events
+        if how == "off":
+            raise HubError(501, "Live follow is not enabled")
+        if "text/event-stream" not in req.headers.get("accept", ""):
+            raise HubError(400, "Accept must be text/event-stream")
         try:
-            acts = [json.loads(line) for line in req.body.splitlines() if line.strip()]
-        except ValueError:
-            raise HubError(400, "not JSON, one object per line") from None
-        if not 0 < len(acts) <= 1000:
-            raise HubError(400, "from 1 to 1000 operations")
-        failed = []
-        with self.store.lock:
-            for act in acts:
-                trouble = self.trouble(req, act)
-                if trouble:
-                    failed.append({"path": act.get("path"), "error": trouble})
-                else:
-                    self.apply(bucket, act)
-        done = len(acts) - len(failed)
-        return _json({"success": not failed, "processed": len(acts), "succeeded": done,
-                      "failed": failed}, 200 if done else 422)
+            at = self.store.place(bucket.id, **req.query)
+        except (TypeError, ValueError, IndexError):
+            raise HubError(400, "no such cursor or time") from None
+        feed = self.broken_feed() if how == "broken" else self.feed(bucket.id, at)
+        return S3Reply(200, {"Content-Type": "text/event-stream"}, feed)
 
-    def trouble(self, req, act):
-        """Why one operation of a batch is not carried out, or None."""
-        path, kind, wanted = act.get("path"), act.get("type"), req.options.get("paths")
-        if not isinstance(path, str) or _name_trouble(path):
-            return "Invalid path: %s" % _name_trouble(path or "")
-        if req.fault == "invalid" or req.fault == "failed" and (
-                not wanted or any(part in path for part in wanted)):
-            return "Internal error, please try again"
-        if kind == "deleteFile":
-            return None
-        if kind not in ("addFile", "copyFile"):
-            return "no such operation"
-        if act.get("xetHash") not in self.store.contents:
-            return "unknown xetHash"
-        if type(act.get("mtime", 0)) is not int or act.get("size") not in (
-                None, len(self.store.contents[act["xetHash"]])):
-            return "mtime or size is wrong"
-        if kind == "copyFile" and act.get("sourceRepoType") != "bucket":
-            return "unknown source"
-        if kind == "copyFile":
-            self.bucket(req, act.get("sourceRepoId", ""))
-        return None
+    def broken_feed(self):
+        yield b'event: ready\ndata: {"cursor": 7\n\nevent: changes\ndata: [[]]\n\n'
+        yield b"data\n\xff\xfe: <html>\n\nevent: changes\ndata: {"
 
-    def apply(self, bucket, act):
-        if act["type"] == "deleteFile":
-            self.store.write((bucket.id, act["path"]), None)
+    def feed(self, bucket, at):
+        """Events from change number `at` on, until the server stops or recycles it."""
+        hub, store, ready, turn = self.hub, self.store, False, self.hub.turn
+        spoke, ends = time.monotonic(), time.monotonic() + hub.recycle
+        if store.forgotten(bucket, at, hub.replay):
+            yield _event("reset", reason="cursor_too_old")
             return
-        kind = act.get("contentType")
-        self.store.write((bucket.id, act["path"]), SimpleNamespace(
-            body=self.store.contents[act["xetHash"]], etag='"%s"' % act["xetHash"],
-            modified=time.time(), mtime=act.get("mtime"),
-            headers={"content-type": kind} if kind else {}))
+        while hub.listener and hub.turn == turn and time.monotonic() < ends:
+            with store.news:
+                seen, fresh = len(store.changes), store.after(bucket, at)
+                if ready and (not fresh or hub.events == "silent"):
+                    store.news.wait(min(hub.ping / 4, ends - time.monotonic()))
+                    seen, fresh = at, ()
+            at = seen
+            said = [_event("changes", cursor="c%d" % at, changes=fresh)] * bool(fresh)
+            if not ready:
+                known = {"cursor": "c%d" % at} if store.after(bucket, 0) else {}
+                said, ready = said + [_event("ready", **known)], True
+            if not said and time.monotonic() > spoke + hub.ping and (
+                    hub.events != "silent"):
+                said = [b": ping\n\n"]
+            if said:
+                yield b"".join(said)
+                spoke = time.monotonic()
+        yield _event("reconnect", cursor="c%d" % at)
 
-    # events
+
+def _event(name, **data):
+    return ("event: %s\ndata: %s\n\n" % (name, json.dumps(data))).encode()
 
 
 def _ranged(req, body, headers):
@@ -1797,7 +1886,36 @@ class CasApi:
         return S3Reply(404)  # what anybody else has stored is not told
 
     def post_xorb_grants(self, req, version, rest):
-        return S3Reply(404)
+        """Leave to send a xorb to the origin of bytes."""
+        if not self.hub.grants:
+            return S3Reply(404)
+        if rest[1] in self.xorbs:
+            return S3Reply(200)
+        wanted, name = json.loads(req.body), uuid.uuid4().hex
+        if wanted["checksum"]["algo"] != "crc64nvme":
+            raise ValueError("no such checksum")
+        headers = {"X-Checksum": wanted["checksum"]["value"], "Content-Type": "x/xorb"}
+        self.grants[name] = SimpleNamespace(size=wanted["length"], headers=headers,
+                                            body=None)
+        return _json({"id": name, "url": self.hub.signed("/grants/" + name),
+                      "method": "PUT", "headers": headers}, 201)
+
+    def take(self, req, name):
+        """The body that was granted."""
+        grant = self.grants[name]
+        sent = {key: req.headers.get(key.lower()) for key in grant.headers}
+        if sent != grant.headers or len(req.body) != grant.size or str(
+                crc64nvme(req.body)) != sent["X-Checksum"]:
+            raise HubError(400, "not what was granted")
+        grant.body = req.body
+        return S3Reply(200)
+
+    def post_xorb_commits(self, req, version, rest):
+        _, name, _, grant = rest
+        if not getattr(self.grants.get(grant), "body", None):
+            return S3Reply(404)
+        req.body = self.grants.pop(grant).body
+        return self.post_xorbs(req, version, ["default", name])
 
     # shards
 
@@ -1929,6 +2047,8 @@ class BytesApi:
         kind, name = (req.parts + [""])[:2]
         if req.query.get("sig") != self.hub.signature(req.path):
             raise HubError(403, "that URL was not signed by us")
+        if (kind, req.method) == ("grants", "PUT"):
+            return self.hub.cas.take(req, name)
         if req.method not in ("GET", "HEAD"):
             raise HubError(405, "only for reading")
         if kind == "files":
@@ -2036,14 +2156,17 @@ class HubServer(Loopback):
     direct: files up to that size come from resolve itself, without a redirect. page:
     entries of a page of a tree at most. quota, window: requests by class of URL and
     the seconds they are for. read_lag, list_lag: seconds that reading and listing are
-    behind, at the gateway too. token_life: seconds of a Xet token.
+    behind, at the gateway too. token_life: seconds of a Xet token. events: on, off,
+    silent (nothing after `ready`) or broken. ping, replay, recycle: seconds between
+    pings, of changes to replay, of a stream. The others: which routes there are, and
+    whether a redirect of the gateway tells the ETag. All may be changed at any time.
     """
     kinds = FAULTS | {"stale_list", "expired", "scope", "failed", "invalid"}
 
     def __init__(self, port=0, user="alice", orgs=("team",), direct=-1, page=1000,
                  quota=(), window=300, read_lag=0, list_lag=0, latency=0, skew=0,
-                 token_life=900, shards_v2=False, reconstructions_v2=True,
-                 redirect_etag=True):
+                 token_life=900, shards_v2=False, reconstructions_v2=True, grants=False,
+                 redirect_etag=True, events="on", ping=30, replay=900, recycle=1200):
         vars(self).update((k, v) for k, v in locals().items() if k != "self")
         super().__init__(port)
         self.token, self.read_token, self.foreign_token = (
@@ -2052,7 +2175,7 @@ class HubServer(Loopback):
                          self.foreign_token: ("mallory", "write")}
         self.orgs = {user: orgs}
         self.keys = "HFAK" + uuid.uuid4().hex[:16].upper(), uuid.uuid4().hex
-        self.buckets, self.xet_tokens, self.violations = {}, {}, []
+        self.buckets, self.xet_tokens, self.violations, self.turn = {}, {}, [], 0
         self.store, self.limits = HubStore(), Limits(dict(quota), window)
         self.lock, self.secret = self.store.lock, uuid.uuid4().bytes
         self.cas, self.gate = CasApi(self), HubGateway(self, latency=latency, skew=skew)
@@ -2080,6 +2203,13 @@ class HubServer(Loopback):
         assert kind or not self.violations, self.violations
 
     # requests
+
+    def concerns(self, fault, req):
+        if fault.kind in ("failed", "invalid") and req.parts[-1] != "batch":
+            return False
+        if fault.kind in ("expired", "scope") and req.origin != "cas":
+            return False
+        return super().concerns(fault, req)
 
     def request(self, *parts):
         req = HubRequest(*parts)
@@ -2128,6 +2258,12 @@ class HubServer(Loopback):
         """Let every Xet token issued so far be refused from now on."""
         for token, (bucket, scope, _) in list(self.xet_tokens.items()):
             self.xet_tokens[token] = bucket, scope, 0
+
+    def reconnect(self):
+        """End every stream of events as the server does, with `reconnect`."""
+        with self.lock:
+            self.turn += 1
+            self.store.news.notify_all()
 
     def signature(self, path):
         return hmac.digest(self.secret, path.encode(), "sha256").hex()
