@@ -8168,16 +8168,27 @@ def _may_hold_keys(url: str) -> bool:
 class Record:
     """A stored document and what the store said about it; doc None: absent.
 
-    fault: the Corrupt found in its place by read_many, else None.
+    fault: the Corrupt found in its place by read_many, else None. dated: callable
+    returning (modified, now) for the first who asks, where the answer did not say:
+    behind a CDN that costs a request, and few records need it.
     """
 
-    __slots__ = ("key", "doc", "etag", "modified", "now", "fault")
+    __slots__ = ("key", "doc", "etag", "now", "fault", "_modified", "_dated")
 
     def __init__(self, key: str, doc: dict | None = None, *, etag: str | None = None,
                  modified: float | None = None, now: float | None = None,
-                 fault: Corrupt | None = None) -> None:
+                 fault: Corrupt | None = None, dated: object = None) -> None:
         self.key, self.doc, self.etag = key, doc, etag
-        self.modified, self.now, self.fault = modified, now, fault
+        self.now, self.fault = now, fault
+        self._modified, self._dated = modified, dated
+
+    @property
+    def modified(self) -> float | None:
+        """When it was written, by the store's clock; None if that is silent."""
+        if self._dated is not None:
+            dated, self._dated = self._dated, None
+            self._modified, self.now = dated()
+        return self._modified
 
     @property
     def age(self) -> float | None:
@@ -8274,18 +8285,18 @@ class Ledger:
             if why.details.get("bucket"):
                 raise
             return Record(key, now=self.now())
-        record = Record(key, parse_record(found.body, key), etag=found.etag,
-                        modified=found.modified, now=found.now)
-        if record.modified is None:
-            self._date(record)
-        return record
+        return Record(key, parse_record(found.body, key), etag=found.etag,
+                      modified=found.modified, now=found.now,
+                      dated=None if found.modified is not None else
+                      lambda: self._date(key, found.now))
 
-    def _date(self, record: Record) -> None:
+    def _date(self, key: str, now: float) -> tuple:
         # Some proxies strip Last-Modified; a listing has it (protocol.md 1.5).
-        listing = self.store.list(record.key, limit=1)
+        listing = self.store.list(key, limit=1)
         for entry in listing.entries:
-            if entry.key == record.key:
-                record.modified, record.now = entry.modified, listing.now
+            if entry.key == key:
+                return entry.modified, listing.now
+        return None, now
 
     def peek(self, key: str) -> Record:
         """`read`, with damage reported in `.fault` instead of raised."""
