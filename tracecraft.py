@@ -6380,9 +6380,36 @@ class Download:
         if self._progress is not None and cut:
             self._progress(self.done, self._size or self.done)
 
+    def run(self, remote: Remote, act: object) -> None:
+        """act(), a try to get the rest, for as long as bytes keep coming."""
+        while True:
+            before = self.done
+            try:
+                remote.retry(act, lasting=DEADLINE)
+                return
+            except Unavailable:
+                if self.trouble or self.done == before:
+                    raise
+
     def whole(self) -> bool:
         """Whether every byte has arrived."""
         return self._size is None or self.done == self._size
+
+
+def object_part(answer: Answer, key: str, *, start: int, limit: int | None) -> tuple:
+    """(bytes from `start` on, at most `limit`; size of the object) of a 200 or 206.
+
+    Unavailable when no store sent it. Corrupt for more than is kept in memory.
+    """
+    if is_portal(answer):
+        raise portal_error(answer, f"read {shown(key)}")
+    if limit is None and answer.truncated:
+        raise Corrupt(f"{shown(key)} has more than {MAX_ANSWER} bytes", key=key,
+                      hint="download it as an artifact")
+    room = MAX_ANSWER if limit is None else limit
+    body = answer.body[start if answer.status == 200 else 0:][:room]
+    size = _total(answer)
+    return body, len(body) if size is None else size
 
 
 def _total(answer: Answer) -> int | None:
@@ -6455,15 +6482,8 @@ class S3Reader(S3Client):
                                etag=headers["if-none-match"])
         if answer.status not in (200, 206):
             raise self.fail(answer, doing, key=key)
-        if is_portal(answer):
-            raise portal_error(answer, doing)
-        if limit is None and answer.truncated:
-            raise Corrupt(f"{key} has more than {MAX_ANSWER} bytes", key=key,
-                          hint="download it as an artifact")
-        body = answer.body[start if answer.status == 200 else 0:][:room]
-        total = _total(answer)
-        total = len(body) if total is None else total
-        return self._found(key, body, answer=answer, size=total)
+        body, size = object_part(answer, key, start=start, limit=limit)
+        return self._found(key, body, answer=answer, size=size)
 
     def _found(self, key: str, body: bytes | None, *, answer: Answer, size: int,
                etag: str = "", modified: float | None = None) -> Found:
@@ -6540,15 +6560,7 @@ class S3Reader(S3Client):
         """
         load, doing = Download(file, size=size, done=start, progress=progress), \
             f"download {shown(key)}"
-        while True:
-            before = load.done
-            try:
-                self.retry(lambda: self._load(key, load, doing=doing),
-                           lasting=DEADLINE)
-                return
-            except Unavailable:
-                if load.trouble or load.done == before:
-                    raise
+        load.run(self, lambda: self._load(key, load, doing=doing))
 
     def _load(self, key: str, load: Download, *, doing: str) -> None:
         headers = {}
