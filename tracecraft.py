@@ -4304,6 +4304,32 @@ def backoff(attempt: int, random: object) -> float:
     return min(8.0, 0.1 * 2 ** min(attempt, 10)) * random()
 
 
+def rate_limit(headers: dict) -> tuple | None:
+    """(requests left, seconds until their number is full again); None if not told.
+
+    RateLimit as in the IETF's draft "RateLimit header fields for HTTP"; of several
+    policies the one with the least left.
+
+    >>> rate_limit({"ratelimit": '"api";r=998;t=120'})
+    (998, 120)
+    """
+    import re
+    found = []
+    for item in headers.get("ratelimit", "").split(","):
+        left, wait = re.search(r";\s*r=(\d{1,9})\b", item), \
+            re.search(r";\s*t=(\d{1,9})\b", item)
+        if left:
+            found.append((int(left[1]), int(wait[1]) if wait else 0))
+    return min(found, default=None)
+
+
+def is_signed(query: str) -> bool:
+    """Whether a query lets whoever has it read: S3, CloudFront, Azure, Google."""
+    query = query.lower()
+    return any(name in query for name in ("x-amz-", "x-goog-", "signature=", "sig=",
+                                          "policy=", "key-pair-id="))
+
+
 # -- proxies and trust -------------------------------------------------
 
 
@@ -4455,13 +4481,14 @@ class Http:
             self.sent += 1
         if self._trace:
             path, _, query = target.partition("?")
-            plain = f"?{query}" if query and "X-Amz-" not in query else ""
-            status, size = "failed", 0
+            plain = f"?{query}" if query and not is_signed(query) else ""
+            status, size, rate = "failed", 0, None
             if answer:
-                status = answer.status
+                status, rate = answer.status, rate_limit(answer.headers)
                 size = answer.headers.get("content-length", len(answer.body))
             self._trace(f"{method} {path}{plain} {status}"
-                        f" {(time.monotonic() - began) * 1000:.0f} ms {size} B")
+                        f" {(time.monotonic() - began) * 1000:.0f} ms {size} B"
+                        + (f", {rate[0]} more in {rate[1]} s" if rate else ""))
 
     def _send(self, method: str, target: str, *, headers: dict, body: object,
               timeout: float, sink: object, limit: int) -> Answer:
