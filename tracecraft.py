@@ -38,24 +38,25 @@ Contents (grep -n '^# == ' prints them with line numbers):
   13 Queue items             14 Wire                    15 BLAKE3
   16 Xet                     17 HTTP                    18 Remote
   19 Stores                  20 S3                      21 S3 store
-  22 Probe                   23 Settings                24 Local state
-  25 Command settings        26 Credentials             27 Ledger
-  28 Leases                  29 Hints                   30 Step records
-  31 Frontier                32 Steps                   33 Tasks
-  34 Locks                   35 Barriers                36 Memory
-  37 Mailboxes               38 Mail                    39 Channels and threads
-  40 Bytes                   41 Artifact heads          42 Artifacts
-  43 Reservations            44 Runs                    45 Artifact trees
-  46 Queue reader            47 Queues                  48 Project
-  49 Context                 50 Views                   51 Timeline
-  52 Housekeeping            53 Archive                 54 Doctor
-  55 Trials                  56 Drill                   57 Bench
-  58 Rows                    59 Commands under a lease  60 Step commands
-  61 Task commands           62 Lock commands           63 Memory commands
-  64 Artifact commands       65 Reservation commands
-  66 Commands of presence, views and set-up  67 House commands
-  68 Commands of mail        69 Run commands            70 Queue commands
-  71 Command line
+  22 Hub answers             23 Hub                     24 Hugging Face store
+  25 Probe                   26 Settings                27 Local state
+  28 Command settings        29 Credentials             30 Ledger
+  31 Leases                  32 Hints                   33 Step records
+  34 Frontier                35 Steps                   36 Tasks
+  37 Locks                   38 Barriers                39 Memory
+  40 Mailboxes               41 Mail                    42 Channels and threads
+  43 Bytes                   44 Artifact heads          45 Artifacts
+  46 Reservations            47 Runs                    48 Artifact trees
+  49 Queue reader            50 Queues                  51 Project
+  52 Context                 53 Views                   54 Timeline
+  55 Housekeeping            56 Archive                 57 Doctor
+  58 Trials                  59 Drill                   60 Bench
+  61 Rows                    62 Commands under a lease  63 Step commands
+  64 Task commands           65 Lock commands           66 Memory commands
+  67 Artifact commands       68 Reservation commands
+  69 Commands of presence, views and set-up  70 House commands
+  71 Commands of mail        72 Run commands            73 Queue commands
+  74 Command line
 """
 
 from __future__ import annotations
@@ -6823,7 +6824,876 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 22. Probe =========================================================
+# == 22. Hub answers ===================================================
+#
+# Pure: what the Hugging Face Hub says in its own API - errors, limits, entries, pages,
+# batches - in words and classes of ours. Whatever it says may be anything.
+
+HUB = "https://huggingface.co"
+WINDOW = 300  # seconds after which the Hub counts requests anew
+REDIRECTS = (301, 302, 303, 307, 308)
+HUB_HINTS = {
+    "anonymous": "set HF_TOKEN, or sign in with `hf auth login`",
+    "token": "`hf auth login` makes a new one; HF_TOKEN comes before what that stores",
+    "rights": "the token needs the right to write there:"
+              " https://huggingface.co/settings/tokens",
+    "bucket": "check its name, USER/BUCKET, and whether the token may see it; `init`"
+              " creates it",
+    "rate": "fewer agents, slower polling, or a longer --deadline",
+}
+
+
+def hub_json(answer: Answer, doing: str, *, kind: type = dict) -> object:
+    """The JSON of an answer. Unavailable when it is none, Corrupt for another kind."""
+    import json
+    try:
+        doc = json.loads(answer.body)
+    except (ValueError, RecursionError) as why:
+        raise portal_error(answer, doing) from why
+    if not isinstance(doc, kind):
+        raise Corrupt(f"cannot {doing}: the Hub answers with a JSON"
+                      f" {type(doc).__name__}", hint="is that endpoint a Hub?")
+    return doc
+
+
+def hub_words(answer: Answer) -> str:
+    """What the Hub says about a failure; '' when it says nothing in words."""
+    import json
+    said = answer.headers.get("x-error-message", "")
+    if said or answer.headers.get("content-type", "").startswith("text/html"):
+        return shown(said[:200])
+    try:
+        doc = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return shown(answer.body[:120].decode("utf-8", "replace").strip())
+    if isinstance(doc, dict):
+        doc = next((doc[name] for name in ("error_description", "error", "errors",
+                                           "message") if doc.get(name)), "")
+    said = [one.get("message", "") if isinstance(one, dict) else one
+            for one in (doc if isinstance(doc, list) else [doc])[:3]]
+    return shown("; ".join(map(str, said))[:200])
+
+
+def hub_failure(answer: Answer, doing: str, *, bucket: str, key: str = "",
+                write: bool = False, anonymous: bool = False) -> Error:
+    """The error that an answer outside 2xx stands for.
+
+    doing: 'read x'. write: whether a 5xx leaves the outcome open. anonymous: whether no
+    token was sent. Names status, the Hub's code, words and request id: no secret.
+    """
+    status, code = answer.status, answer.headers.get("x-error-code", "")
+    request = answer.headers.get("x-request-id", "")
+    kind, hint = _hub_kind(status, code, write=write, anonymous=anonymous)
+    text = f"cannot {doing}: {' '.join(filter(None, (str(status), shown(code[:40]))))}"
+    more = {"bucket": bucket} if kind is NoBucket else {}
+    if more:
+        text = f"cannot {doing}: there is no bucket {shown(bucket)!r} here ({status})"
+    elif hub_words(answer):
+        text += f": {hub_words(answer)}"
+    text += f" (request {shown(request[:64])})" if request else ""
+    after = hub_wait(answer) if kind in (Throttled, Lost) else 0.0
+    error = kind(text, hint=f"it asks to wait {after:.0f} s; {hint}" if after else hint,
+                 key=key, status=status, hub_code=code, request_id=request, **more)
+    if after:
+        error.after = after
+    return error
+
+
+def hub_wait(answer: Answer) -> float:
+    """Seconds that the Hub asks to wait; 0 without a wish.
+
+    RateLimit is on every answer, so it only counts with nothing left; one second more,
+    as the Hub's own package does.
+    """
+    rate = rate_limit(answer.headers)
+    return min(rate[1], WINDOW) + 1.0 if rate and not rate[0] else retry_after(answer)
+
+
+def _hub_kind(status: int, code: str, *, write: bool, anonymous: bool) -> tuple:
+    """(class, hint) of a failure."""
+    if status in (401, 403):
+        why = "rights" if status == 403 else "anonymous" if anonymous else "token"
+        return Denied, HUB_HINTS[why]
+    if status == 404 and code == "RepoNotFound":
+        return NoBucket, HUB_HINTS["bucket"]
+    if status == 404:
+        return NotFound, "nothing is stored under that key"
+    if status == 409:
+        return Busy, "a rival request was under way; try again"
+    if status == 429 or status == 503 and not write:
+        return Throttled, HUB_HINTS["rate"]
+    if status == 408 or status >= 500 and status != 501:
+        return (Lost if write else Unavailable), "the Hub is in trouble; try again"
+    if status in REDIRECTS:
+        return Error, "was the bucket renamed? Use its new name"
+    return Error, "the Hub refuses the request as it is"
+
+
+def next_cursor(headers: dict) -> str:
+    """The `cursor` of the next page, which the Link header tells; '' on the last.
+
+    The rest of that URL is not used: the token would go wherever it says.
+
+    >>> next_cursor({"link": '<https://h/tree?cursor=a%2Fb&limit=9>; rel="next"'})
+    'a/b'
+    """
+    from urllib.parse import parse_qs
+    for link in headers.get("link", "").split(", <"):
+        url, _, about = link.partition(">")
+        if 'rel="next"' in about:
+            return parse_qs(url.partition("?")[2]).get("cursor", [""])[0]
+    return ""
+
+
+def hub_entry(doc: object) -> Entry:
+    """A file or a directory of an answer; a directory's key ends in '/'. Corrupt.
+
+    modified: when the Hub got it. Its mtime is only what the writer claims.
+    """
+    path = doc.get("path") if isinstance(doc, dict) else None
+    if not isinstance(path, str) or not path:
+        raise Corrupt("the Hub lists something without a path",
+                      hint="is that endpoint a Hub?")
+    if doc.get("type") == "directory":
+        return Entry(path.rstrip("/") + "/", size=0, etag=None, modified=None)
+    size, digest = doc.get("size"), doc.get("xetHash")
+    if not isinstance(size, int) or not isinstance(digest, str) or not digest:
+        raise Corrupt(f"the Hub lists {shown(path[:120])} without a size or a hash",
+                      key=path, hint="is that endpoint a Hub?")
+    return Entry(path, size=size, etag=f'"{digest}"',
+                 modified=parse_iso(doc.get("uploadedAt")))
+
+
+def batch_failures(answer: Answer, operations: list, *, doing: str) -> dict:
+    """{path: why} of the operations that a batch did not do.
+
+    200 only says that the Hub has looked at them. Lost when the answer does not account
+    for each of them.
+    """
+    doc = hub_json(answer, doing, kind=object)
+    doc = doc if isinstance(doc, dict) else {}
+    failed = doc.get("failed", [])
+    told = {one["path"]: shown(str(one.get("error") or "no reason")[:200])
+            for one in (failed if isinstance(failed, list) else [])
+            if isinstance(one, dict) and isinstance(one.get("path"), str)}
+    if answer.status == 422:  # none was done
+        return {one["path"]: told.get(one["path"], "422") for one in operations}
+    known = {one["path"] for one in operations}
+    if len(told) != len(failed) or not told.keys() <= known \
+            or doc.get("processed") != len(operations) \
+            or not (told or doc.get("success", True)):
+        raise Lost(f"cannot {doing}: the Hub's answer does not account for each of"
+                   f" {len(operations)} operations", hint="try again")
+    return told
+
+
+def identified(found: Answer, heard: Answer) -> Answer:
+    """`found`, which has the bytes of a file, with what the Hub said about the file.
+
+    ETag: the file's quoted hash, as listings have it. Date: the Hub's. What a server of
+    content says of types and times is about some stored block.
+    """
+    digest = heard.headers.get("x-xet-hash")
+    etag = f'"{digest}"' if digest else heard.headers.get("etag")
+    told = {"etag": etag, "date": heard.headers.get("date"),
+            "age": heard.headers.get("age")}
+    for name in ("last-modified", *(("content-type",) if digest else ()), *told):
+        found.headers.pop(name, None)
+    found.headers.update((name, value) for name, value in told.items() if value)
+    return found
+
+
+def is_token(text: object) -> bool:
+    """Whether `text` can stand in a header as a token."""
+    return isinstance(text, str) and text.isascii() and text.isprintable() \
+        and " " not in text and text != ""
+
+
+def web_parts(url: object, *, plain: bool) -> object:
+    """The split parts of an https URL (plain: http will do); None if it is none."""
+    from urllib.parse import urlsplit
+    if not is_token(url):
+        return None
+    try:
+        parts = urlsplit(url)
+        parts.port  # raises for what is no port
+    except ValueError:
+        return None
+    secure = parts.scheme == "https" or plain and parts.scheme == "http"
+    return parts if secure and parts.hostname and "@" not in parts.netloc else None
+
+
+class XetGrant:
+    """Leave to upload: where to, the token, its end. Its repr shows no token."""
+
+    __slots__ = ("origin", "base", "token", "ends_at")
+
+    def __init__(self, doc: dict, *, plain: bool) -> None:
+        """From what xet-write-token answers; Corrupt. plain: http will do."""
+        parts = web_parts(doc.get("casUrl"), plain=plain)
+        token, ends_at = doc.get("accessToken"), doc.get("exp")
+        if parts is None or not is_token(token) or not isinstance(ends_at, int):
+            raise Corrupt("the Hub's leave to upload has no usable casUrl, accessToken"
+                          " or exp", hint="is that endpoint a Hub?")
+        self.origin = f"{parts.scheme}://{parts.netloc}"
+        self.base, self.token, self.ends_at = parts.path.rstrip("/"), token, ends_at
+
+
+# == 23. Hub ===========================================================
+#
+# One bucket at the Hub by its own API: a token, JSON, and bytes by way of Xet. Knows
+# its verbs; must not know what files mean. The Hub's token goes to the Hub alone, that
+# of the content store to that store alone.
+
+TREE_PAGE = 5000  # entries of one page of a listing: the documented most
+PATHS = 1000  # paths or operations in one request: what the Hub's own package sends
+BATCH_TRIES = 4  # for operations that a batch reports as failed
+TOKEN_SPARE = 60  # seconds before its end that the content store's token is renewed
+SLOW_LINE = 64 << 10  # bytes a second; a slower line breaks uploads off
+
+
+class Hub(Remote):
+    """One bucket, "USER/NAME", by the Hub's own API, from any number of threads.
+
+    endpoint: of the Hub, '' for the public one. token: callable returning the Hub's
+    token, '' for none. The rest: see Remote. Files are told by their paths.
+    """
+
+    def __init__(self, bucket: str, *, endpoint: str = "", token: object,
+                 open_to: object, random: object) -> None:
+        import threading
+        super().__init__(open_to=open_to, random=random)
+        user, _, name = bucket.partition("/")
+        if not user or not name or "/" in name:
+            raise Usage(f"{shown(bucket[:80])!r} is no bucket of the Hub",
+                        hint="it is written USER/BUCKET")
+        parts, place = web_parts(endpoint or HUB, plain=True), uri_escape(bucket, True)
+        if parts is None:
+            raise Usage(f"{shown(endpoint[:120])!r} is no address of a Hub",
+                        hint="e.g. https://huggingface.co")
+        self.bucket, self.endpoint, self._token = bucket, endpoint, token
+        self._origin = f"{parts.scheme}://{parts.netloc}"
+        self._base, self._plain = parts.path.rstrip("/"), parts.scheme == "http"
+        self._api, self._files = f"/api/buckets/{place}", f"/buckets/{place}/resolve"
+        self._grant, self._granting = None, threading.Lock()
+
+    # requests
+
+    def call(self, method: str, path: str, *, doing: str, query: object = (),
+             headers: dict | None = None, **how: object) -> Answer:
+        """One request to the Hub with its token, whatever its status. NotSent, Lost.
+
+        path: below the endpoint, escaped. how: body, timeout, sink, limit.
+        """
+        token, sent = self._token(), dict(headers or {})
+        if token:
+            sent["authorization"] = f"Bearer {token}"
+        target = self._base + path + (f"?{canonical_query(query)}" if query else "")
+        answer = self._ask(self._origin, method, target, doing=doing, headers=sent,
+                           **how)
+        self._time.observe(answer)
+        self._reached = True
+        return answer
+
+    def _ask(self, origin: str, method: str, target: str, *, doing: str,
+             **how: object) -> Answer:
+        try:
+            return self._link(origin).send(method, target, **how)
+        except Error as why:
+            why.message = f"cannot {doing}: {why.message}"
+            why.args = (why.message,)
+            raise
+
+    def fail(self, answer: Answer, doing: str, **how: object) -> Error:
+        """The error of an answer, cleaned of the tokens in use."""
+        token, grant = self._token(), self._grant
+        error = hub_failure(answer, doing, bucket=self.bucket, anonymous=not token,
+                            **how)
+        for secret in filter(None, (token, grant and grant.token)):
+            error.message = error.message.replace(secret, "***")
+        error.args = (error.message,)
+        return error
+
+    def read(self, method: str, path: str, *, doing: str, kind: type = dict,
+             **how: object) -> tuple:
+        """(JSON, Answer) of what changes nothing, or only once; retried."""
+        def once() -> tuple:
+            answer = self.call(method, path, doing=doing, **how)
+            if answer.status != 200:
+                raise self.fail(answer, doing)
+            return hub_json(answer, doing, kind=kind), answer
+        return self.retry(once)
+
+    # the bucket
+
+    def info(self) -> dict:
+        """What the Hub tells about the bucket: id, private (a bool), ... NoBucket."""
+        doing = f"look at the bucket {shown(self.bucket)}"
+        doc, _ = self.read("GET", self._api, doing=doing)
+        if not isinstance(doc.get("private"), bool):
+            raise Corrupt(f"cannot {doing}: the Hub does not say whether it is private",
+                          hint="is that endpoint a Hub?")
+        return doc
+
+    def create(self, private: bool) -> bool:
+        """Create the bucket; False if there is one, private or not."""
+        doing = f"create the bucket {shown(self.bucket)}"
+        body = b'{"visibility": "%s"}' % (b"private" if private else b"public")
+
+        def once() -> bool:
+            answer = self.call("POST", self._api, doing=doing, body=body,
+                               headers={"content-type": "application/json"})
+            if answer.status not in (200, 201, 409):
+                raise self.fail(answer, doing)
+            hub_json(answer, doing)
+            return answer.status != 409
+        return self.retry(once)
+
+    # listings
+
+    def tree(self, folder: str, *, recursive: bool) -> tuple:
+        """([Entry] in the directory `folder`, the Hub's time of the first page).
+
+        Not recursive: its files and directories. A directory that is not there is
+        empty. In no order.
+        """
+        doing, entries, now = f"list {shown(folder) or 'the bucket'}", [], None
+        path = f"{self._api}/tree" + (f"/{uri_escape(folder)}" if folder else "")
+        # What `recursive` is by default differs, so it is always told.
+        query = [("recursive", "true" if recursive else "false"),
+                 ("limit", str(TREE_PAGE))]
+        seen = [""]
+        while True:
+            more = [("cursor", seen[-1])] if seen[-1] else []
+            page, answer = self._page(path, query + more, doing=doing)
+            entries += [hub_entry(doc) for doc in page]
+            now = self.now_of(answer) if now is None else now
+            cursor = next_cursor(answer.headers)
+            if not cursor:
+                return entries, now
+            if cursor in seen:
+                raise Unavailable(f"cannot {doing}: its pages repeat and do not end",
+                                  hint="is that endpoint a Hub?")
+            seen.append(cursor)
+
+    def _page(self, path: str, query: list, *, doing: str) -> tuple:
+        def once() -> tuple:
+            answer = self.call("GET", path, doing=doing, query=query)
+            if answer.status == 404:
+                error = self.fail(answer, doing)
+                if isinstance(error, NoBucket):
+                    raise error
+                return [], answer
+            if answer.status != 200:
+                raise self.fail(answer, doing)
+            return hub_json(answer, doing, kind=list), answer
+        return self.retry(once)
+
+    def paths_info(self, paths: list) -> tuple:
+        """({path: Entry} of those of `paths` that are files, the Hub's time).
+
+        One request for 1,000 of them.
+        """
+        import json
+        doing = f"look at {shown(paths[0]) if len(paths) == 1 else 'files'}"
+        found, now = {}, None
+        for at in range(0, len(paths), PATHS):
+            body = json.dumps({"paths": paths[at:at + PATHS]}).encode()
+            docs, answer = self.read("POST", f"{self._api}/paths-info", doing=doing,
+                                     kind=list, body=body,
+                                     headers={"content-type": "application/json"})
+            now = self.now_of(answer) if now is None else now
+            found.update((entry.key, entry) for entry in map(hub_entry, docs))
+        return found, self.clock() if now is None else now
+
+    # the bytes of files
+
+    def resolve(self, path: str, *, doing: str, start: int = 0, end: int | None = None,
+                unless: str = "", sink: object = None,
+                limit: int = MAX_ANSWER) -> Answer:
+        """The Answer with the bytes from `start` to before `end`; see identified().
+
+        Whatever its status; 304, without bytes, when the ETag is `unless`. sink, limit:
+        see Http.send. Lost, Unavailable: try again.
+        """
+        headers = {"range": f"bytes={start}-{'' if end is None else end - 1}"} \
+            if start or end is not None else {}
+
+        def begin(found: Answer) -> object:
+            ours = sink and found.status in (200, 206)
+            return sink(identified(found, found)) if ours else None
+        heard = self.call("GET", f"{self._files}/{uri_escape(path)}", doing=doing,
+                          headers=headers, sink=begin, limit=limit)
+        identified(heard, heard)
+        if heard.status not in (200, 206, *REDIRECTS):
+            return heard
+        if unless and same_etag(unless, heard.headers.get("etag")):
+            heard.status, heard.body = 304, b""
+            return heard
+        if heard.status not in REDIRECTS:
+            return heard
+        return self._follow(heard, doing=doing, headers=headers, sink=sink, limit=limit)
+
+    def _follow(self, heard: Answer, *, doing: str, headers: dict, sink: object,
+                limit: int) -> Answer:
+        """Read where the Hub sends us, without its token: that host is another's.
+
+        Trouble there will pass, at a new address: it is signed for some minutes.
+        """
+        from urllib.parse import urljoin
+        there = web_parts(urljoin(self._origin, heard.headers.get("location", "")),
+                          plain=self._plain)
+        if there is None or "etag" not in heard.headers:
+            raise Unavailable(f"cannot {doing}: the Hub redirects ({heard.status}), but"
+                              " not to a file at an https address",
+                              hint="is this network behind a login page?")
+        size = heard.headers.get("x-linked-size", "")
+
+        def begin(found: Answer) -> object:
+            if found.status not in (200, 206):
+                return None
+            if size.isdigit() and _total(found) not in (None, int(size)):
+                raise Lost(f"cannot {doing}: {shown(there.hostname)} sends"
+                           f" {_total(found)} bytes of a file of {size}")
+            return sink(identified(found, heard)) if sink else None
+        target = (there.path or "/") + (f"?{there.query}" if there.query else "")
+        found = self._ask(f"{there.scheme}://{there.netloc}", "GET", target,
+                          doing=doing, headers=headers, sink=begin, limit=limit)
+        if found.status not in (200, 206, 416):
+            raise Unavailable(f"cannot {doing}: {shown(there.hostname)}, where its bytes"
+                              f" are, answers {found.status}", hint="try again")
+        return identified(found, heard)
+
+    def upload(self, sources: object, *, lasting: float = 0) -> list:
+        """The hashes of files, in order, once the Hub has their bytes.
+
+        sources: each yields the bytes of one file. Small ones share one request. They
+        are in no file before batch() says so, so all of it may be repeated. lasting:
+        seconds that each request may be retried, deadline or not.
+        """
+        pack = XetPack()
+        for pieces in sources:
+            for digest, body in pack.add(pieces):
+                self._send_xorb(digest, body, lasting=lasting)
+        for digest, body in pack.finish():
+            self._send_xorb(digest, body, lasting=lasting)
+        for body in pack.shards():
+            # Its blocks are verified before the answer: a KiB describes a MiB of them.
+            self._store("/v1/shards", body, field="result", lasting=lasting,
+                        patience=len(body) / 1024)
+        return pack.hashes
+
+    def _send_xorb(self, digest: str, body: bytes, *, lasting: float) -> None:
+        self._store(f"/v1/xorbs/default/{digest}", body, field="was_inserted",
+                    lasting=lasting, patience=len(body) / SLOW_LINE)
+
+    def _store(self, path: str, body: bytes, *, field: str, lasting: float,
+               patience: float) -> None:
+        """POST to the content store until it answers with `field`.
+
+        Repeated at will: what is stored there is named by its hash.
+        """
+        doing, how = "upload", {"body": body, "timeout": REQUEST_TIMEOUT + patience}
+
+        def once() -> None:
+            grant = self._leave()
+            answer = self._post(grant, path, doing=doing, **how)
+            if answer.status == 401:
+                answer = self._post(self._leave(grant), path, doing=doing, **how)
+            if answer.status in (404, 410):
+                raise Error("cannot upload: the Hub no longer takes uploads in the way"
+                            f" of tracecraft {__version__} ({answer.status})",
+                            hint="use a newer version, or the Hub's S3 gateway")
+            if answer.status != 200:
+                raise self.fail(answer, doing)
+            if field not in hub_json(answer, doing):
+                raise portal_error(answer, doing)
+        self.retry(once, lasting=lasting)
+
+    def _post(self, grant: XetGrant, path: str, **how: object) -> Answer:
+        return self._ask(grant.origin, "POST", grant.base + path, headers={
+            "authorization": f"Bearer {grant.token}"}, **how)
+
+    def _leave(self, refused: XetGrant | None = None) -> XetGrant:
+        """The leave to upload, asked for when there is none yet, or that was refused."""
+        with self._granting:
+            kept = self._grant
+            if kept is None or kept is refused \
+                    or kept.ends_at - TOKEN_SPARE < self.clock():
+                doc, _ = self.read("GET", f"{self._api}/xet-write-token",
+                                   doing=f"upload to {shown(self.bucket)}")
+                self._grant = XetGrant(doc, plain=self._plain)
+            return self._grant
+
+    # changes
+
+    def batch(self, operations: list) -> Answer:
+        """Do `operations`, at least one, 1,000 in a request; the last Answer.
+
+        Only those that the Hub reports as failed are sent again. Unavailable: details
+        `failed` tells which failed for good, {path: why}. Lost: it is not known what
+        was done; the same may be done again unless a rival's write may lie between.
+        """
+        for at in range(0, len(operations), PATHS):
+            answer = self._batch(operations[at:at + PATHS])
+        return answer
+
+    def _batch(self, left: list) -> Answer:
+        doing, tries = f"write {shown(left[0]['path'])}", 0
+        doing += f" and {len(left) - 1} more" if len(left) > 1 else ""
+
+        def once() -> Answer | Lost:
+            nonlocal left, tries
+            try:
+                answer = self._send_batch(left, doing=doing)
+                failed = batch_failures(answer, left, doing=doing)
+            except Lost as why:
+                return why  # the caller's to repeat
+            if not failed:
+                return answer
+            left, tries = [one for one in left if one["path"] in failed], tries + 1
+            path = left[0]["path"]
+            error = Unavailable(f"cannot write {shown(path)}: the Hub says"
+                                f" {failed[path]!r}", failed=failed,
+                                hint="the other files of this command may be there")
+            error.retryable = tries < BATCH_TRIES
+            raise error
+        answer = self.retry(once)
+        if isinstance(answer, Lost):
+            raise answer
+        return answer
+
+    def _send_batch(self, operations: list, *, doing: str) -> Answer:
+        import json
+        body = "".join(json.dumps(one) + "\n" for one in operations).encode()
+        answer = self.call("POST", f"{self._api}/batch", doing=doing, body=body,
+                           headers={"content-type": "application/x-ndjson"})
+        if answer.status != 200 and not (answer.status == 422
+                                         and b'"failed"' in answer.body):
+            raise self.fail(answer, doing, write=True)
+        return answer
+
+
+# == 24. Hugging Face store ============================================
+#
+# The interface of "Stores" over a Hub: what a token alone can do. Every write is a plain
+# overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
+# ETags; must not know what the objects mean.
+
+NO_CAS = "the Hub's own API has no compare-and-set"
+HFAK_HINT = "make an S3 key in the token's menu (Generate S3 credentials) at" \
+            " https://huggingface.co/settings/tokens. Then set HF_S3_ACCESS_KEY_ID and" \
+            " HF_S3_SECRET_ACCESS_KEY: the same bucket picks winners with them"
+TIMES_KEPT = 100_000  # keys whose times are remembered: some 20 MB
+
+
+def hub_key(key: str) -> str:
+    """`key` if the Hub can have a file of that path, else Usage.
+
+    The rules are those of its S3 gateway, and no control characters.
+    """
+    parts = key.split("/")
+    bad = any(part in ("", ".") or part.endswith("..") for part in parts) \
+        or "\\" in key or any(char < " " or char == "\x7f" for char in key)
+    if bad or not _is_text(key):
+        raise Usage(f"key {shown(key[:120])!r} cannot be a file at the Hub: no empty"
+                    " parts, none that is '.' or ends in '..', no '\\' and no control"
+                    " characters", hint="choose another name")
+    return key
+
+
+class NativeStore:
+    """One project in a bucket of the Hub, by a token. Methods: see "Stores".
+
+    hub: a Hub. warn: callable(text), told when another way would be much faster.
+    ETag: the file's quoted Xet hash, so the same bytes always have the same.
+    """
+
+    kind = "hf"
+
+    def __init__(self, hub: Hub, project: str, *, warn: object = None) -> None:
+        self.hub, self.project, self.warn = hub, project, warn or (lambda text: None)
+        self.bucket, self.endpoint = hub.bucket, hub.endpoint
+        self.verdict = {"atomic": False, "dialect": "quoted", "why": NO_CAS,
+                        "at": iso(time.time())}
+        self._prefix, self._times = f"{project}/" if project else "", {}
+        path = "/".join(filter(None, (hub.bucket, project)))
+        self.url = f"hf://{url_path(path)}"
+        if hub.endpoint:
+            self.url += f"?endpoint={url_path(hub.endpoint)}"
+
+    # what Remote knows
+
+    @property
+    def requests(self) -> int:
+        """How many requests were made."""
+        return self.hub.requests
+
+    @property
+    def deadline(self) -> float:
+        """time.monotonic() up to which what may be repeated is."""
+        return self.hub.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self.hub.deadline = deadline
+
+    def clock(self) -> float:
+        """The Hub's time in seconds since 1970."""
+        return self.hub.clock()
+
+    def offset(self) -> float:
+        """Seconds that the Hub's clock is ahead of ours."""
+        return self.hub.offset()
+
+    def close(self) -> None:
+        """Close idle connections; the store stays usable."""
+        self.hub.close()
+
+    def ensure(self) -> bool:
+        """Create the bucket, private, if it is missing; whether it was."""
+        try:
+            self.hub.info()
+        except NoBucket:
+            return self.hub.create(private=True)
+        return False
+
+    # reading
+
+    def get(self, key: str, *, if_none_match: str | None = None, start: int = 0,
+            limit: int | None = None) -> Found:
+        """The object, or at most `limit` bytes of it from `start`. NotFound.
+
+        modified: None unless a listing, a head or a put of this store told it, since
+        the answer with the bytes does not.
+        """
+        if limit == 0:
+            return self.head(key)
+        small = limit is not None and limit <= MAX_RECORD
+        end = start + limit if small else None
+        return self.hub.retry(lambda: self._get(
+            key, unless=if_none_match or "", start=start, end=end, limit=limit))
+
+    def _get(self, key: str, *, unless: str, start: int, end: int | None,
+             limit: int | None) -> Found:
+        doing, room = f"read {shown(key)}", MAX_ANSWER if limit is None else limit
+        whole = not start and end is None
+        answer = self.hub.resolve(self._path(key), doing=doing, start=start, end=end,
+                                  unless=unless, limit=room + (start if whole else 0))
+        if answer.status == 416:
+            found = self.head(key)
+            return Found(key, b"", etag=found.etag, modified=found.modified,
+                         now=found.now, size=found.size)
+        if answer.status == 304:
+            return self._found(key, None, answer=answer, size=0)
+        if answer.status not in (200, 206):
+            raise self._failed(key, answer, doing=doing)
+        body, size = object_part(answer, key, start=start, limit=limit)
+        return self._found(key, body, answer=answer, size=size)
+
+    def _found(self, key: str, body: bytes | None, *, answer: Answer,
+               size: int) -> Found:
+        etag = answer.headers["etag"]
+        known, modified = self._times.get(key, ("", None))
+        return Found(key, body, etag=etag, size=size, now=self.hub.now_of(answer),
+                     modified=modified if known == etag else None)
+
+    def _failed(self, key: str, answer: Answer, *, doing: str) -> Error:
+        """The error of an answer; a file that is listed but not found will come."""
+        error = self.hub.fail(answer, doing, key=key)
+        lag = type(error) is NotFound and self.hub.paths_info([self._path(key)])[0]
+        return error if not lag else Unavailable(
+            f"cannot {doing}: the Hub lists it, but does not have it yet", key=key,
+            hint="it was written just now; try again")
+
+    def head(self, key: str) -> Found:
+        """What get() says, and when it was written, without the bytes. NotFound."""
+        found = self.heads([key])
+        if key not in found:
+            raise NotFound(f"{shown(key)} does not exist", key=key)
+        return found[key]
+
+    def heads(self, keys: list) -> dict:
+        """{key: Found without bytes} of those of `keys` that exist: one request for
+        1,000 of them."""
+        entries, now = self.hub.paths_info([self._path(key) for key in keys])
+        found = {}
+        for key in keys:
+            entry = entries.get(self._prefix + key)
+            if entry is not None:
+                self._remember(key, entry.etag, entry.modified)
+                found[key] = Found(key, b"", etag=entry.etag, modified=entry.modified,
+                                   now=now, size=entry.size)
+        return found
+
+    def _remember(self, key: str, etag: str, modified: float | None) -> None:
+        # A hash names its bytes, so a time is right for as long as the ETag is.
+        if len(self._times) >= TIMES_KEPT:
+            self._times.clear()
+        self._times[key] = etag, modified
+
+    def list(self, prefix: str, *, start_after: str = "", delimiter: str = "",
+             limit: int | None = None) -> Listing:
+        """All keys that begin with `prefix`, in byte order; see "Stores".
+
+        The Hub lists directories, in no order that it promises: so the one around
+        `prefix` is read to its end, whatever `limit` is.
+        """
+        if delimiter not in ("", "/"):
+            raise Usage(f"delimiter {delimiter!r} is not '/'")
+        # A position below a directory can only be judged by what is in it.
+        deep = not delimiter or "/" in start_after[len(prefix):]
+        folder = (self._prefix + prefix).rpartition("/")[0]
+        found, now = self.hub.tree(folder, recursive=deep)
+        names = self._named(found, prefix, after=start_after, delimiter=delimiter)
+        chosen = sorted(names)[:limit]
+        entries = [names[name] for name in chosen if names[name] is not None]
+        for entry in entries:
+            self._remember(entry.key, entry.etag, entry.modified)
+        return Listing(entries, [name for name in chosen if names[name] is None],
+                       now=now, truncated=len(chosen) < len(names))
+
+    def _named(self, found: list, prefix: str, *, after: str, delimiter: str) -> dict:
+        """{key: Entry, or common prefix: None} of what belongs into a listing."""
+        names, strip = {}, len(self._prefix)
+        for entry in found:
+            key = entry.key[strip:]
+            inside = entry.key.startswith(self._prefix) and key.startswith(prefix)
+            if not inside or key <= after:
+                continue
+            head, cut, _ = key[len(prefix):].partition("/")
+            if delimiter and cut:
+                names[prefix + head + cut] = None
+            elif not key.endswith("/"):
+                entry.key = key
+                names[key] = entry
+        return names
+
+    def download(self, key: str, file: object, *, size: int | None = None,
+                 start: int = 0, progress: object = None) -> None:
+        """The object from byte `start` on to `file`, open for writing in binary.
+
+        NotFound; Moved when it does not have `size` bytes. Goes on where it broke.
+        """
+        load, doing = Download(file, size=size, done=start, progress=progress), \
+            f"download {shown(key)}"
+
+        def once() -> None:
+            answer = self.hub.resolve(self._path(key), doing=doing, start=load.done,
+                                      sink=load.begin)
+            if answer.status not in (200, 206):
+                raise self._failed(key, answer, doing=doing)
+            if is_portal(answer):
+                raise portal_error(answer, doing)
+            if not load.whole():
+                raise Lost(f"cannot {doing}: it ended at byte {load.done}")
+        load.run(self.hub, once)
+
+    def presigned(self, key: str, expires: int) -> dict:
+        """Denied: only S3 keys can sign a URL."""
+        raise Denied(f"no URL for {shown(key)}: a token cannot sign one",
+                     hint=HFAK_HINT)
+
+    # writing
+
+    def put(self, key: str, data: bytes, *, if_match: str | None = None,
+            if_none_match: bool = False) -> Stamp:
+        """Overwrite the object. Unsafe, before any request, with a condition.
+
+        Unavailable, Throttled: nothing landed. Unknown: perhaps. What the Hub says it
+        did not do is tried again for the deadline: it certainly was not done.
+        """
+        if if_match is not None or if_none_match:
+            raise self._unsafe(key)
+        return self.put_many({key: data})[key]
+
+    def put_many(self, documents: dict) -> dict:
+        """{key: Stamp} of `documents`, {key: bytes}: as put(), in as many requests as
+        one takes, for 1,000 of them. Not one step: others may see some of them."""
+        if not documents:
+            return {}
+        paths = [self._path(key) for key in documents]
+        hashes = self.hub.upload((data,) for data in documents.values())
+        answer = self.hub.batch(additions(paths, hashes))
+        return {key: self._stamp(key, digest, answer=answer)
+                for key, digest in zip(documents, hashes)}
+
+    def upload(self, key: str, path: str, *, if_none_match: bool = False,
+               progress: object = None) -> Stamp:
+        """The local file `path` to `key`. progress(bytes done, bytes in all)."""
+        if if_none_match:
+            raise self._unsafe(key)
+        where = self._path(key)
+        with FileTrouble("read", path):
+            source = open(path, "rb")
+        with source:
+            size = os.fstat(source.fileno()).st_size
+            if size >= MULTIPART:
+                self.warn(f"{shown(key)} has {size_text(size)}: to hash it for the Hub"
+                          " takes a second for some 8 MB. Not with an S3 key:"
+                          f" {HFAK_HINT}")
+            pieces = whole_file(source, path, size=size, progress=progress)
+            hashes = self.hub.upload([pieces], lasting=DEADLINE)
+        answer = self.hub.retry(lambda: self.hub.batch(additions([where], hashes)),
+                                lasting=DEADLINE)
+        return self._stamp(key, hashes[0], answer=answer)
+
+    def copy(self, key_from: str, key_to: str) -> Stamp:
+        """One object over another by its hash: no bytes move. NotFound."""
+        etag, where = self.head(key_from).etag, self._path(key_to)
+        copying = [{"type": "copyFile", "path": where, "xetHash": bare_etag(etag),
+                    "sourceRepoType": "bucket", "sourceRepoId": self.bucket}]
+        answer = self.hub.retry(lambda: self.hub.batch(copying))
+        return self._stamp(key_to, bare_etag(etag), answer=answer)
+
+    def delete(self, key: str) -> None:
+        """Remove the object; absent is fine."""
+        where = self._path(key)
+
+        def once() -> None:
+            try:
+                self.hub.batch([{"type": "deleteFile", "path": where}])
+            except Unavailable as why:
+                # Whether the Hub takes it for a failure when nothing is there, nobody
+                # documents.
+                if where not in why.details.get("failed", ()) \
+                        or self.hub.paths_info([where])[0]:
+                    raise
+        self.hub.retry(once)
+        self._times.pop(key, None)
+
+    def _path(self, key: str) -> str:
+        return hub_key(self._prefix + key)
+
+    def _stamp(self, key: str, digest: str, *, answer: Answer) -> Stamp:
+        now = self.hub.now_of(answer)
+        self._remember(key, f'"{digest}"', now)
+        return Stamp(f'"{digest}"', modified=now, now=now)
+
+    def _unsafe(self, key: str) -> Unsafe:
+        return Unsafe(f"cannot write {shown(key)} under a condition: {NO_CAS}", key=key,
+                      hint=HFAK_HINT)
+
+
+def additions(paths: list, hashes: list) -> list:
+    """The operations of a batch that let `paths` be the files with `hashes`."""
+    return [{"type": "addFile", "path": path, "xetHash": digest}
+            for path, digest in zip(paths, hashes)]
+
+
+def whole_file(file: object, path: str, *, size: int, progress: object) -> object:
+    """Yield the pieces of an open file. Conflict unless they make `size` bytes."""
+    got = 0
+    with FileTrouble("read", path):
+        for piece in file_chunks(file, total=size, progress=progress):
+            got += len(piece)
+            yield piece
+    if got != size:
+        raise Conflict(f"{shown(path)} changed while it was read",
+                       hint="upload it again when nobody writes to it")
+
+
+# == 25. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -7034,7 +7904,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 23. Settings ======================================================
+# == 26. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -7408,7 +8278,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 24. Local state ===================================================
+# == 27. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -7603,7 +8473,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 25. Command settings ==============================================
+# == 28. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -7820,7 +8690,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 26. Credentials ===================================================
+# == 29. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore. Secrets never leave this section but inside Keys.
@@ -8198,7 +9068,7 @@ def _may_hold_keys(url: str) -> bool:
     return address.is_loopback or address.is_link_local or address == eks
 
 
-# == 27. Ledger ========================================================
+# == 30. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -8664,7 +9534,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 28. Leases ========================================================
+# == 31. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of "Records".
@@ -8927,7 +9797,7 @@ class Leases:
             raise
 
 
-# == 29. Hints =========================================================
+# == 32. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -9056,7 +9926,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 30. Step records ==================================================
+# == 33. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -9317,7 +10187,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 31. Frontier ======================================================
+# == 34. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -9403,7 +10273,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 32. Steps =========================================================
+# == 35. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -9786,7 +10656,7 @@ class Steps:
             tries += 1
 
 
-# == 33. Tasks =========================================================
+# == 36. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -10124,7 +10994,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 34. Locks =========================================================
+# == 37. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -10467,7 +11337,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 35. Barriers ======================================================
+# == 38. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -10688,7 +11558,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 36. Memory ========================================================
+# == 39. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -10907,7 +11777,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 37. Mailboxes =====================================================
+# == 40. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -11334,7 +12204,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 38. Mail ==========================================================
+# == 41. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -11565,7 +12435,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 39. Channels and threads ==========================================
+# == 42. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -11795,7 +12665,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 40. Bytes =========================================================
+# == 43. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -12163,7 +13033,7 @@ class Bytes:
         return body
 
 
-# == 41. Artifact heads ================================================
+# == 44. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -12457,7 +13327,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 42. Artifacts =====================================================
+# == 45. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -12751,7 +13621,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 43. Reservations ==================================================
+# == 46. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -12901,7 +13771,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 44. Runs ==========================================================
+# == 47. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -13363,7 +14233,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 45. Artifact trees ================================================
+# == 48. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -13762,7 +14632,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 46. Queue reader ==================================================
+# == 49. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -13972,7 +14842,7 @@ class QueueReader:
                 yield record
 
 
-# == 47. Queues ========================================================
+# == 50. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -14384,7 +15254,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 48. Project =======================================================
+# == 51. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -14762,7 +15632,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 49. Context =======================================================
+# == 52. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -14913,7 +15783,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 50. Views =========================================================
+# == 53. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -15263,7 +16133,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 51. Timeline ======================================================
+# == 54. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -15532,7 +16402,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 52. Housekeeping ==================================================
+# == 55. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -15766,7 +16636,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 53. Archive =======================================================
+# == 56. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -16188,7 +17058,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 54. Doctor ========================================================
+# == 57. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -16525,7 +17395,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 55. Trials ========================================================
+# == 58. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -17060,7 +17930,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 56. Drill =========================================================
+# == 59. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -17324,7 +18194,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 57. Bench =========================================================
+# == 60. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -17695,7 +18565,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 58. Rows ==========================================================
+# == 61. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -17946,7 +18816,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 59. Commands under a lease ========================================
+# == 62. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -18152,7 +19022,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 60. Step commands =================================================
+# == 63. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -18442,7 +19312,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 61. Task commands =================================================
+# == 64. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -18614,7 +19484,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 62. Lock commands =================================================
+# == 65. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -18895,7 +19765,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 63. Memory commands ===============================================
+# == 66. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -19014,7 +19884,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 64. Artifact commands =============================================
+# == 67. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -19240,7 +20110,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 65. Reservation commands ==========================================
+# == 68. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -19472,7 +20342,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 66. Commands of presence, views and set-up ========================
+# == 69. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -19945,7 +20815,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 67. House commands ================================================
+# == 70. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -20121,7 +20991,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 68. Commands of mail ==============================================
+# == 71. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -20381,7 +21251,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 69. Run commands ==================================================
+# == 72. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -20836,7 +21706,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 70. Queue commands ================================================
+# == 73. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -21027,7 +21897,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 71. Command line ==================================================
+# == 74. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
