@@ -7354,8 +7354,7 @@ class Hub(Remote):
             left, tries = [one for one in left if one["path"] in failed], tries + 1
             path = left[0]["path"]
             error = Unavailable(f"cannot write {shown(path)}: the Hub says"
-                                f" {failed[path]!r}", failed=failed,
-                                hint="the other files of this command may be there")
+                                f" {failed[path]!r}", failed=failed, hint="try again")
             error.retryable = tries < BATCH_TRIES
             raise error
         answer = self.retry(once)
@@ -8693,7 +8692,8 @@ def _say_what_is_unusual(found: Settings) -> None:
 # == 29. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
-# container, instance, botocore. Secrets never leave this section but inside Keys.
+# container, instance, botocore; and the Hub's token. Keys leave this section only
+# inside Keys.
 
 REFRESH = 300  # seconds before their end that temporary keys are renewed
 METADATA_TIMEOUT = 1  # seconds; off AWS nobody answers 169.254.169.254
@@ -9066,6 +9066,78 @@ def _may_hold_keys(url: str) -> bool:
         return parts.hostname == "localhost"
     eks = ipaddress.ip_address("fd00:ec2::23")
     return address.is_loopback or address.is_link_local or address == eks
+
+
+# -- the Hub's token ---------------------------------------------------
+
+
+def hf_token(environ: dict, config: dict) -> str:
+    """The Hugging Face token that is set, '' without one. Denied if it is malformed.
+
+    hf_token of the config (or a flag), else what the Hub's own tools would take:
+    HF_TOKEN, HUGGING_FACE_HUB_TOKEN, the file of `hf auth login`. Unavailable when
+    HF_HUB_OFFLINE forbids requests.
+    """
+    if is_on(environ, "HF_HUB_OFFLINE"):
+        error = Unavailable("HF_HUB_OFFLINE is set, so the Hub is not asked",
+                            hint="unset it, or use another store")
+        error.retryable = False
+        raise error
+    token = _hf_cleaned(config.get("hf_token"), "hf_token of the config")
+    if token or is_on(environ, "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        return token
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = token or _hf_cleaned(environ.get(name), name)
+    path = hf_token_path(environ)
+    return token or _hf_cleaned(_hf_file(path), shown(path))
+
+
+def is_on(environ: dict, name: str) -> bool:
+    """Whether a switch of the Hub's tools is set, as they read it."""
+    return environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def hf_token_path(environ: dict) -> str:
+    """The file that `hf auth login` writes the token to.
+
+    >>> hf_token_path({"HOME": "/home/ada", "HF_HOME": "~/models"})
+    '/home/ada/models/token'
+    """
+    if environ.get("HF_TOKEN_PATH"):
+        return expanded(environ["HF_TOKEN_PATH"], environ)
+    home = environ.get("HF_HOME") or os.path.join(
+        environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "huggingface")
+    return os.path.join(expanded(home, environ), "token")
+
+
+def expanded(path: str, environ: dict) -> str:
+    """`path` with ~ and $VARIABLES replaced from `environ`; unknown ones stay."""
+    import re
+    path = re.sub(r"\$(\w+|\{\w+\})", lambda found: environ.get(
+        found[1].strip("{}"), found[0]), path)
+    if path == "~" or path.startswith(("~/", "~" + os.sep)):
+        path = (home_of(environ) or "~") + path[1:]
+    return path
+
+
+def _hf_file(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(4096)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, UnicodeDecodeError) as why:
+        raise Denied(f"cannot read the Hugging Face token in {shown(path)}:"
+                     f" {type(why).__name__}", hint="sign in again: `hf auth login`"
+                     ) from None
+
+
+def _hf_cleaned(text: object, source: str) -> str:
+    token = str(text or "").replace("\r", "").replace("\n", "").strip()
+    if token and not is_token(token):
+        raise Denied(f"the Hugging Face token in {source} has characters that no token"
+                     " has", hint="set it again; its value is not shown")
+    return token
 
 
 # == 30. Ledger ========================================================
