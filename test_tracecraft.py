@@ -22204,6 +22204,721 @@ def test_where_etags_are_digests_one_head_settles_a_lost_answer():
     assert ada.claim("s").token == 1
     asked = [pair for pair in store.counts if pair[1].endswith("claim.json")]
     assert store.counts["HEAD", "steps/s/claim.json"] == 1, asked
+# == A Hub by its own API ==============================================
+#
+# Hub and NativeStore against the Hub of our own, whose end asserts that no secret went
+# where it does not belong.
+
+
+@pytest.fixture
+def hub_server():
+    with HubServer() as server:
+        server.bucket("alice/coord")
+        yield server
+
+
+def hub_of(server, token=None, **how):
+    hub = tracecraft.Hub("alice/coord", endpoint=server.url, random=random.random,
+                         token=lambda: server.token if token is None else token,
+                         open_to=lambda origin: tracecraft.open_http(origin, **how))
+    hub.deadline = time.monotonic() + 30
+    return hub
+
+
+def native(server, *how, **more):
+    return tracecraft.NativeStore(hub_of(server, *how, **more), "p")
+
+
+@pytest.fixture
+def natively(hub_server):
+    store = native(hub_server)
+    yield store
+    store.close()
+
+
+def hub_answer(status=200, body=b"", **headers):
+    told = {name.replace("_", "-"): value for name, value in headers.items()}
+    answer = tracecraft.Answer(status, told, sent_at=0.0, got_at=0.0)
+    answer.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return answer
+
+
+def asked_of(server):
+    """["POST batch", ...]: the requests since the log was cleared."""
+    words = ("batch", "paths-info", "tree", "xet-write-token", "xorbs", "shards",
+             "resolve", "files", "coord")
+    log = [(req.method, next(word for word in words if word in req.path.split("/")))
+           for req in list(server.log)]
+    server.clear_log()
+    return [" ".join(pair) for pair in log]
+
+
+# -- what the Hub says -------------------------------------------------
+
+
+@pytest.mark.parametrize("text, limit", [
+    ('"api";r=0;t=55', (0, 55)), ('"a";r=9;t=1, "b";r=2;t=30', (2, 30)),
+    ('"api"; r=7', (7, 0)), ("", None), ('"api";r=x;t=5', None), ("r=" + "9" * 30, None)])
+def test_a_rate_limit_is_the_tightest_of_its_policies(text, limit):
+    assert tracecraft.rate_limit({"ratelimit": text}) == limit
+
+
+FAILURES = [  # status, headers, options, class, words of the sentence, of the hint
+    (401, {}, {}, "Denied", "401", "hf auth login"),
+    (401, {}, {"anonymous": True}, "Denied", "401", "HF_TOKEN"),
+    (403, {}, {}, "Denied", "403", "right to write"),
+    (404, {"x_error_code": "RepoNotFound"}, {}, "NoBucket", "no bucket 'u/b'", "USER/"),
+    (404, {"x_error_code": "EntryNotFound"}, {}, "NotFound", "EntryNotFound", "nothing"),
+    (409, {}, {}, "Busy", "409", "rival"),
+    (422, {}, {"write": True}, "Error", "422", "as it is"),
+    (429, {}, {"write": True}, "Throttled", "429", "fewer agents"),
+    (503, {}, {}, "Throttled", "503", "fewer agents"),
+    (503, {}, {"write": True}, "Lost", "503", "trouble"),
+    (500, {}, {}, "Unavailable", "500", "trouble"),
+    (502, {}, {"write": True}, "Lost", "502", "trouble"),
+    (408, {}, {"write": True}, "Lost", "408", "trouble"),
+    (307, {}, {}, "Error", "307", "renamed"),
+    (400, {"x_error_message": "bad\x1b[31m"}, {}, "Error", r"bad\x1b[31m", "as it is"),
+    (400, {"x_request_id": "id-1"}, {}, "Error", "(request id-1)", "as it is")]
+
+
+@pytest.mark.parametrize("status, headers, how, kind, text, hint", FAILURES)
+def test_each_status_of_the_hub_has_its_error(status, headers, how, kind, text, hint):
+    error = tracecraft.hub_failure(hub_answer(status, **headers), "read x", bucket="u/b",
+                                   **how)
+    assert type(error).__name__ == kind and error.message.startswith("cannot read x: ")
+    assert text in error.message and hint in error.hint
+
+
+@pytest.mark.parametrize("body, words", [
+    ({"error": "no luck"}, "no luck"), ({"error": ["a", "b"]}, "a; b"),
+    ({"error": "x", "error_description": "longer"}, "longer"),
+    ({"errors": [{"message": "m1"}, {"message": "m2"}]}, "m1; m2"),
+    ({"errors": [{}, 7, None]}, "; 7; None"), (b"plain text", "plain text"),
+    ([], ""), ({}, ""), (b"", ""), (b"\xff\0", "\ufffd\\x00"), (b"[" * 9999, "[" * 120)])
+def test_the_hubs_words_are_found_wherever_it_puts_them(body, words):
+    assert tracecraft.hub_words(hub_answer(400, body)) == words
+
+
+@pytest.mark.parametrize("headers, seconds", [
+    ({"ratelimit": '"api";r=0;t=55'}, 56), ({"ratelimit": '"api";r=3;t=55'}, 0),
+    ({"ratelimit": '"api";r=3;t=55', "retry_after": "7"}, 7), ({}, 0),
+    ({"ratelimit": '"api";r=0;t=999999'}, 301)])
+def test_a_429_waits_for_the_window_only_when_nothing_is_left(headers, seconds):
+    error = tracecraft.hub_failure(hub_answer(429, **headers), "read x", bucket="u/b")
+    assert error.after == seconds and ("asks to wait" in error.hint) is bool(seconds)
+
+
+@pytest.mark.parametrize("link, cursor", [
+    ('<http://evil.example/x?cursor=abc>; rel="next"', "abc"),
+    ('<h?cursor=p>; rel="prev", <h?a=1&cursor=n%3D%2B>; rel="next"', "n=+"),
+    ('<h?cursor=p>; rel="prev"', ""), ('<h>; rel="next"', ""), ("", ""),
+    ("nonsense", ""), ('<h?cursor=>; rel="next"', "")])
+def test_of_the_next_page_only_the_cursor_is_taken(link, cursor):
+    assert tracecraft.next_cursor({"link": link}) == cursor
+
+
+@pytest.mark.parametrize("doc", [
+    None, 7, "a", [], {}, {"path": ""}, {"path": 7}, {"path": "a"},
+    {"path": "a", "size": "1", "xetHash": "h"}, {"path": "a", "size": 1},
+    {"path": "a", "size": 1, "xetHash": ""}])
+def test_a_malformed_entry_is_corrupt(doc):
+    with pytest.raises(tracecraft.Corrupt):
+        tracecraft.hub_entry(doc)
+
+
+def test_the_time_of_an_entry_is_the_hubs_not_the_writers():
+    entry = tracecraft.hub_entry({
+        "path": "a", "size": 1, "xetHash": "h", "mtime": "2031-01-01T00:00:00.000Z",
+        "uploadedAt": "1970-01-01T00:00:09.500Z"})
+    assert (entry.etag, entry.modified) == ('"h"', 9.5)
+
+
+@pytest.mark.parametrize("status, doc, failed", [
+    (200, {"success": True, "processed": 2, "succeeded": 2, "failed": []}, {}),
+    (200, {"success": False, "processed": 2, "succeeded": 1,
+           "failed": [{"path": "b", "error": "oops\x07"}]}, {"b": r"oops\x07"}),
+    (422, {"failed": [{"path": "a", "error": "x"}]}, {"a": "x", "b": "422"}),
+    (200, {"success": True, "processed": 1, "failed": []}, None),
+    (200, {"success": False, "processed": 2, "failed": []}, None),
+    (200, {"processed": 2, "failed": [{"path": "z"}]}, None),
+    (200, {"processed": 2, "failed": ["a"]}, None),
+    (200, {"processed": 2, "failed": {"a": 1}}, None),
+    (200, {"processed": 2, "failed": 7}, None), (200, [], None), (200, {}, None)])
+def test_a_batch_must_account_for_each_operation(status, doc, failed):
+    sent = [{"path": "a"}, {"path": "b"}]
+    if failed is None:
+        with pytest.raises(tracecraft.Lost, match="account"):
+            tracecraft.batch_failures(hub_answer(status, doc), sent, doing="write")
+        return
+    assert tracecraft.batch_failures(hub_answer(status, doc), sent,
+                                     doing="write") == failed
+
+
+@pytest.mark.parametrize("url, plain, good", [
+    ("https://h/x", False, True), ("http://127.0.0.1:1/x", True, True),
+    ("http://h/x", False, False), ("https://u:p@h/", False, False), ("", True, False),
+    ("https:///x", False, False), ("https://h:99999/", False, False), (None, True, False),
+    ("file:///etc/passwd", True, False), ("https://h/\x1b", False, False),
+    ("https://h/a b", False, False), ("https://[h/", True, False), (7, True, False)])
+def test_an_address_named_by_the_hub_is_https(url, plain, good):
+    assert bool(tracecraft.web_parts(url, plain=plain)) is good
+
+
+@pytest.mark.parametrize("change", [
+    {"casUrl": "http://h"}, {"casUrl": None}, {"accessToken": "a b"}, {"exp": "soon"},
+    {"accessToken": "a\nb"}, {"accessToken": ""}, {"exp": None}])
+def test_a_malformed_leave_to_upload_is_corrupt_and_shows_nothing(change):
+    good = {"casUrl": "https://cas.h/base/", "accessToken": "sesame", "exp": 9}
+    grant = tracecraft.XetGrant(good, plain=False)
+    assert (grant.origin, grant.base) == ("https://cas.h", "/base")
+    assert "sesame" not in repr(grant)
+    with pytest.raises(tracecraft.Corrupt):
+        tracecraft.XetGrant({**good, **change}, plain=False)
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "./a", "a/../b", "a/b..", "a\\b",
+                                 "a\0b", "a\x7f", "a/./b", "a\udc80"])
+def test_a_key_that_the_hub_cannot_have_is_refused_before_any_request(natively, key):
+    with pytest.raises(tracecraft.Usage):
+        natively.put(key, b"")
+    assert natively.requests == 0
+
+
+@pytest.mark.parametrize("bucket", ["", "b", "/b", "u/", "u/b/c"])
+def test_a_bucket_of_the_hub_has_a_user_and_a_name(bucket):
+    with pytest.raises(tracecraft.Usage, match="no bucket"):
+        tracecraft.Hub(bucket, token=str, open_to=None, random=None)
+
+
+# -- the token ---------------------------------------------------------
+
+
+TOKENS = [  # environment, config, token; {} stands for the home directory
+    ({}, {"hf_token": "hf_c"}, "hf_c"), ({"HF_TOKEN": "hf_e"}, {"hf_token": "hf_c"}, "hf_c"),
+    ({"HF_TOKEN": "hf_e", "HUGGING_FACE_HUB_TOKEN": "hf_o"}, {}, "hf_e"),
+    ({"HUGGING_FACE_HUB_TOKEN": "hf_o"}, {}, "hf_o"), ({"HF_TOKEN": " hf_e\r\n"}, {}, "hf_e"),
+    ({"HF_TOKEN": "\n"}, {}, "hf_file"), ({}, {}, "hf_file"), ({}, {"hf_token": None}, "hf_file"),
+    ({"HF_HOME": "~/models"}, {}, "hf_home"), ({"HF_HOME": "$HOME/models"}, {}, "hf_home"),
+    ({"HF_HOME": "${HOME}/models"}, {}, "hf_home"), ({"HF_HOME": "/nowhere"}, {}, ""),
+    ({"XDG_CACHE_HOME": "{}/xdg"}, {}, "hf_xdg"),
+    ({"HF_TOKEN_PATH": "~/named", "HF_HOME": "~/models"}, {}, "hf_named"),
+    ({"HF_TOKEN_PATH": "~/named/no"}, {}, ""), ({"HOME": "/nowhere"}, {}, ""),
+    ({"HF_TOKEN": "hf_e", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}, {}, ""),
+    ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "yes"}, {"hf_token": "hf_c"}, "hf_c"),
+    ({"HF_TOKEN": "hf_e", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}, {}, "hf_e")]
+
+
+@pytest.fixture
+def hf_home(tmp_path):
+    for name, token in (("models/token", "hf_home"), ("named", "hf_named"),
+                        (".cache/huggingface/token", "hf_file\r\n"),
+                        ("xdg/huggingface/token", "hf_xdg\n")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(token)
+    return tmp_path
+
+
+@pytest.mark.parametrize("environ, config, token", TOKENS)
+def test_the_token_is_the_one_that_the_hubs_tools_would_take(hf_home, environ, config,
+                                                             token):
+    environ = {name: text.replace("{}", str(hf_home)) if text.startswith("{}") else text
+               for name, text in environ.items()}
+    assert tracecraft.hf_token({"HOME": str(hf_home), **environ}, config) == token
+
+
+def test_offline_is_said_before_any_request():
+    with pytest.raises(tracecraft.Unavailable, match="HF_HUB_OFFLINE") as caught:
+        tracecraft.hf_token({"HF_HUB_OFFLINE": "ON", "HF_TOKEN": "hf_e"}, {})
+    assert not caught.value.retryable
+
+
+def test_a_malformed_token_is_denied_and_not_shown(tmp_path):
+    with pytest.raises(tracecraft.Denied, match="HF_TOKEN") as caught:
+        tracecraft.hf_token({"HF_TOKEN": "hf_hush hush"}, {})
+    assert "hush" not in caught.value.message + caught.value.hint
+    with pytest.raises(tracecraft.Denied, match="IsADirectory|Permission"):
+        tracecraft.hf_token({"HF_TOKEN_PATH": str(tmp_path)}, {})
+
+
+# -- requests ----------------------------------------------------------
+
+
+def test_a_document_costs_three_requests_and_a_token_that_is_kept(hub_server, natively):
+    natively.put("a.json", b"{}")
+    assert asked_of(hub_server) == ["GET xet-write-token", "POST xorbs", "POST shards",
+                                    "POST batch"]
+    natively.put("a.json", b"[]")
+    assert asked_of(hub_server) == ["POST xorbs", "POST shards", "POST batch"]
+    assert natively.get("a.json").body == b"[]"
+    assert asked_of(hub_server) == ["GET resolve", "GET files"]
+    assert natively.get("a.json", if_none_match=natively.head("a.json").etag).body is None
+    assert asked_of(hub_server) == ["POST paths-info", "GET resolve"]
+
+
+def test_many_documents_share_one_upload_and_one_batch(hub_server, natively):
+    documents = {f"m/{at}.json": b'{"n": %d}' % at for at in range(40)}
+    stamps = natively.put_many({**documents, "empty": b"", "same": b'{"n": 0}'})
+    assert asked_of(hub_server) == ["GET xet-write-token", "POST xorbs", "POST shards",
+                                    "POST batch"]
+    found = natively.heads([*documents, "nothing"])
+    assert asked_of(hub_server) == ["POST paths-info"]
+    assert found.keys() == documents.keys() and all(
+        found[key].etag == stamps[key].etag for key in documents)
+    assert hub_server.files("alice/coord")["p/empty"] == b""
+    assert stamps["same"].etag == stamps["m/0.json"].etag
+    assert natively.put_many({}) == {} and natively.heads([]) == {}
+
+
+def test_more_than_a_batch_takes_is_sent_in_several(hub_server, natively):
+    natively.put_many({f"k{at}": b"same" for at in range(1001)})
+    assert hub_server.count("POST", "batch") == 2
+    assert len(natively.heads([f"k{at}" for at in range(1001)])) == 1001
+    assert hub_server.count("POST", "paths-info") == 2
+
+
+@pytest.mark.parametrize("direct", [-1, 100])
+def test_etags_are_hashes_wherever_they_come_from(direct):
+    with HubServer(direct=direct) as server:
+        server.bucket("alice/coord")
+        store, data = native(server), b"some bytes"
+        etag = store.put("k", data).etag
+        assert etag == f'"{xet_of(data)}"' == store.get("k").etag == store.head("k").etag
+        assert [entry.etag for entry in store.list("").entries] == [etag]
+        assert store.get("k", if_none_match=etag).body is None
+        assert store.get("k", start=5, limit=3).body == b"byt"
+        assert store.get("k", start=99, limit=3).body == b""
+        assert (store.get("k", limit=4).size, store.get("k", limit=0).body) == (10, b"")
+
+
+def test_a_condition_is_unsafe_before_any_request(natively, tmp_path):
+    (tmp_path / "f").write_bytes(b"x")
+    for act in (lambda: natively.put("k", b"", if_none_match=True),
+                lambda: natively.put("k", b"", if_match='"e"'),
+                lambda: natively.upload("k", str(tmp_path / "f"), if_none_match=True)):
+        with pytest.raises(tracecraft.Unsafe, match="no compare-and-set") as caught:
+            act()
+        assert caught.value.exit == 10 and "HF_S3_ACCESS_KEY_ID" in caught.value.hint
+    with pytest.raises(tracecraft.Denied, match="cannot sign"):
+        natively.presigned("k", 60)
+    assert natively.requests == 0 and natively.verdict["atomic"] is False
+
+
+def test_what_a_listing_told_of_times_is_remembered_with_the_bytes(hub_server, natively):
+    natively.put("a", b"1")
+    other = native(hub_server)
+    assert other.get("a").modified is None
+    listed = other.list("").entries[0].modified
+    assert abs(listed - time.time()) < 5 and other.get("a").modified == listed
+    natively.put("a", b"2")
+    assert other.get("a").modified is None
+
+
+def test_a_url_of_the_store_is_that_of_its_settings(hub_server, natively):
+    parts = tracecraft.parse_store_url(natively.url)
+    assert parts == {"kind": "hf", "bucket": "alice/coord", "project": "p",
+                     "endpoint": hub_server.url}
+    assert tracecraft.store_url(parts) == natively.url
+
+
+# -- the bucket --------------------------------------------------------
+
+
+def test_a_missing_bucket_is_created_once_and_private():
+    with HubServer() as server:
+        store = native(server)
+        with pytest.raises(tracecraft.NoBucket, match="alice/coord"):
+            store.list("")
+        with pytest.raises(tracecraft.NoBucket):
+            store.get("k")
+        assert [store.ensure(), store.ensure()] == [True, False]
+        assert store.hub.info()["private"] is True
+        assert store.hub.create(private=False) is False
+        assert server.buckets["alice/coord"].private
+
+
+def test_a_public_bucket_is_read_without_a_token_but_not_written():
+    with HubServer() as server:
+        server.bucket("alice/coord", private=False)
+        native(server).put("k", b"v")
+        nobody = native(server, "")
+        assert nobody.get("k").body == b"v"
+        with pytest.raises(tracecraft.Denied, match="401") as caught:
+            nobody.put("k", b"w")
+        assert "HF_TOKEN" in caught.value.hint
+
+
+@pytest.mark.parametrize("token, status, hint", [
+    ("hf_wrong", "401", "hf auth login"), ("read_token", "403", "right to write")])
+def test_a_token_without_rights_is_denied_with_what_to_do(hub_server, token, status, hint):
+    store = native(hub_server, getattr(hub_server, token, token))
+    with pytest.raises(tracecraft.Denied, match=status) as caught:
+        store.put("k", b"v")
+    assert hint in caught.value.hint and len(hub_server.log) == 1
+
+
+def test_a_bucket_of_another_is_not_there(hub_server):
+    with pytest.raises(tracecraft.NoBucket):
+        native(hub_server, hub_server.foreign_token).head("k")
+
+
+# -- listings ----------------------------------------------------------
+
+
+LISTED = ["a", "a.b", "a/1", "a/b/2", "a/b/c/3", "a/b0", "a0", "b/1", "c/d", "é/ü", "~"]
+
+
+def test_a_listing_is_that_of_every_store(hub_server, natively):
+    memory, rng = MemoryStore(), random.Random(7)
+    hub_server.page = 3
+    natively.put_many({key: b"" for key in LISTED if key != "a"})
+    [memory.put(key, b"") for key in LISTED if key != "a"]
+    starts = ["", "a", "a/", "a/b", "a/b/", "b/", "nothing/", "é/", "a/b0"]
+    for _ in range(60):
+        how = {"start_after": rng.choice(["", *LISTED, "a/b/", "zz"]),
+               "delimiter": rng.choice(["", "/"]), "limit": rng.choice([None, 1, 2, 5])}
+        prefix = rng.choice(starts)
+        mine, other = (store.list(prefix, **how) for store in (natively, memory))
+        assert [[e.key for e in one.entries] for one in (mine, other)][0] == \
+            [e.key for e in other.entries], (prefix, how)
+        assert (mine.prefixes, mine.truncated) == (other.prefixes, other.truncated)
+
+
+def test_pages_that_lead_elsewhere_are_asked_of_the_hub(hub_server, natively):
+    api = hub_server.origins["hub"]
+    following, hub_server.page = api.following, 2
+    api.following = lambda *args: {
+        name: link.replace(hub_server.url, "http://evil.example")
+        for name, link in following(*args).items()}
+    natively.put_many({f"k{at}": b"" for at in range(5)})
+    assert len(natively.list("").entries) == 5 and hub_server.count("GET", "tree") == 3
+    api.following = lambda *args: {"Link": '<x?cursor=azE=>; rel="next"'}
+    with pytest.raises(tracecraft.Unavailable, match="do not end"):
+        natively.list("")
+
+
+# -- trouble -----------------------------------------------------------
+
+
+def test_a_window_that_is_used_up_is_waited_for(hub_server, natively):
+    natively.put("k", b"v")
+    hub_server.fault(429, key="paths-info", retry_after=0)
+    began = time.monotonic()
+    assert natively.head("k").size == 1 and time.monotonic() - began >= 1
+    natively.deadline = time.monotonic() + 5
+    hub_server.fault(429, key="batch", retry_after=50)
+    with pytest.raises(tracecraft.Throttled, match="429") as caught:
+        natively.put("k", b"w")
+    assert caught.value.after == 51 and "wait 51 s" in caught.value.hint
+    assert natively.get("k").body == b"v"
+
+
+def test_a_quota_is_shown_and_obeyed():
+    with HubServer(quota={"api": 3}, window=60) as server:
+        server.bucket("alice/coord")
+        lines = []
+        store = native(server, trace=lines.append)
+        store.put("k", b"v")
+        store.head("k")
+        assert "2 more in 60 s" in lines[0] and "0 more in" in lines[-1]
+        store.deadline = time.monotonic() + 1
+        with pytest.raises(tracecraft.Throttled) as caught:
+            store.head("k")
+        assert 55 < caught.value.after <= 61
+        assert store.get("k").body == b"v"  # reading bytes is another class
+        assert not any("sig=" in line for line in lines)
+
+
+@pytest.mark.parametrize("fault", ["lose", "reset_after", 500, 503, "landed", "truncate"])
+def test_an_answer_of_a_batch_that_is_lost_is_unknown(hub_server, natively, fault):
+    natively.put("k", b"v")
+    hub_server.fault(fault, "POST", "batch")
+    with pytest.raises(tracecraft.Unknown):
+        natively.put("k", b"w")
+    landed = natively.get("k").body == b"w"
+    assert landed is (fault not in (500, 503)) and hub_server.count("POST", "batch") == 2
+
+
+def test_what_may_be_done_twice_is_done_until_it_is_certain(hub_server, natively, tmp_path):
+    (tmp_path / "f").write_bytes(b"bytes")
+    for act in (lambda: natively.upload("up", str(tmp_path / "f")),
+                lambda: natively.copy("up", "copy"), lambda: natively.delete("up")):
+        hub_server.fault("lose", "POST", "batch")
+        hub_server.fault(500, "POST", "batch")
+        act()
+    assert hub_server.files("alice/coord") == {"p/copy": b"bytes"}
+    assert hub_server.count("POST", "batch") == 9
+
+
+def test_only_what_failed_inside_a_200_is_sent_again(hub_server, natively):
+    hub_server.fault("failed", paths=["p/b", "p/d"])
+    hub_server.fault("failed", paths=["p/d"])
+    natively.put_many({key: key.encode() for key in "abcde"})
+    bodies = [req.body.decode() for req in hub_server.log if req.parts[-1] == "batch"]
+    assert [[json.loads(line)["path"] for line in body.splitlines()] for body in bodies] \
+        == [["p/a", "p/b", "p/c", "p/d", "p/e"], ["p/b", "p/d"], ["p/d"]]
+    assert len(hub_server.files("alice/coord")) == 5
+
+
+def test_a_422_is_tried_again_a_few_times_and_then_named(hub_server, natively):
+    hub_server.fault("invalid")
+    natively.put("k", b"v")
+    hub_server.fault("invalid", times=99)
+    with pytest.raises(tracecraft.Unavailable, match="cannot write p/k.*Internal") as caught:
+        natively.put("k", b"w")
+    assert caught.value.details["failed"] == {"p/k": "Internal error, please try again"}
+    assert hub_server.count("POST", "batch") == 2 + tracecraft.BATCH_TRIES
+
+
+def test_a_delete_that_failed_since_nothing_is_there_is_done(hub_server, natively):
+    hub_server.fault("invalid", times=99)
+    natively.delete("never")
+    hub_server.faults.clear()
+    natively.put("k", b"v")
+    hub_server.fault("invalid", times=99)
+    natively.deadline = time.monotonic()
+    with pytest.raises(tracecraft.Unavailable, match="Internal"):
+        natively.delete("k")
+
+
+def test_an_expired_xet_token_is_renewed_once(hub_server, natively):
+    natively.put("a", b"1")
+    hub_server.clear_log()
+    hub_server.expire_tokens()
+    natively.put("b", b"2")
+    assert asked_of(hub_server) == ["POST xorbs", "GET xet-write-token", "POST xorbs",
+                                    "POST shards", "POST batch"]
+    hub_server.fault("expired", times=2)
+    with pytest.raises(tracecraft.Denied, match="401"):
+        natively.put("c", b"3")
+
+
+def test_a_xet_token_that_ends_soon_is_not_used():
+    with HubServer(token_life=50) as server:
+        server.bucket("alice/coord")
+        native(server).put("k", b"v")
+        assert server.count("GET", "xet-write-token") == 2  # for the xorb, for the shard
+
+
+def test_threads_share_one_token(hub_server, natively):
+    out = together(*(lambda at=at: natively.put(f"k{at}", b"%d" % at) for at in range(8)))
+    assert not [one for one in out if isinstance(one, Exception)]
+    assert hub_server.count("GET", "xet-write-token") == 1
+    assert len(hub_server.files("alice/coord")) == 8
+
+
+def test_a_wrong_scope_is_denied(hub_server, natively):
+    hub_server.fault("scope")
+    with pytest.raises(tracecraft.Denied, match="403") as caught:
+        natively.put("k", b"v")
+    assert "right to write" in caught.value.hint
+    assert hub_server.token not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_the_end_of_plain_uploads_is_said_plainly(hub_server, natively, status):
+    hub_server.fault(status, key="xorbs")
+    with pytest.raises(tracecraft.Error, match="no longer takes uploads") as caught:
+        natively.put("k", b"v")
+    assert caught.value.exit == 1 and hub_server.count("POST", "xorbs") == 1
+
+
+@pytest.mark.parametrize("where", ["xorbs", "shards"])
+@pytest.mark.parametrize("fault", [500, 429, "lose", "reset", "html"])
+def test_content_is_sent_again_at_will(hub_server, natively, where, fault):
+    hub_server.fault(fault, "POST", where, **({"retry_after": 0} if fault == 429 else {}))
+    natively.put("k", b"v")
+    assert natively.get("k").body == b"v" and hub_server.count("POST", "batch") == 1
+
+
+def test_a_file_that_is_listed_but_not_found_will_come(hub_server, natively):
+    natively.put("k", b"v")
+    hub_server.fault("lag", "GET", "resolve", times=2, seconds=60)
+    hub_server.clear_log()
+    assert natively.get("k").body == b"v"
+    assert asked_of(hub_server) == ["GET resolve", "POST paths-info"] * 2 + [
+        "GET resolve", "GET files"]
+    with pytest.raises(tracecraft.NotFound):
+        natively.get("never")
+    assert asked_of(hub_server) == ["GET resolve", "POST paths-info"]
+
+
+@pytest.mark.parametrize("fault", [403, 404, 500, "lose", "reset", "truncate", "html"])
+def test_trouble_where_the_bytes_are_sends_us_back_to_the_hub(hub_server, natively, fault):
+    natively.put("k", b"some longer value")
+    hub_server.fault(fault, origin="bytes")
+    hub_server.clear_log()
+    assert natively.get("k").body == b"some longer value"
+    assert asked_of(hub_server)[-2:] == ["GET resolve", "GET files"]
+
+
+@pytest.mark.parametrize("place", ["file:///etc/passwd", "https://u:p@h/", "//h:x/"])
+def test_bytes_are_not_read_from_odd_addresses(hub_server, natively, place):
+    natively.put("k", b"v")
+    hub_server.signed = lambda path: place
+    natively.deadline = time.monotonic()
+    with pytest.raises(tracecraft.Unavailable, match="https address"):
+        natively.get("k")
+
+
+def test_a_redirect_without_a_hash_is_no_file(hub_server, natively):
+    natively.put("k", b"v")
+    hub_server.fault("redirect", key="resolve", status=302, location=hub_server.url)
+    assert natively.get("k").body == b"v"  # tried again
+    hub_server.fault("redirect", key="resolve", status=302, location=hub_server.url)
+    natively.deadline = time.monotonic()
+    with pytest.raises(tracecraft.Unavailable, match="login page|not to a file"):
+        natively.get("k")
+
+
+GARBAGE = [b"", b"{", b"[]", b"{}", b"null", b"7", b'"x"', b"[null]", b'[{"path": 7}]',
+           b'{"failed": 7}', b'{"casUrl": 7, "exp": {}}', b"\xff\xfe", b"[" * 5000,
+           b'{"processed": 1, "failed": [[]]}', b'{"result": 1}']
+
+
+@pytest.mark.parametrize("route, act", [
+    ("tree", lambda store: store.list("")), ("paths-info", lambda store: store.head("k")),
+    ("batch", lambda store: store.put("k", b"")), ("coord", lambda store: store.hub.info()),
+    ("xet-write-token", lambda store: store.put("k", b"x")),
+    ("xorbs", lambda store: store.put("k", b"y")), ("batch", lambda s: s.delete("k")),
+    ("shards", lambda store: store.put("k", b"z")), ("batch", lambda s: s.copy("k", "l"))])
+def test_whatever_the_hub_says_is_an_error_of_ours(hub_server, natively, route, act):
+    natively.put("k", b"v")
+    for body in GARBAGE:
+        store = native(hub_server)
+        hub_server.faults.clear()
+        hub_server.fault("garbage", key=route, times=99, body=body)
+        store.deadline = time.monotonic()
+        try:
+            act(store)
+        except tracecraft.Error as why:
+            assert "Traceback" not in why.message and hub_server.token not in why.message
+
+
+def test_an_error_that_repeats_a_token_is_cleaned(natively, hub_server):
+    natively.put("k", b"v")
+    tokens = [hub_server.token, *hub_server.xet_tokens]
+    error = natively.hub.fail(hub_answer(400, {"error": " ".join(tokens)}), "x")
+    assert not any(token in str(error) for token in tokens) and "*** ***" in error.message
+
+
+# -- files -------------------------------------------------------------
+
+
+def test_a_file_goes_up_in_several_xorbs_with_progress(hub_server, natively, tmp_path,
+                                                       monkeypatch):
+    data, seen, said = random.Random(3).randbytes(600_000), [], []
+    (tmp_path / "f").write_bytes(data)
+    pack = tracecraft.XetPack
+    monkeypatch.setattr(tracecraft, "XetPack", lambda: pack(200_000))
+    monkeypatch.setattr(tracecraft, "MULTIPART", 500_000)
+    natively.warn = said.append
+    stamp = natively.upload("f", str(tmp_path / "f"), progress=lambda *at: seen.append(at))
+    assert hub_server.count("POST", "xorbs") > 2 and stamp.etag == f'"{xet_of(data)}"'
+    assert seen[-1] == (len(data), len(data)) and hub_server.count("POST", "shards") == 1
+    assert len(said) == 1 and "585.9 KiB" in said[0] and "HF_S3_ACCESS_KEY_ID" in said[0]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_written(hub_server, natively, tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"x" * (3 << 20))
+
+    def cut(done, total):
+        path.write_bytes(b"x")
+    with pytest.raises(tracecraft.Conflict, match="changed while"):
+        natively.upload("f", str(path), progress=cut)
+    assert hub_server.count("POST", "batch") == 0
+    with pytest.raises(tracecraft.Error, match="No such file"):
+        natively.upload("f", str(tmp_path / "none"))
+
+
+def test_a_broken_download_goes_on_where_it_broke(hub_server, natively, tmp_path):
+    data = random.Random(4).randbytes(300_000)
+    natively.put("k", data)
+    hub_server.fault("truncate", origin="bytes")
+    with open(tmp_path / "down", "wb") as file:
+        natively.download("k", file, size=len(data))
+    assert (tmp_path / "down").read_bytes() == data
+    ranges = [req.headers.get("range") for req in hub_server.log if req.origin == "bytes"]
+    assert ranges[0] is None and re.fullmatch(r"bytes=[1-9]\d+-", ranges[1])
+
+
+def test_a_file_replaced_during_its_download_is_moved(hub_server, natively):
+    natively.put("k", b"first")
+    natively.put("big", b"0123456789" * 9999)
+    with pytest.raises(tracecraft.Moved):
+        natively.download("k", io.BytesIO(), size=6)
+    hub_server.fault("truncate", origin="bytes")
+    hub_server.fault("call", key="resolve", skip=1,
+                     fn=lambda req: native(hub_server).put("big", b"x" * 99990))
+    with pytest.raises(tracecraft.Moved, match="replaced"):
+        natively.download("big", io.BytesIO(), size=99990)
+    with pytest.raises(tracecraft.NotFound):
+        natively.download("none", io.BytesIO())
+
+
+@pytest.mark.parametrize("contract", [
+    test_contract_an_answer_carries_etag_and_both_times,
+    test_contract_a_listing_is_in_byte_order_and_can_be_cut,
+    test_contract_deleting_twice_is_deleting_once])
+def test_the_contract_of_stores_holds_natively(natively, contract):
+    contract(natively)
+
+
+def test_an_odd_name_is_kept_natively(natively):
+    for name in ["a b", "a+b", "a%b", "a%20b", "a&b=c", "q?x#y", "é/ü", "a;b,c", "~'\""]:
+        natively.put("artifacts/" + name, name.encode())
+        assert natively.get("artifacts/" + name).body == name.encode()
+        assert [e.key for e in natively.list("artifacts/").entries] == ["artifacts/" + name]
+        natively.delete("artifacts/" + name)
+
+
+# -- the real clients --------------------------------------------------
+
+
+REAL_CLIENT = """
+import json, sys
+from huggingface_hub import (HfFileSystem, batch_bucket_files, download_bucket_files,
+                             get_bucket_paths_info, list_bucket_tree)
+name, folder = sys.argv[1:]
+ours = ["p/doc.json", "p/empty", "p/big.bin", "p/a b/#1?.txt"]
+download_bucket_files(name, files=[(path, folder + "/%d" % at)
+                                   for at, path in enumerate(ours)])
+files = HfFileSystem(use_listings_cache=False)
+theirs = [("p/their/" + str(at), data) for at, data in enumerate(
+    [b"", b"theirs", bytes(range(256)) * 3000])]
+batch_bucket_files(name, add=[(data, path) for path, data in theirs])
+files.pipe_file("buckets/" + name + "/p/their/piped.txt", b"piped")
+print(json.dumps({
+    "tree": sorted((one.path, one.size) for one in list_bucket_tree(name, recursive=True)
+                   if one.path in ours),
+    "infos": sorted(one.path for one in get_bucket_paths_info(name, ours)),
+    "read": files.cat_file("buckets/" + name + "/p/big.bin", start=5, end=12).hex()}))
+"""
+
+
+@pytest.mark.peers
+def test_the_hubs_own_client_reads_what_we_wrote_and_we_what_it_wrote(
+        hub_server, natively, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    data = random.Random(5).randbytes(300_000) + bytes(150_000)
+    ours = {"doc.json": b'{"a": 1}', "empty": b"", "big.bin": data, "a b/#1?.txt": b"odd"}
+    natively.put_many(ours)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path),
+               "HF_ENDPOINT": hub_server.url, "HF_TOKEN": hub_server.token,
+               "HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", REAL_CLIENT, "alice/coord", str(tmp_path)],
+                          env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [(tmp_path / str(at)).read_bytes() for at in range(4)] == list(ours.values())
+    assert told["tree"] == sorted([f"p/{key}", len(data)] for key, data in ours.items())
+    assert len(told["infos"]) == 4 and told["read"] == data[5:12].hex()
+    theirs = {entry.key: entry.etag for entry in natively.list("their/").entries}
+    assert natively.get("their/2").body == bytes(range(256)) * 3000
+    assert natively.get("their/piped.txt").body == b"piped"
+    assert theirs["their/1"] == f'"{tracecraft.xet_hash(b"theirs")}"' and len(theirs) == 4
 
 
 # == What an attack found ==============================================

@@ -6973,8 +6973,9 @@ def batch_failures(answer: Answer, operations: list, *, doing: str) -> dict:
     doc = hub_json(answer, doing, kind=object)
     doc = doc if isinstance(doc, dict) else {}
     failed = doc.get("failed", [])
+    failed = failed if isinstance(failed, list) else [failed]
     told = {one["path"]: shown(str(one.get("error") or "no reason")[:200])
-            for one in (failed if isinstance(failed, list) else [])
+            for one in failed
             if isinstance(one, dict) and isinstance(one.get("path"), str)}
     if answer.status == 422:  # none was done
         return {one["path"]: told.get(one["path"], "422") for one in operations}
