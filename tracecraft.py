@@ -6832,14 +6832,14 @@ class S3Store(S3Reader):
 HUB = "https://huggingface.co"
 WINDOW = 300  # seconds after which the Hub counts requests anew
 REDIRECTS = (301, 302, 303, 307, 308)
-HUB_HINTS = {
-    "anonymous": "set HF_TOKEN, or sign in with `hf auth login`",
-    "token": "`hf auth login` makes a new one; HF_TOKEN comes before what that stores",
-    "rights": "the token needs the right to write there:"
-              " https://huggingface.co/settings/tokens",
-    "bucket": "check its name, USER/BUCKET, and whether the token may see it; `init`"
-              " creates it",
-    "rate": "fewer agents, slower polling, or a longer --deadline",
+HUB_FAILURES = {  # status: (class, what to do)
+    401: (Denied, "`hf auth login` makes a new token; HF_TOKEN comes before that one"),
+    403: (Denied, "the token needs the right to write there:"
+                  " https://huggingface.co/settings/tokens"),
+    404: (NotFound, "nothing is stored under that key"),
+    409: (Busy, "a rival request was under way; try again"),
+    429: (Throttled, "fewer agents, slower polling, or a longer --deadline"),
+    501: (Error, "is that endpoint a Hub?"),
 }
 
 
@@ -6911,18 +6911,15 @@ def hub_wait(answer: Answer) -> float:
 
 def _hub_kind(status: int, code: str, *, write: bool, anonymous: bool) -> tuple:
     """(class, hint) of a failure."""
-    if status in (401, 403):
-        why = "rights" if status == 403 else "anonymous" if anonymous else "token"
-        return Denied, HUB_HINTS[why]
+    # The Hub tells those who may not see a bucket the same as if there were none.
     if status == 404 and code == "RepoNotFound":
-        return NoBucket, HUB_HINTS["bucket"]
-    if status == 404:
-        return NotFound, "nothing is stored under that key"
-    if status == 409:
-        return Busy, "a rival request was under way; try again"
-    if status == 429 or status == 503 and not write:
-        return Throttled, HUB_HINTS["rate"]
-    if status == 408 or status >= 500 and status != 501:
+        return NoBucket, "check its name, USER/BUCKET, and whether the token may see" \
+            " it; `init` creates it"
+    if status == 401 and anonymous:
+        return Denied, "set HF_TOKEN, or sign in with `hf auth login`"
+    if status in HUB_FAILURES or status == 503 and not write:
+        return HUB_FAILURES[429 if status == 503 else status]
+    if status == 408 or status >= 500:
         return (Lost if write else Unavailable), "the Hub is in trouble; try again"
     if status in REDIRECTS:
         return Error, "was the bucket renamed? Use its new name"
@@ -6968,23 +6965,31 @@ def batch_failures(answer: Answer, operations: list, *, doing: str) -> dict:
     """{path: why} of the operations that a batch did not do.
 
     200 only says that the Hub has looked at them. Lost when the answer does not account
-    for each of them.
+    for each of them: some may have been done.
     """
-    doc = hub_json(answer, doing, kind=object)
-    doc = doc if isinstance(doc, dict) else {}
-    failed = doc.get("failed", [])
-    failed = failed if isinstance(failed, list) else [failed]
-    told = {one["path"]: shown(str(one.get("error") or "no reason")[:200])
-            for one in failed
-            if isinstance(one, dict) and isinstance(one.get("path"), str)}
-    if answer.status == 422:  # none was done
-        return {one["path"]: told.get(one["path"], "422") for one in operations}
-    known = {one["path"] for one in operations}
-    if len(told) != len(failed) or not told.keys() <= known \
-            or doc.get("processed") != len(operations) \
-            or not (told or doc.get("success", True)):
+    try:
+        doc = hub_json(answer, doing)
+    except (Unavailable, Corrupt) as why:
+        raise Lost(why.message, hint=why.hint) from why
+    told = _told_failures(doc.get("failed", []))
+    paths = {one["path"] for one in operations}
+    if answer.status == 422:  # it did none, whatever else it says
+        return {path: (told or {}).get(path, "422") for path in paths}
+    if told is None or not told.keys() <= paths or not (
+            told or doc.get("success", True)) or \
+            doc.get("processed") != len(operations):
         raise Lost(f"cannot {doing}: the Hub's answer does not account for each of"
                    f" {len(operations)} operations", hint="try again")
+    return told
+
+
+def _told_failures(failed: object) -> dict | None:
+    """{path: why} of the `failed` of a batch; None when it is something else."""
+    told = {}
+    for one in failed if isinstance(failed, list) else [None]:
+        if not isinstance(one, dict) or not isinstance(one.get("path"), str):
+            return None
+        told[one["path"]] = shown(str(one.get("error") or "no reason")[:200])
     return told
 
 
@@ -7053,16 +7058,11 @@ TOKEN_SPARE = 60  # seconds before its end that the content store's token is ren
 SLOW_LINE = 64 << 10  # bytes a second; a slower line breaks uploads off
 
 
-class Hub(Remote):
-    """One bucket, "USER/NAME", by the Hub's own API, from any number of threads.
-
-    endpoint: of the Hub, '' for the public one. token: callable returning the Hub's
-    token, '' for none. The rest: see Remote. Files are told by their paths.
-    """
+class HubReader(Remote):
+    """What Hub can do without writing files; see there."""
 
     def __init__(self, bucket: str, *, endpoint: str = "", token: object,
                  open_to: object, random: object) -> None:
-        import threading
         super().__init__(open_to=open_to, random=random)
         user, _, name = bucket.partition("/")
         if not user or not name or "/" in name:
@@ -7076,7 +7076,6 @@ class Hub(Remote):
         self._origin = f"{parts.scheme}://{parts.netloc}"
         self._base, self._plain = parts.path.rstrip("/"), parts.scheme == "http"
         self._api, self._files = f"/api/buckets/{place}", f"/buckets/{place}/resolve"
-        self._grant, self._granting = None, threading.Lock()
 
     # requests
 
@@ -7107,22 +7106,32 @@ class Hub(Remote):
 
     def fail(self, answer: Answer, doing: str, **how: object) -> Error:
         """The error of an answer, cleaned of the tokens in use."""
-        token, grant = self._token(), self._grant
+        token = self._token()
         error = hub_failure(answer, doing, bucket=self.bucket, anonymous=not token,
                             **how)
-        for secret in filter(None, (token, grant and grant.token)):
+        for secret in filter(None, (token, self.lent())):
             error.message = error.message.replace(secret, "***")
         error.args = (error.message,)
         return error
 
+    def lent(self) -> str:
+        """The token of the content store, if there is one."""
+        return ""
+
     def read(self, method: str, path: str, *, doing: str, kind: type = dict,
-             **how: object) -> tuple:
-        """(JSON, Answer) of what changes nothing, or only once; retried."""
+             absent: object = None, **how: object) -> tuple:
+        """(JSON, Answer) of what changes nothing, retried; JSON of the type `kind`.
+
+        absent: what stands for a 404, unless it is the bucket that is missing.
+        """
         def once() -> tuple:
             answer = self.call(method, path, doing=doing, **how)
-            if answer.status != 200:
-                raise self.fail(answer, doing)
-            return hub_json(answer, doing, kind=kind), answer
+            if answer.status == 200:
+                return hub_json(answer, doing, kind=kind), answer
+            error = self.fail(answer, doing)
+            if absent is None or type(error) is not NotFound:
+                raise error
+            return absent, answer
         return self.retry(once)
 
     # the bucket
@@ -7160,13 +7169,14 @@ class Hub(Remote):
         """
         doing, entries, now = f"list {shown(folder) or 'the bucket'}", [], None
         path = f"{self._api}/tree" + (f"/{uri_escape(folder)}" if folder else "")
-        # What `recursive` is by default differs, so it is always told.
+        # Recursive is the default of the Hub, and of others is not: always tell it.
         query = [("recursive", "true" if recursive else "false"),
                  ("limit", str(TREE_PAGE))]
         seen = [""]
         while True:
             more = [("cursor", seen[-1])] if seen[-1] else []
-            page, answer = self._page(path, query + more, doing=doing)
+            page, answer = self.read("GET", path, doing=doing, kind=list, absent=[],
+                                     query=query + more)
             entries += [hub_entry(doc) for doc in page]
             now = self.now_of(answer) if now is None else now
             cursor = next_cursor(answer.headers)
@@ -7176,19 +7186,6 @@ class Hub(Remote):
                 raise Unavailable(f"cannot {doing}: its pages repeat and do not end",
                                   hint="is that endpoint a Hub?")
             seen.append(cursor)
-
-    def _page(self, path: str, query: list, *, doing: str) -> tuple:
-        def once() -> tuple:
-            answer = self.call("GET", path, doing=doing, query=query)
-            if answer.status == 404:
-                error = self.fail(answer, doing)
-                if isinstance(error, NoBucket):
-                    raise error
-                return [], answer
-            if answer.status != 200:
-                raise self.fail(answer, doing)
-            return hub_json(answer, doing, kind=list), answer
-        return self.retry(once)
 
     def paths_info(self, paths: list) -> tuple:
         """({path: Entry} of those of `paths` that are files, the Hub's time).
@@ -7223,8 +7220,9 @@ class Hub(Remote):
         def begin(found: Answer) -> object:
             ours = sink and found.status in (200, 206)
             return sink(identified(found, found)) if ours else None
+        # A redirect has a page, which is read to keep the connection in step.
         heard = self.call("GET", f"{self._files}/{uri_escape(path)}", doing=doing,
-                          headers=headers, sink=begin, limit=limit)
+                          headers=headers, sink=begin, limit=max(limit, BLOCK))
         identified(heard, heard)
         if heard.status not in (200, 206, *REDIRECTS):
             return heard
@@ -7261,9 +7259,28 @@ class Hub(Remote):
         found = self._ask(f"{there.scheme}://{there.netloc}", "GET", target,
                           doing=doing, headers=headers, sink=begin, limit=limit)
         if found.status not in (200, 206, 416):
-            raise Unavailable(f"cannot {doing}: {shown(there.hostname)}, where its bytes"
-                              f" are, answers {found.status}", hint="try again")
+            raise Unavailable(f"cannot {doing}: {shown(there.hostname)}, where the bytes"
+                              f" are, says {found.status}", hint="try again")
         return identified(found, heard)
+
+
+class Hub(HubReader):
+    """One bucket, "USER/NAME", by the Hub's own API, from any number of threads.
+
+    endpoint: of the Hub, '' for the public one. token: callable returning the Hub's
+    token, '' for none. The rest: see Remote. Files are told by their paths.
+    """
+
+    def __init__(self, bucket: str, **how: object) -> None:
+        import threading
+        super().__init__(bucket, **how)
+        self._grant, self._granting = None, threading.Lock()
+
+    def lent(self) -> str:
+        """The token of the content store, if there is one."""
+        return self._grant.token if self._grant else ""
+
+    # contents
 
     def upload(self, sources: object, *, lasting: float = 0) -> list:
         """The hashes of files, in order, once the Hub has their bytes.
@@ -7279,7 +7296,7 @@ class Hub(Remote):
         for digest, body in pack.finish():
             self._send_xorb(digest, body, lasting=lasting)
         for body in pack.shards():
-            # Its blocks are verified before the answer: a KiB describes a MiB of them.
+            # All it tells of is verified before the answer; a KiB tells of a MiB.
             self._store("/v1/shards", body, field="result", lasting=lasting,
                         patience=len(body) / 1024)
         return pack.hashes
@@ -7316,7 +7333,7 @@ class Hub(Remote):
             "authorization": f"Bearer {grant.token}"}, **how)
 
     def _leave(self, refused: XetGrant | None = None) -> XetGrant:
-        """The leave to upload, asked for when there is none yet, or that was refused."""
+        """The leave to upload, asked for when there is none, or `refused` was."""
         with self._granting:
             kept = self._grant
             if kept is None or kept is refused \
@@ -7326,7 +7343,7 @@ class Hub(Remote):
                 self._grant = XetGrant(doc, plain=self._plain)
             return self._grant
 
-    # changes
+    # files
 
     def batch(self, operations: list) -> Answer:
         """Do `operations`, at least one, 1,000 in a request; the last Answer.
@@ -7376,14 +7393,14 @@ class Hub(Remote):
 
 # == 24. Hugging Face store ============================================
 #
-# The interface of "Stores" over a Hub: what a token alone can do. Every write is a plain
+# The interface of "Stores" over a Hub: what a token alone can do. Every write is an
 # overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
 # ETags; must not know what the objects mean.
 
 NO_CAS = "the Hub's own API has no compare-and-set"
-HFAK_HINT = "make an S3 key in the token's menu (Generate S3 credentials) at" \
-            " https://huggingface.co/settings/tokens. Then set HF_S3_ACCESS_KEY_ID and" \
-            " HF_S3_SECRET_ACCESS_KEY: the same bucket picks winners with them"
+HFAK_HINT = "make an S3 key in a token's menu (Generate S3 credentials) at" \
+            " https://huggingface.co/settings/tokens. Set HF_S3_ACCESS_KEY_ID and" \
+            " HF_S3_SECRET_ACCESS_KEY to it: then the same bucket picks winners"
 TIMES_KEPT = 100_000  # keys whose times are remembered: some 20 MB
 
 
@@ -7402,12 +7419,8 @@ def hub_key(key: str) -> str:
     return key
 
 
-class NativeStore:
-    """One project in a bucket of the Hub, by a token. Methods: see "Stores".
-
-    hub: a Hub. warn: callable(text), told when another way would be much faster.
-    ETag: the file's quoted Xet hash, so the same bytes always have the same.
-    """
+class NativeReader:
+    """What NativeStore can do without writing; see there."""
 
     kind = "hf"
 
@@ -7594,7 +7607,16 @@ class NativeStore:
         raise Denied(f"no URL for {shown(key)}: a token cannot sign one",
                      hint=HFAK_HINT)
 
-    # writing
+    def _path(self, key: str) -> str:
+        return hub_key(self._prefix + key)
+
+
+class NativeStore(NativeReader):
+    """One project in a bucket of the Hub, by a token. Methods: see "Stores".
+
+    hub: a Hub. warn: callable(text), told when another way would be much faster.
+    ETag: the file's quoted Xet hash, so the same bytes always have the same.
+    """
 
     def put(self, key: str, data: bytes, *, if_match: str | None = None,
             if_none_match: bool = False) -> Stamp:
@@ -7661,9 +7683,6 @@ class NativeStore:
                     raise
         self.hub.retry(once)
         self._times.pop(key, None)
-
-    def _path(self, key: str) -> str:
-        return hub_key(self._prefix + key)
 
     def _stamp(self, key: str, digest: str, *, answer: Answer) -> Stamp:
         now = self.hub.now_of(answer)
