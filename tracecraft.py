@@ -39,24 +39,24 @@ Contents (grep -n '^# == ' prints them with line numbers):
   16 Xet                     17 HTTP                    18 Remote
   19 Stores                  20 S3                      21 S3 store
   22 Hub answers             23 Hub                     24 Hugging Face store
-  25 Probe                   26 Settings                27 Local state
-  28 Command settings        29 Credentials             30 Ledger
-  31 Leases                  32 Hints                   33 Step records
-  34 Frontier                35 Steps                   36 Tasks
-  37 Locks                   38 Barriers                39 Memory
-  40 Mailboxes               41 Mail                    42 Channels and threads
-  43 Bytes                   44 Artifact heads          45 Artifacts
-  46 Reservations            47 Runs                    48 Artifact trees
-  49 Queue reader            50 Queues                  51 Project
-  52 Context                 53 Views                   54 Timeline
-  55 Housekeeping            56 Archive                 57 Doctor
-  58 Trials                  59 Drill                   60 Bench
-  61 Rows                    62 Commands under a lease  63 Step commands
-  64 Task commands           65 Lock commands           66 Memory commands
-  67 Artifact commands       68 Reservation commands
-  69 Commands of presence, views and set-up  70 House commands
-  71 Commands of mail        72 Run commands            73 Queue commands
-  74 Command line
+  25 Gateway                 26 Probe                   27 Settings
+  28 Local state             29 Command settings        30 Credentials
+  31 Ledger                  32 Leases                  33 Hints
+  34 Step records            35 Frontier                36 Steps
+  37 Tasks                   38 Locks                   39 Barriers
+  40 Memory                  41 Mailboxes               42 Mail
+  43 Channels and threads    44 Bytes                   45 Artifact heads
+  46 Artifacts               47 Reservations            48 Runs
+  49 Artifact trees          50 Queue reader            51 Queues
+  52 Project                 53 Context                 54 Views
+  55 Timeline                56 Housekeeping            57 Archive
+  58 Doctor                  59 Trials                  60 Drill
+  61 Bench                   62 Rows                    63 Commands under a lease
+  64 Step commands           65 Task commands           66 Lock commands
+  67 Memory commands         68 Artifact commands       69 Reservation commands
+  70 Commands of presence, views and set-up  71 House commands
+  72 Commands of mail        73 Run commands            74 Queue commands
+  75 Command line
 """
 
 from __future__ import annotations
@@ -6050,16 +6050,14 @@ class S3Client(Remote):
 
     def _follow(self, answer: Answer, method: str, *, doing: str, headers: dict,
                 how: dict) -> Answer:
-        """Read from where a GET is sent to (a CDN), without credentials; else refuse.
-
-        What the store itself said about the object (ETag, times) stays.
-        """
+        """Read from where a GET is sent to (a CDN), without credentials; else refuse."""
         from urllib.parse import urlsplit
         there = urlsplit(answer.headers.get("location", ""))
         here = s3_place(self.bucket, endpoint=self.endpoint, region=self.region,
                         path_style=self._path_style)[0]
-        if method != "GET" or there.scheme != "https" or not there.hostname \
-                or there.netloc == urlsplit(here).netloc:
+        # Plain HTTP only where the store itself is: a server on this machine.
+        if method != "GET" or there.scheme not in ("https", urlsplit(here).scheme) \
+                or not there.hostname or there.netloc == urlsplit(here).netloc:
             where = shown(there.hostname or "nowhere")
             raise Unavailable(f"cannot {doing}: the endpoint redirects"
                               f" ({answer.status}) to {there.scheme or 'no'}://{where},"
@@ -6067,12 +6065,19 @@ class S3Client(Remote):
                               hint="set endpoint and region to where the bucket is")
         target = (there.path or "/") + (f"?{there.query}" if there.query else "")
         sent = {name: value for name, value in headers.items() if name == "range"}
-        link = self._link(f"https://{there.netloc.rpartition('@')[2]}")
-        found = link.send("GET", target, headers=sent, **how)
+        link = self._link(f"{there.scheme}://{there.netloc.rpartition('@')[2]}")
+        take = how.pop("sink", None)
+        if take is not None:
+            how["sink"] = lambda found: take(self._relabelled(found, answer))
+        return self._relabelled(link.send("GET", target, headers=sent, **how), answer)
+
+    def _relabelled(self, found: Answer, redirect: Answer) -> Answer:
+        """The answer of a CDN with what the store itself said about the object."""
         for name in ("etag", "last-modified", "date", "age"):
-            found.headers.pop(name, None) if name != "etag" else None
-            if name in answer.headers:
-                found.headers[name] = answer.headers[name]
+            if name != "etag":
+                found.headers.pop(name, None)
+            if name in redirect.headers:
+                found.headers[name] = redirect.headers[name]
         return found
 
     def fail(self, answer: Answer, doing: str, **how: object) -> Error:
@@ -6383,7 +6388,7 @@ class Download:
         """The sink for an answer (Http.send); None for those that bring no object."""
         if answer.status not in (200, 206) or is_portal(answer):
             return None
-        etag, total = answer.headers["etag"], _total(answer)
+        etag, total = answer.headers.get("etag", ""), _total(answer)
         changed = self.etag and not same_etag(self.etag, etag)
         if changed or None not in (total, self._size) and total != self._size:
             raise Moved(f"the object was replaced meanwhile ({total} bytes now)",
@@ -6785,7 +6790,7 @@ class S3Store(S3Reader):
     def copy(self, key_from: str, key_to: str) -> Stamp:
         """One object over another, by the store itself, up to 5 GiB. NotFound."""
         doing = f"copy {shown(key_from)} to {shown(key_to)}"
-        source = uri_escape(f"/{self.bucket}{self._path(key_from)}", keep_slash=True)
+        source = self._copy_source(key_from)
 
         def once() -> Stamp:
             answer = self.call("PUT", self._path(key_to), doing=doing, timeout=180,
@@ -6800,6 +6805,9 @@ class S3Store(S3Reader):
                 raise portal_error(answer, doing) from why
             return self._stamp(etag or self.head(key_to).etag, answer)
         return self.retry(once)
+
+    def _copy_source(self, key: str) -> str:
+        return uri_escape(f"/{self.bucket}{self._path(key)}", keep_slash=True)
 
     def ensure(self) -> bool:
         """Create the bucket if it is missing; whether it was."""
@@ -7076,6 +7084,11 @@ class HubReader(Remote):
         self._origin = f"{parts.scheme}://{parts.netloc}"
         self._base, self._plain = parts.path.rstrip("/"), parts.scheme == "http"
         self._api, self._files = f"/api/buckets/{place}", f"/buckets/{place}/resolve"
+
+    @property
+    def trusted(self) -> bool:
+        """Whether there is a token to show."""
+        return bool(self._token())
 
     # requests
 
@@ -7398,9 +7411,9 @@ class Hub(HubReader):
 # ETags; must not know what the objects mean.
 
 NO_CAS = "the Hub's own API has no compare-and-set"
-HFAK_HINT = "make an S3 key in a token's menu (Generate S3 credentials) at" \
-            " https://huggingface.co/settings/tokens. Set HF_S3_ACCESS_KEY_ID and" \
-            " HF_S3_SECRET_ACCESS_KEY to it: then the same bucket picks winners"
+KEY_HINT = "Make an S3 key pair in the menu of your token (Generate S3 credentials) at" \
+           " https://huggingface.co/settings/tokens. Set HF_S3_ACCESS_KEY_ID and" \
+           " HF_S3_SECRET_ACCESS_KEY to it: then the same bucket picks winners"
 TIMES_KEPT = 100_000  # keys whose times are remembered: some 20 MB
 
 
@@ -7427,8 +7440,8 @@ class NativeReader:
     def __init__(self, hub: Hub, project: str, *, warn: object = None) -> None:
         self.hub, self.project, self.warn = hub, project, warn or (lambda text: None)
         self.bucket, self.endpoint = hub.bucket, hub.endpoint
-        self.verdict = {"atomic": False, "dialect": "quoted", "why": NO_CAS,
-                        "at": iso(time.time())}
+        self.verdict = {"atomic": False, "cas": False, "dialect": "quoted",
+                        "why": NO_CAS, "hint": KEY_HINT, "at": iso(time.time())}
         self._prefix, self._times = f"{project}/" if project else "", {}
         path = "/".join(filter(None, (hub.bucket, project)))
         self.url = f"hf://{url_path(path)}"
@@ -7463,13 +7476,25 @@ class NativeReader:
         """Close idle connections; the store stays usable."""
         self.hub.close()
 
-    def ensure(self) -> bool:
-        """Create the bucket, private, if it is missing; whether it was."""
+    def ensure(self, *, public: bool = False) -> bool:
+        """Create the bucket, private unless `public`, if missing; whether it was."""
         try:
             self.hub.info()
         except NoBucket:
-            return self.hub.create(private=True)
+            return self.hub.create(private=not public)
         return False
+
+    def visibility(self) -> str:
+        """"private", "public" or "unknown": who can read the bucket, as the Hub says.
+
+        Asked without a token the Hub shows public buckets only.
+        """
+        try:
+            return "private" if self.hub.info()["private"] else "public"
+        except Denied:
+            return "unknown"
+        except NoBucket:
+            return "unknown" if self.hub.trusted else "private"
 
     # reading
 
@@ -7605,7 +7630,7 @@ class NativeReader:
     def presigned(self, key: str, expires: int) -> dict:
         """Denied: only S3 keys can sign a URL."""
         raise Denied(f"no URL for {shown(key)}: a token cannot sign one",
-                     hint=HFAK_HINT)
+                     hint=KEY_HINT)
 
     def _path(self, key: str) -> str:
         return hub_key(self._prefix + key)
@@ -7653,7 +7678,7 @@ class NativeStore(NativeReader):
             if size >= MULTIPART:
                 self.warn(f"{shown(key)} has {size_text(size)}: to hash it for the Hub"
                           " takes a second for some 8 MB. Not with an S3 key:"
-                          f" {HFAK_HINT}")
+                          f" {KEY_HINT}")
             pieces = whole_file(source, path, size=size, progress=progress)
             hashes = self.hub.upload([pieces], lasting=DEADLINE)
         answer = self.hub.retry(lambda: self.hub.batch(additions([where], hashes)),
@@ -7691,7 +7716,7 @@ class NativeStore(NativeReader):
 
     def _unsafe(self, key: str) -> Unsafe:
         return Unsafe(f"cannot write {shown(key)} under a condition: {NO_CAS}", key=key,
-                      hint=HFAK_HINT)
+                      hint=KEY_HINT)
 
 
 def additions(paths: list, hashes: list) -> list:
@@ -7712,7 +7737,123 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
                        hint="upload it again when nobody writes to it")
 
 
-# == 25. Probe =========================================================
+# == 25. Gateway =======================================================
+#
+# A Hugging Face bucket through its S3 gateway: the S3 store in another dialect. Every
+# conditional write is atomic here. The dialect (the gateway's documentation, and the
+# reports of its users):
+#
+#   an ETag is the Xet hash of the bytes, so one HEAD tells whether a write of ours landed
+#   GET answers 302 to a CDN, which gets no credentials and whose ETag means nothing
+#   conditions on GET are ignored; lists know only '/' as a delimiter; no user metadata
+#   a copy names its source as bucket/key, neither quoted nor escaped
+
+GATEWAY_URL = "https://s3.hf.co"
+
+
+class GatewayStore(S3Store):
+    """A project in a Hugging Face bucket, over S3. bucket: "namespace/name".
+
+    native: the NativeStore of the same project; it creates the bucket, tells who can
+    see it, and, with a token, looks at many keys in one request.
+    """
+
+    kind = "hf"
+
+    def __init__(self, bucket: str, project: str, *, native: object,
+                 gateway: str = "", **how: object) -> None:
+        self.native = native
+        super().__init__(bucket, project, endpoint=gateway or GATEWAY_URL,
+                         region="us-east-1", path_style=True, **how)
+        self.url, self._dialect = native.url, "quoted"
+
+    @property
+    def deadline(self) -> float:
+        """time.monotonic() up to which reads are retried, both ways."""
+        return self.native.deadline
+
+    @deadline.setter
+    def deadline(self, until: float) -> None:
+        self.native.deadline = until
+
+    @property
+    def requests(self) -> int:
+        """How many requests were made, both ways."""
+        return super().requests + self.native.requests
+
+    def etag_of(self, data: bytes) -> str:
+        """The ETag that an object of these bytes has."""
+        return f'"{xet_hash(data)}"'
+
+    def get(self, key: str, *, if_none_match: str | None = None, start: int = 0,
+            limit: int | None = None) -> Found:
+        """The object, or at most `limit` bytes of it from `start`. NotFound."""
+        if if_none_match:
+            found = self.head(key)
+            if same_etag(found.etag, if_none_match):
+                found.body = None
+                return found
+        return super().get(key, start=start, limit=limit)
+
+    def _found(self, key: str, body: bytes | None, *, answer: Answer, size: int,
+               etag: str = "", modified: float | None = None) -> Found:
+        found = super()._found(key, body, answer=answer, size=size, etag=etag,
+                               modified=modified)
+        if not found.etag and body is not None and len(body) == size:
+            found.etag = self.etag_of(body)
+        return found
+
+    def _relabelled(self, found: Answer, redirect: Answer) -> Answer:
+        found.headers.pop("etag", None)
+        digest = redirect.headers.get("x-xet-hash", "")
+        if digest:
+            found.headers["etag"] = f'"{digest}"'
+        return super()._relabelled(found, redirect)
+
+    def _copy_source(self, key: str) -> str:
+        name = self.bucket.partition("/")[2]
+        path = f"{name}{self._path(key)}"
+        return path if path.isascii() else uri_escape(path, keep_slash=True)
+
+    def fail(self, answer: Answer, doing: str, **how: object) -> Error:
+        """The error of an answer; where the keys are to blame, how to get others."""
+        error = super().fail(answer, doing, **how)
+        if isinstance(error, Denied):
+            error.hint = f"the key pair comes from {self._keys().source}, its rights" \
+                f" from its token. {KEY_HINT}"
+        elif isinstance(error, NoBucket):
+            error.hint = "`init` creates the bucket when HF_TOKEN is set; or make it," \
+                f" private, at {HUB}/new-bucket"
+        return error
+
+    def ensure(self, *, public: bool = False) -> bool:
+        """Create the bucket, private unless `public`, if missing; whether it was.
+
+        With a token: the gateway's own creation would leave the visibility open.
+        """
+        if self.native.hub.trusted:
+            return self.native.ensure(public=public)
+        doing = f"look for the bucket {shown(self.bucket)}"
+        answer = self.retry(lambda: self.call("HEAD", "", doing=doing))
+        if answer.status == 404:
+            raise NoBucket(f"there is no bucket {shown(self.bucket)!r}",
+                           bucket=self.bucket, hint="set HF_TOKEN so that `init` can"
+                           f" create it, or make it, private, at {HUB}/new-bucket")
+        if answer.status // 100 != 2:
+            raise self.fail(answer, doing)
+        return False
+
+    def visibility(self) -> str:
+        """"private", "public" or "unknown", as the Hub says."""
+        return self.native.visibility()
+
+    def close(self) -> None:
+        """Close idle connections; the store stays usable."""
+        super().close()
+        self.native.close()
+
+
+# == 26. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -7923,7 +8064,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 26. Settings ======================================================
+# == 27. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -7931,8 +8072,8 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
 
 CONFIG_NAME = ".tracecraft.json"  # as 0.2 names it
 SECRETS = ("access_key", "secret_key", "session_token", "hf_token", "token", "key")
-URL_OPTIONS = {"s3": ("endpoint", "region", "path_style"), "hf": ("endpoint",),
-               "file": ()}
+URL_OPTIONS = {"s3": ("endpoint", "region", "path_style"),
+               "hf": ("endpoint", "gateway"), "file": ()}
 URL_FORMS = "s3://bucket/project?endpoint=URL&region=R, hf://user/bucket/project" \
             " or file:///dir/project"
 SESSION_NAMES = ("CLAUDE_CODE_SESSION_ID", "CODEX_THREAD_ID", "GEMINI_SESSION_ID",
@@ -8039,8 +8180,9 @@ def _url_options(kind: str, query: str, *, url: str) -> dict:
             raise _bad_url(url, f"option {shown(name)!r} is unknown, empty or repeated"
                            f" ({kind} has: {known}){nearest(name, URL_OPTIONS[kind])}")
         options[name] = unescape(value)
-    if "endpoint" in options:
-        options["endpoint"] = check_endpoint(options["endpoint"])
+    for name in ("endpoint", "gateway"):
+        if name in options:
+            options[name] = check_endpoint(options[name])
     if options.get("path_style", "1") not in ("0", "1"):
         raise _bad_url(url, "path_style is 0 or 1")
     return options
@@ -8297,7 +8439,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 27. Local state ===================================================
+# == 28. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -8492,7 +8634,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 28. Command settings ==============================================
+# == 29. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -8577,8 +8719,7 @@ def _choose_store(found: Settings, flags: dict) -> None:
     names = [project or (store or {}).get("project") for store, project in sources]
     parts["project"] = check_project(next(filter(None, names), default["project"]))
     from_config = bool(stores) and stores[0] is sources[2][0]
-    if parts["kind"] == "s3":
-        _choose_endpoint(found, from_config=from_config)
+    _choose_endpoint(found, from_config=from_config)
     if not from_config and not _same_place(parts, sources[2][0]):
         # Keys that were meant for one store are not shown to another.
         found.config = {k: v for k, v in config.items() if k not in SECRETS}
@@ -8601,24 +8742,30 @@ def _config_store(config: dict, path: str) -> dict | None:
     for name in URL_OPTIONS[kind]:
         if config.get(name):
             parts[name] = str(config[name])
-    if "endpoint" in parts:
-        parts["endpoint"] = check_endpoint(parts["endpoint"])
+    for name in ("endpoint", "gateway"):
+        if name in parts:
+            parts[name] = check_endpoint(parts[name])
     return parts
+
+
+ENDPOINT_NAMES = {
+    "s3": {"endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")},
+    "hf": {"endpoint": ("HF_ENDPOINT",), "gateway": ("HF_S3_ENDPOINT",)}, "file": {}}
 
 
 def _choose_endpoint(found: Settings, *, from_config: bool) -> None:
     """A URL's own endpoint stays; the environment goes before a config file's."""
     parts = found.store
-    name = next((name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-                 if found.environ.get(name)), "")
-    if not name or (parts.get("endpoint") and not from_config):
-        return
-    endpoint = check_endpoint(found.environ[name])
-    was = parts.get("endpoint", endpoint)
-    if was != endpoint:
-        found.notes.append(f"endpoint {shown(endpoint)} from {name} goes before"
-                           f" {shown(was)} in {shown(found.config_path)}")
-    parts["endpoint"] = endpoint
+    for option, names in ENDPOINT_NAMES[parts["kind"]].items():
+        name = next((name for name in names if found.environ.get(name)), "")
+        if not name or (parts.get(option) and not from_config):
+            continue
+        endpoint = check_endpoint(found.environ[name])
+        was = parts.get(option, endpoint)
+        if was != endpoint:
+            found.notes.append(f"{option} {shown(endpoint)} from {name} goes before"
+                               f" {shown(was)} in {shown(found.config_path)}")
+        parts[option] = endpoint
 
 
 def _same_place(a: dict, b: dict | None) -> bool:
@@ -8709,7 +8856,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 29. Credentials ===================================================
+# == 30. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -8768,6 +8915,29 @@ def aws_profile_setting(environ: dict, name: str) -> str:
 
 
 # -- the chain ---------------------------------------------------------
+
+
+def hf_keys(environ: dict, config: dict) -> Keys | None:
+    """The key pair of the Hugging Face gateway; None without. Denied for half a pair.
+
+    AWS variables count only when their id is one of the gateway's (HFAK…): a shell
+    often has others, meant for another store.
+    """
+    get = environ.get
+    pairs = (("the config", config.get("access_key"), config.get("secret_key")),
+             ("HF_S3_ACCESS_KEY_ID", get("HF_S3_ACCESS_KEY_ID"),
+              get("HF_S3_SECRET_ACCESS_KEY")))
+    if get("AWS_ACCESS_KEY_ID", "").startswith("HFAK"):
+        pairs += (("AWS_ACCESS_KEY_ID", get("AWS_ACCESS_KEY_ID"),
+                   get("AWS_SECRET_ACCESS_KEY")),)
+    for source, access, secret in pairs:
+        if bool(access) != bool(secret):
+            which = "secret key" if access else "access key"
+            raise Denied(f"{source}: the {which} is missing",
+                         hint="give both, or neither")
+        if access:
+            return Keys(access.strip(), secret.strip(), source=source)
+    return None
 
 
 def _expiry(text: object) -> float | None:
@@ -9160,7 +9330,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 30. Ledger ========================================================
+# == 31. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -9626,7 +9796,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 31. Leases ========================================================
+# == 32. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, waiting for it, being
 # told that it went to another. The decisions are those of "Records".
@@ -9889,7 +10059,7 @@ class Leases:
             raise
 
 
-# == 32. Hints =========================================================
+# == 33. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -10018,7 +10188,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 33. Step records ==================================================
+# == 34. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -10279,7 +10449,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 34. Frontier ======================================================
+# == 35. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -10365,7 +10535,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 35. Steps =========================================================
+# == 36. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -10748,7 +10918,7 @@ class Steps:
             tries += 1
 
 
-# == 36. Tasks =========================================================
+# == 37. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -11086,7 +11256,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 37. Locks =========================================================
+# == 38. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -11429,7 +11599,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 38. Barriers ======================================================
+# == 39. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -11650,7 +11820,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 39. Memory ========================================================
+# == 40. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -11869,7 +12039,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 40. Mailboxes =====================================================
+# == 41. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -12296,7 +12466,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 41. Mail ==========================================================
+# == 42. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -12527,7 +12697,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 42. Channels and threads ==========================================
+# == 43. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -12757,7 +12927,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 43. Bytes =========================================================
+# == 44. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -13094,7 +13264,7 @@ class Bytes:
 
     def _send_file(self, key: str, source: Source, **how: object) -> None:
         store = self._ledger.store
-        if store.kind != "s3" or source.size < MULTIPART:
+        if not isinstance(store, S3Store) or source.size < MULTIPART:
             store.upload(key, source.path, **how)
             return
         resume = Resume(self._who, source.sha256)
@@ -13125,7 +13295,7 @@ class Bytes:
         return body
 
 
-# == 44. Artifact heads ================================================
+# == 45. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -13419,7 +13589,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 45. Artifacts =====================================================
+# == 46. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -13574,7 +13744,7 @@ class Files:
                         hint="S3 signs for a week at most")
         head = self._heads.checked(
             place, lambda now: (now["sha256"], store.head(now["key"]).size))
-        if store.kind != "s3":
+        if store.kind == "file":
             path = os.path.join(store.bucket, store.project, *head["key"].split("/"))
             raise Usage(f"{store.url} is a directory and has no URLs", path=path,
                         hint=f"the file is {shown(path)}")
@@ -13713,7 +13883,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 46. Reservations ==================================================
+# == 47. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -13863,7 +14033,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 47. Runs ==========================================================
+# == 48. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -14325,7 +14495,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 48. Artifact trees ================================================
+# == 49. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -14724,7 +14894,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 49. Queue reader ==================================================
+# == 50. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -14934,7 +15104,7 @@ class QueueReader:
                 yield record
 
 
-# == 50. Queues ========================================================
+# == 51. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -15346,7 +15516,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 51. Project =======================================================
+# == 52. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -15611,12 +15781,14 @@ class Project:
                 lost.append(name)
         return renewed, lost
 
-    def init(self, *, probe: bool = True, races: bool = True) -> dict:
+    def init(self, *, probe: bool = True, races: bool = True,
+             public: bool = False) -> dict:
         """Create the bucket if needed, probe it, write _project.json, register me.
 
+        public: of a Hugging Face bucket that has to be created; else it is private.
         The verdict; Unsafe when the store cannot arbitrate and that is not allowed.
         Keys: CAS _project.json, agents/<me>.json, _probe/…"""
-        self.store.ensure()
+        self.store.ensure(**({"public": True} if public else {}))
         verdict = self.store.verdict
         if verdict is None or (probe and self.store.kind != "file"):
             verdict = probe_store(self.store, races=races)
@@ -15670,14 +15842,14 @@ class Project:
         self.close()
 
 
-def open_store(settings: Settings, *, trace: object = None) -> object:
+def open_store(settings: Settings, *, trace: object = None,
+               warn: object = None) -> object:
     """The store of `settings`. No request is made. Usage for kinds not supported."""
     parts, environ = settings.store, settings.environ
     if parts["kind"] == "file":
         return DirectoryStore(parts["bucket"], settings.project, environ=environ)
     if parts["kind"] == "hf":
-        raise Usage("Hugging Face buckets are not supported by this version",
-                    hint="use an s3:// store, or tracecraft-ai[huggingface] 0.2.5")
+        return _open_hf(settings, trace, warn)
     chain = CredentialChain(environ, settings.config)
     region = parts.get("region") or environ.get("AWS_REGION") or environ.get(
         "AWS_DEFAULT_REGION") or aws_profile_setting(environ, "region") or "us-east-1"
@@ -15688,13 +15860,43 @@ def open_store(settings: Settings, *, trace: object = None) -> object:
                    path_style=style)
 
 
+def _open_hf(settings: Settings, trace: object, warn: object) -> object:
+    """The gateway with a key pair, the Hub's own API with a token alone. Denied."""
+    from random import random
+    parts, environ, config = settings.store, settings.environ, settings.config
+    keys, token = hf_keys(environ, config), hf_token(environ, config)
+    endpoint = parts.get("endpoint") or HUB
+    own = {HUB, environ.get("HF_ENDPOINT", "").rstrip("/")}
+    if token and endpoint not in own and not config.get("hf_token"):
+        # A bearer token is a password: an invitation must not choose who gets it.
+        if keys is None:
+            raise Denied(f"your Hugging Face token is not sent to {shown(endpoint)},"
+                         " which only the store's URL names", hint="if that Hub is"
+                         f" yours: export HF_ENDPOINT={shown(endpoint)}")
+        token = ""
+    if keys is None and not token:
+        raise Denied("no Hugging Face credentials: neither a token nor an S3 key pair",
+                     hint="`hf auth login`, or set HF_TOKEN (hf.co/settings/tokens);"
+                     " claims need a key pair as well")
+    hub = Hub(parts["bucket"], endpoint=parts.get("endpoint", ""), token=lambda: token,
+              random=random, open_to=lambda origin: open_http(
+                  origin, trace=trace, environ=environ))
+    native = NativeStore(hub, settings.project, warn=warn)
+    store = native if keys is None else GatewayStore(
+        parts["bucket"], settings.project, native=native, environ=environ, trace=trace,
+        gateway=parts.get("gateway", ""), keys=lambda: keys)
+    store.url = settings.store_url
+    return store
+
+
 def open_project(settings: Settings, *, trace: object = None, warn: object = None,
                  allow_advisory: bool = False, fresh: bool = False) -> Project:
     """The project of `settings`, as commands use it.
 
     fresh: an instance of its own whose tokens live in this process (protocol 1).
     """
-    ledger = Ledger(open_store(settings, trace=trace), deadline=settings.deadline,
+    store = open_store(settings, trace=trace, warn=warn)
+    ledger = Ledger(store, deadline=settings.deadline,
                     verdicts=settings.verdicts(), warn=warn,
                     allow_advisory=allow_advisory)
     lent = settings.lent()
@@ -15724,7 +15926,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 52. Context =======================================================
+# == 53. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -15875,7 +16077,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 53. Views =========================================================
+# == 54. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -16225,7 +16427,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 54. Timeline ======================================================
+# == 55. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -16494,7 +16696,7 @@ def idle_pause(tries: int) -> float:
     return pause * (0.75 + random.random() / 4)
 
 
-# == 55. Housekeeping ==================================================
+# == 56. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -16728,7 +16930,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 56. Archive =======================================================
+# == 57. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -17150,7 +17352,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 57. Doctor ========================================================
+# == 58. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -17487,7 +17689,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 58. Trials ========================================================
+# == 59. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -18022,7 +18224,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 59. Drill =========================================================
+# == 60. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -18286,7 +18488,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 60. Bench =========================================================
+# == 61. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -18657,7 +18859,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 61. Rows ==========================================================
+# == 62. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -18908,7 +19110,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 62. Commands under a lease ========================================
+# == 63. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -19114,7 +19316,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 63. Step commands =================================================
+# == 64. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -19404,7 +19606,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 64. Task commands =================================================
+# == 65. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -19576,7 +19778,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 65. Lock commands =================================================
+# == 66. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -19857,7 +20059,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 66. Memory commands ===============================================
+# == 67. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -19976,7 +20178,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 67. Artifact commands =============================================
+# == 68. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -20202,7 +20404,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 68. Reservation commands ==========================================
+# == 69. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -20434,7 +20636,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 69. Commands of presence, views and set-up ========================
+# == 70. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -20544,35 +20746,60 @@ def cmd_doctor(project: object, options: object) -> int:
 
 @command(
     "init", "name the store, the project and me",
-    arg("url", nargs="?", help="s3://bucket/project?endpoint=… or file:///dir/project"),
-    arg("--backend", choices=("s3", "file"), help="s3 (default) or file"),
+    arg("url", nargs="?", help="s3://bucket/project?endpoint=…, hf://user/bucket/project"
+                               " or file:///dir/project"),
+    arg("--backend", choices=("s3", "hf", "file"), help="default s3"),
     arg("--endpoint", metavar="URL", help="of an S3 store"),
     arg("--region", metavar="NAME", help="of an S3 store"),
-    arg("--bucket", metavar="NAME", help="the bucket"),
+    arg("--bucket", metavar="NAME", help="the bucket; of hf user/bucket"),
     arg("--access-key", metavar="KEY", help="kept in the config"),
     arg("--secret-key", metavar="KEY", help="kept in the config"),
+    arg("--hf-token", metavar="TOKEN", help="kept in the config"),
+    arg("--public", action="store_true", help="hf: let everybody read the bucket"),
+    arg("--private", action="store_true", help="hf: the default"),
     examples=("init s3://bucket/project --endpoint https://minio:9000",
-              "init --endpoint URL --bucket b --project p --agent a"),
+              "init hf://user/bucket/project"),
     exits="0 2 7 10 11", opens=False)
 def cmd_init(_project: None, options: object) -> None:
     url = init_url(options)
     first = init_settings(options, url)
     if not options.flags.get("project") and not url:
         remark(options, f"Using project '{first.project}' (override with --project)")
-    verdict, project, path = settle_here(options, url, Project.init)
+    verdict, project, path = settle_here(options, url, init_act(options, first))
     if not project.settings.agent_given:
         remark(options, f"Using agent id '{project.agent}' (kept on this machine;"
                " override with --agent)")
-    answer(options, init_text(project), {
+    seen = verdict.pop("visibility", None)
+    answer(options, init_text(project, seen), {
         "project": first.project, "agent": project.agent, "store": project.store.url,
-        "config": path, "verdict": verdict})
-    if options.secret_key:
+        "config": path, "verdict": verdict, **({"visibility": seen} if seen else {})})
+    if options.secret_key or options.hf_token:
         remark(options, "Note: .tracecraft.json contains credentials. Keep it out of"
                " version control.")
+    if seen == "public" and not options.public:
+        remark(options, f"WARNING: the bucket {shown(project.store.bucket)} is PUBLIC:"
+               " everybody can read what is written here: memory, messages, hand-offs,"
+               " files. Make it private in its settings on the Hub, or say --public.")
     if not verdict.get("atomic"):
         remark(options, "warning: this store cannot pick one winner:"
                f" {shown(verdict.get('why'))}. Claims are refused (exit 10) unless"
-               " --allow-advisory.")
+               f" --allow-advisory. {shown(verdict.get('hint') or '')}".rstrip())
+
+
+def init_act(options: object, settings: Settings) -> object:
+    """Project.init as the flags want it; the verdict gets the bucket's visibility."""
+    if settings.store["kind"] != "hf":
+        if options.public or options.private:
+            raise Usage("--public and --private are for Hugging Face buckets",
+                        hint="the rights of other stores are set where they are kept")
+        return Project.init
+    if options.public and options.private:
+        raise Usage("--public and --private exclude each other", hint="give one")
+
+    def act(project: Project) -> dict:
+        verdict = project.init(public=options.public)
+        return {**verdict, "visibility": project.store.visibility()}
+    return act
 
 
 def settle_here(options: object, url: str, act: object) -> tuple:
@@ -20643,6 +20870,8 @@ def init_settings(options: object, url: str) -> Settings:
     if options.access_key:
         settings.config = {**settings.config, "access_key": options.access_key,
                            "secret_key": options.secret_key}
+    if options.hf_token:
+        settings.config = {**settings.config, "hf_token": options.hf_token}
     return settings
 
 
@@ -20662,13 +20891,17 @@ def config_doc(settings: Settings, options: object) -> dict:
     return doc
 
 
-def init_text(project: Project) -> str:
+def init_text(project: Project, visibility: str | None) -> str:
     """The two lines with which init ends, as 0.2 prints them."""
     store = project.store
     line = f"Initialized project '{project.settings.project}' as agent" \
         f" '{project.agent}'\n"
     if store.kind == "file":
         return line + f"Backend: directory  Path: {store.bucket}"
+    if store.kind == "hf":
+        seen = {"public": "PUBLIC", "unknown": "visibility unknown"}
+        return line + f"Backend: HuggingFace Buckets  Bucket: {store.bucket}" \
+            f" ({seen.get(visibility, visibility)})"
     return line + f"Backend: {store.kind.upper()}  Endpoint: {store.endpoint}" \
         f"  Bucket: {store.bucket}"
 
@@ -20695,7 +20928,8 @@ def cmd_join(_project: None, options: object) -> None:
     if len(urls) != 1:
         raise Usage("that is no invitation: it names no store",
                     hint="paste the line that `tracecraft invite` printed")
-    options.access_key = options.secret_key = None
+    options.access_key = options.secret_key = options.hf_token = None
+    options.public = options.private = False
     url = store_url(parse_store_url(urls[0]))
     _, project, path = settle_here(options, url, arrive)
     answer(options, f"Joined project '{project.settings.project}' as agent"
@@ -20907,7 +21141,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 70. House commands ================================================
+# == 71. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -21083,7 +21317,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 71. Commands of mail ==============================================
+# == 72. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -21343,7 +21577,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 72. Run commands ==================================================
+# == 73. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -21798,7 +22032,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 73. Queue commands ================================================
+# == 74. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -21989,7 +22223,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 74. Command line ==================================================
+# == 75. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
