@@ -22267,7 +22267,7 @@ FAILURES = [  # status, headers, options, class, words of the sentence, of the h
     (401, {}, {}, "Denied", "401", "hf auth login"),
     (401, {}, {"anonymous": True}, "Denied", "401", "HF_TOKEN"),
     (403, {}, {}, "Denied", "403", "right to write"),
-    (404, {"x_error_code": "RepoNotFound"}, {}, "NoBucket", "no bucket 'u/b'", "USER/"),
+    (404, {"x_error_code": "RepoNotFound"}, {}, "NoBucket", "bucket 'u/b'", "USER/"),
     (404, {"x_error_code": "EntryNotFound"}, {}, "NotFound", "EntryNotFound", "nothing"),
     (409, {}, {}, "Busy", "409", "rival"),
     (422, {}, {"write": True}, "Error", "422", "as it is"),
@@ -22313,6 +22313,7 @@ def test_a_429_waits_for_the_window_only_when_nothing_is_left(headers, seconds):
     ('<http://evil.example/x?cursor=abc>; rel="next"', "abc"),
     ('<h?cursor=p>; rel="prev", <h?a=1&cursor=n%3D%2B>; rel="next"', "n=+"),
     ('<h?cursor=p>; rel="prev"', ""), ('<h>; rel="next"', ""), ("", ""),
+    ("<h?cursor=x>; rel=next", "x"),
     ("nonsense", ""), ('<h?cursor=>; rel="next"', "")])
 def test_of_the_next_page_only_the_cursor_is_taken(link, cursor):
     assert tracecraft.next_cursor({"link": link}) == cursor
@@ -22395,10 +22396,12 @@ def test_a_bucket_of_the_hub_has_a_user_and_a_name(bucket):
 
 
 TOKENS = [  # environment, config, token; {} stands for the home directory
-    ({}, {"hf_token": "hf_c"}, "hf_c"), ({"HF_TOKEN": "hf_e"}, {"hf_token": "hf_c"}, "hf_c"),
+    ({}, {"hf_token": "hf_c"}, "hf_c"),
+    ({"HF_TOKEN": "hf_e"}, {"hf_token": "hf_c"}, "hf_c"),
     ({"HF_TOKEN": "hf_e", "HUGGING_FACE_HUB_TOKEN": "hf_o"}, {}, "hf_e"),
-    ({"HUGGING_FACE_HUB_TOKEN": "hf_o"}, {}, "hf_o"), ({"HF_TOKEN": " hf_e\r\n"}, {}, "hf_e"),
-    ({"HF_TOKEN": "\n"}, {}, "hf_file"), ({}, {}, "hf_file"), ({}, {"hf_token": None}, "hf_file"),
+    ({"HUGGING_FACE_HUB_TOKEN": "hf_o"}, {}, "hf_o"),
+    ({"HF_TOKEN": " hf_e\r\n"}, {}, "hf_e"), ({"HF_TOKEN": "\n"}, {}, "hf_file"),
+    ({}, {}, "hf_file"), ({}, {"hf_token": None}, "hf_file"),
     ({"HF_HOME": "~/models"}, {}, "hf_home"), ({"HF_HOME": "$HOME/models"}, {}, "hf_home"),
     ({"HF_HOME": "${HOME}/models"}, {}, "hf_home"), ({"HF_HOME": "/nowhere"}, {}, ""),
     ({"XDG_CACHE_HOME": "{}/xdg"}, {}, "hf_xdg"),
@@ -22484,7 +22487,8 @@ def test_etags_are_hashes_wherever_they_come_from(direct):
         server.bucket("alice/coord")
         store, data = native(server), b"some bytes"
         etag = store.put("k", data).etag
-        assert etag == f'"{xet_of(data)}"' == store.get("k").etag == store.head("k").etag
+        assert etag == f'"{xet_of(data)}"' == store.etag_of(data)
+        assert store.get("k").etag == store.head("k").etag == etag
         assert [entry.etag for entry in store.list("").entries] == [etag]
         assert store.get("k", if_none_match=etag).body is None
         assert store.get("k", start=5, limit=3).body == b"byt"
@@ -22640,7 +22644,8 @@ def test_an_answer_of_a_batch_that_is_lost_is_unknown(hub_server, natively, faul
     assert landed is (fault not in (500, 503)) and hub_server.count("POST", "batch") == 2
 
 
-def test_what_may_be_done_twice_is_done_until_it_is_certain(hub_server, natively, tmp_path):
+def test_what_may_be_done_twice_is_done_until_it_is_certain(hub_server, natively,
+                                                            tmp_path):
     (tmp_path / "f").write_bytes(b"bytes")
     for act in (lambda: natively.upload("up", str(tmp_path / "f")),
                 lambda: natively.copy("up", "copy"), lambda: natively.delete("up")):
@@ -22665,7 +22670,7 @@ def test_a_422_is_tried_again_a_few_times_and_then_named(hub_server, natively):
     hub_server.fault("invalid")
     natively.put("k", b"v")
     hub_server.fault("invalid", times=99)
-    with pytest.raises(tracecraft.Unavailable, match="cannot write p/k.*Internal") as caught:
+    with pytest.raises(tracecraft.Unavailable, match="write p/k.*Internal") as caught:
         natively.put("k", b"w")
     assert caught.value.details["failed"] == {"p/k": "Internal error, please try again"}
     assert hub_server.count("POST", "batch") == 2 + tracecraft.BATCH_TRIES
@@ -22820,7 +22825,8 @@ def test_a_file_goes_up_in_several_xorbs_with_progress(hub_server, natively, tmp
     assert len(said) == 1 and "585.9 KiB" in said[0] and "HF_S3_ACCESS_KEY_ID" in said[0]
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_written(hub_server, natively, tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_not_written(hub_server, natively,
+                                                             tmp_path):
     path = tmp_path / "f"
     path.write_bytes(b"x" * (3 << 20))
 
@@ -22864,6 +22870,15 @@ def test_a_file_replaced_during_its_download_is_moved(hub_server, natively):
     test_contract_deleting_twice_is_deleting_once])
 def test_the_contract_of_stores_holds_natively(natively, contract):
     contract(natively)
+
+
+@pytest.mark.peers
+def test_requests_is_another_way_to_the_hub(hub_server):
+    pytest.importorskip("requests")
+    store = native(hub_server, environ={"TRACECRAFT_HTTP": "requests"})
+    store.put("a b/k", b"value")
+    assert store.get("a b/k", start=2, limit=2).body == b"lu"
+    assert [entry.key for entry in store.list("a b/").entries] == ["a b/k"]
 
 
 def test_an_odd_name_is_kept_natively(natively):

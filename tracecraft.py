@@ -4325,10 +4325,14 @@ def rate_limit(headers: dict) -> tuple | None:
 
 
 def is_signed(query: str) -> bool:
-    """Whether a query lets whoever has it read: S3, CloudFront, Azure, Google."""
-    query = query.lower()
-    return any(name in query for name in ("x-amz-", "x-goog-", "signature=", "sig=",
-                                          "policy=", "key-pair-id="))
+    """Whether a query lets whoever has it read: S3, Google, CloudFront, Azure.
+
+    >>> is_signed("Expires=1&Signature=a"), is_signed("continuation-token=a")
+    (True, False)
+    """
+    names = [pair.partition("=")[0].lower() for pair in query.split("&")]
+    return any(name in ("signature", "sig", "policy", "token")
+               or name.startswith(("x-amz-", "x-goog-")) for name in names)
 
 
 # -- proxies and trust -------------------------------------------------
@@ -6945,7 +6949,7 @@ def next_cursor(headers: dict) -> str:
     from urllib.parse import parse_qs
     for link in headers.get("link", "").split(", <"):
         url, _, about = link.partition(">")
-        if 'rel="next"' in about:
+        if "rel=next" in about.replace('"', ""):
             return parse_qs(url.partition("?")[2]).get("cursor", [""])[0]
     return ""
 
@@ -7272,8 +7276,8 @@ class HubReader(Remote):
         found = self._ask(f"{there.scheme}://{there.netloc}", "GET", target,
                           doing=doing, headers=headers, sink=begin, limit=limit)
         if found.status not in (200, 206, 416):
-            raise Unavailable(f"cannot {doing}: {shown(there.hostname)}, where the bytes"
-                              f" are, says {found.status}", hint="try again")
+            raise Unavailable(f"cannot {doing}: {shown(there.hostname)}, which has the"
+                              f" bytes, says {found.status}", hint="try again")
         return identified(found, heard)
 
 
@@ -7447,6 +7451,10 @@ class NativeReader:
         self.url = f"hf://{url_path(path)}"
         if hub.endpoint:
             self.url += f"?endpoint={url_path(hub.endpoint)}"
+
+    def etag_of(self, data: bytes) -> str:
+        """The ETag that an object with these bytes has."""
+        return f'"{xet_hash(data)}"'
 
     # what Remote knows
 
