@@ -6614,6 +6614,10 @@ class S3Reader(S3Client):
         if not load.whole():
             raise Lost(f"cannot {doing}: it ended at byte {load.done}")
 
+    def credentials(self) -> object:
+        """The Keys in use, None for unsigned requests. Denied without a usable one."""
+        return self._keys()
+
     def presigned(self, key: str, expires: int) -> dict:
         """{url, expires_in_s, temporary}: whoever has the URL may GET the object.
 
@@ -7492,16 +7496,18 @@ class NativeReader:
             return self.hub.create(private=not public)
         return False
 
+    def credentials(self) -> str:
+        """What is in use, in words."""
+        return "a token"
+
     def visibility(self) -> str:
         """"private", "public" or "unknown": who can read the bucket, as the Hub says.
 
-        Asked without a token the Hub shows public buckets only.
+        Asked without a token it shows public buckets only: those it hides are private.
         """
         try:
             return "private" if self.hub.info()["private"] else "public"
-        except Denied:
-            return "unknown"
-        except NoBucket:
+        except (Denied, NotFound):
             return "unknown" if self.hub.trusted else "private"
 
     # reading
@@ -7644,12 +7650,73 @@ class NativeReader:
         return hub_key(self._prefix + key)
 
 
+class Ride:
+    """One document on its way through a Convoy: its bytes, then a Stamp or an Error."""
+
+    __slots__ = ("key", "data", "came")
+
+    def __init__(self, key: str, data: bytes) -> None:
+        self.key, self.data, self.came = key, data, None
+
+    def end(self) -> Stamp:
+        """The stamp; raises the error there was."""
+        if isinstance(self.came, Error):
+            import copy
+            raise copy.copy(self.came)  # each caller adds words of its own
+        return self.came
+
+
+class Convoy:
+    """Puts of several threads as few: who comes while one is under way joins the next.
+
+    send: callable({key: bytes}) -> {key: Stamp}. Nobody waits for company: a put alone
+    leaves at once.
+    """
+
+    def __init__(self, send: object) -> None:
+        import threading
+        self._send, self._queue, self._away = send, [], False
+        self._moved = threading.Condition()
+
+    def put(self, key: str, data: bytes) -> Stamp:
+        """Send one document, perhaps with those of other threads; its errors too."""
+        ride = Ride(key, data)
+        with self._moved:
+            self._queue.append(ride)
+            while self._away and ride.came is None:
+                self._moved.wait()
+            if ride.came is not None:
+                return ride.end()
+            rides, self._queue = self._queue[:PATHS], self._queue[PATHS:]
+            self._away = True
+        self._drive(rides)
+        return ride.end()
+
+    def _drive(self, rides: list) -> None:
+        stamps: dict = {}
+        trouble: Error = Unavailable("the upload was broken off", hint="try again")
+        try:
+            stamps = self._send({ride.key: ride.data for ride in rides})
+        except Error as why:
+            trouble = why
+        finally:  # whatever happened, nobody may wait for ever
+            with self._moved:
+                for ride in rides:
+                    ride.came = stamps.get(ride.key, trouble)
+                self._away = False
+                self._moved.notify_all()
+
+
 class NativeStore(NativeReader):
     """One project in a bucket of the Hub, by a token. Methods: see "Stores".
 
     hub: a Hub. warn: callable(text), told when another way would be much faster.
     ETag: the file's quoted Xet hash, so the same bytes always have the same.
     """
+
+    def __init__(self, hub: Hub, project: str, *, warn: object = None) -> None:
+        super().__init__(hub, project, warn=warn)
+        self._convoy = Convoy(self.put_many)
 
     def put(self, key: str, data: bytes, *, if_match: str | None = None,
             if_none_match: bool = False) -> Stamp:
@@ -7660,7 +7727,7 @@ class NativeStore(NativeReader):
         """
         if if_match is not None or if_none_match:
             raise self._unsafe(key)
-        return self.put_many({key: data})[key]
+        return self._convoy.put(key, data)
 
     def put_many(self, documents: dict) -> dict:
         """{key: Stamp} of `documents`, {key: bytes}: as put(), in as many requests as
@@ -7851,6 +7918,11 @@ class GatewayStore(S3Store):
             raise self.fail(answer, doing)
         return False
 
+    def credentials(self) -> str:
+        """What is in use, in words."""
+        token = self.native.credentials() if self.native.hub.trusted else "no token"
+        return f"a key pair from {self._keys().source}, {token}"
+
     def visibility(self) -> str:
         """"private", "public" or "unknown", as the Hub says."""
         return self.native.visibility()
@@ -7876,6 +7948,7 @@ class Probe:
     def __init__(self, store: object, seconds: float) -> None:
         self.store, self._ends = store, time.monotonic() + seconds
         self._place, self._keys = f"_probe/{os.urandom(6).hex()}/", set()
+        self.frugal = store.kind == "hf"  # an account has some 3 requests a second
         self.dialect, self.notes = "quoted", []
 
     def key(self, name: str) -> str:
@@ -7960,13 +8033,13 @@ class Probe:
         """P8 and P9: at least 3 rounds of P8, then until time is up or enough seen."""
         half = time.monotonic() + (self._ends - time.monotonic()) / 2
         for number in range(RACE_ROUNDS):
-            if number >= 3 and time.monotonic() > half:
+            if number >= 3 and (self.frugal or time.monotonic() > half):
                 break
             wrong = self._race_create(self.key(f"race-{number}"))
             if wrong:
                 return wrong
         for number in range(3):
-            if number and time.monotonic() > self._ends:
+            if number and (self.frugal or time.monotonic() > self._ends):
                 break
             wrong = self._race_count(self.key(f"count-{number}"))
             if wrong:
@@ -8010,10 +8083,11 @@ class Probe:
         import json
         self.put(key, b"[]", if_none_match=True)
         ends = max(self._ends, time.monotonic() + 2)
+        turns = 1 if self.frugal else 5
 
         def count(number: int) -> list:
             mine = []
-            for turn in range(5):
+            for turn in range(turns):
                 name = f"{number}.{turn}"
                 while time.monotonic() < ends:
                     body, etag = self.read(key)
@@ -9416,12 +9490,39 @@ def naming(subject: str, decide: object) -> object:
     return deciding
 
 
+def told_first(told: set) -> object:
+    """first(name) -> bool: whether it is the first time that it is asked for `name`."""
+    def first(name: str) -> bool:
+        new = name not in told
+        told.add(name)
+        return new
+    return first
+
+
+class Together:
+    """`with ledger.together():` plain overwrites inside are sent at its end, as one.
+
+    Only where there is nothing but plain overwrites and a request holds many of them.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._mine = ledger, False
+
+    def __enter__(self) -> None:
+        self._mine = self._ledger.begin_holding()
+
+    def __exit__(self, kind: object, *why: object) -> None:
+        if self._mine:
+            self._ledger.end_holding(send=kind is None)
+
+
 class Ledger:
     """Reads and compare-and-swap writes of the JSON records of one project.
 
     deadline: seconds a call may spend retrying. verdicts: object with load() and
     save(verdict), the per-user cache of what the probe found. warn: callable(text).
-    writer: the agent id, so that an --op of one agent is not another's.
+    writer: the agent id, so that an --op of one agent is not another's. first:
+    callable(name) -> bool, whether to say what is said once.
     """
 
     def __init__(self, store: object, *, deadline: float = DEADLINE,
@@ -9429,7 +9530,9 @@ class Ledger:
                  warn: object = None) -> None:
         self.store, self.verdicts = store, verdicts
         self.allow_advisory, self.warn = allow_advisory, warn or (lambda text: None)
-        self.allow_seconds, self.writer, self._told = deadline, "", False
+        self.allow_seconds, self.writer = deadline, ""
+        self.first = told_first(set())
+        self._held: dict = {}
         self.restart()
 
     def restart(self, seconds: float | None = None) -> None:
@@ -9586,6 +9689,41 @@ class Ledger:
                                    f" {tries + 1} rounds", hint="try again"))
             tries += 1
 
+    def together(self) -> Together:
+        """A context in which plain overwrites become one request; see Together."""
+        return Together(self)
+
+    def begin_holding(self) -> bool:
+        """Hold back this thread's plain overwrites, if the store gains by that."""
+        import threading
+        mine = threading.get_ident()
+        if self.conditional() or mine in self._held \
+                or not hasattr(self.store, "put_many"):
+            return False
+        self._held[mine] = {}
+        return True
+
+    def hold(self, key: str, data: bytes) -> bool:
+        """Keep a plain overwrite for the end of together(); False outside of one."""
+        import threading
+        held = self._held.get(threading.get_ident())
+        if held is None:
+            return False
+        held[key] = data
+        return True
+
+    def end_holding(self, *, send: bool) -> None:
+        """Send what this thread held back, or drop it."""
+        import threading
+        held, tries = self._held.pop(threading.get_ident()), 0
+        while send and held:
+            try:
+                self.store.put_many(held)
+                return
+            except (Unknown, Unavailable) as why:
+                self.pause(tries, why)
+                tries += 1
+
     def _landed_before(self, record: Record, name: str, nonce: str, rev: str) -> bool:
         if rev and not (rev.isascii() and rev.isdigit()):
             raise Usage(f"--op {name}@{rev}: what follows '@' is a revision number",
@@ -9621,6 +9759,9 @@ class Ledger:
         doubt, tries = False, 0
         while True:
             try:
+                if not condition and self.hold(key, data):
+                    return "landed", Stamp(self.store.etag_of(data), modified=None,
+                                           now=self.now())
                 return "landed", self.store.put(key, data, **condition)
             except Unsafe:
                 if not plain:
@@ -9723,8 +9864,7 @@ class Ledger:
             return
         why = verdict.get("why") or "it is advisory"
         if sole and verdict.get("cas") is False:
-            if not self._told:
-                self._told = True
+            if self.first("plain"):
                 self.warn(f"{why}: written as a plain overwrite, for one writer")
             return
         if not self.allow_advisory:
@@ -9796,6 +9936,14 @@ class Who:
         if name in self.facts:
             return self.facts[name]
         return self.state.get(name) if self.state is not None else None
+
+    def first(self, name: str) -> bool:
+        """Whether this is the first time that `name` is asked for, of all commands."""
+        told = f"told {name}"
+        new = not self.recall(told)
+        if new:
+            self.remember(told, True)
+        return new
 
     def remember(self, name: str, value: object) -> None:
         """Keep a small fact between commands, where there is local state."""
@@ -11964,9 +12112,10 @@ class Memory:
             self._snapshot(tried[-1], key, {**doc, "of_rev": rev, "op": mark})
             return doc
         try:
-            change = self.ledger.change(
-                f"memory/{path}.json", naming(f"memory {key}", decide), keep=RECENT_OPS,
-                op=op, above=lambda record: floor[0], sole=sole)
+            with self.ledger.together():
+                change = self.ledger.change(
+                    f"memory/{path}.json", naming(f"memory {key}", decide), op=op,
+                    keep=RECENT_OPS, above=lambda record: floor[0], sole=sole)
         except Unknown:
             raise  # the snapshot stays: the write may be live
         except Error:
@@ -13260,6 +13409,9 @@ class Bytes:
             if self.find(key) is not None:
                 return False
             replace = True
+        if replace and source.data is not None \
+                and self._ledger.hold(key, source.data):
+            return True
         try:
             insist(send, self._ledger)
         except Moved:
@@ -13784,14 +13936,17 @@ class Files:
             if wanted is head:
                 self._mend(place, source, record=record)
                 return {**self._view(place, head), "changed": False}
-            key = self._first(place, source, overwrite=overwrite, progress=progress) \
-                if head is None else self._next(place, source, head=head,
-                                                progress=progress)
-            if not key:
-                continue
-            decide = self._decision(place, head, new={**new, "key": key}, token=token,
-                                    overwrite=overwrite)
-            change = self._ledger.change(place.head, decide, first=record, sole=True)
+            with self._ledger.together():
+                key = self._first(
+                    place, source, overwrite=overwrite, progress=progress) \
+                    if head is None else self._next(place, source, head=head,
+                                                    progress=progress)
+                if not key:
+                    continue
+                decide = self._decision(place, head, new={**new, "key": key},
+                                        token=token, overwrite=overwrite)
+                change = self._ledger.change(place.head, decide, first=record,
+                                             sole=True)
             if change.wrote:
                 self._heads.copy_out(place, change.doc)
                 return {**self._view(place, change.doc), "changed": True}
@@ -15913,6 +16068,8 @@ def open_project(settings: Settings, *, trace: object = None, warn: object = Non
         instance = os.urandom(8).hex()
     who = Who(settings.agent, instance, explicit=explicit, lent=lent,
               state=None if fresh else settings.state)
+    if not fresh:
+        ledger.first = who.first
     return Project(settings, ledger, who)
 
 
@@ -17469,15 +17626,27 @@ class Checkup:
             self.say("credentials", True, "none needed for a directory")
             return
         try:
-            keys = CredentialChain(settings.environ, settings.config)()
+            keys = self.store.credentials()
         except Error as why:
             self.say("credentials", False, why.message, code=why.exit)
+            return
+        if self.store.kind == "hf":
+            self.say("credentials", True, keys)
+            self.say("visibility", *self._visibility())
             return
         if keys is None:
             self.say("credentials", None, "none found: requests go unsigned")
             return
         ends = f", expire {iso(keys.expires_at)}" if keys.expires_at else ""
         self.say("credentials", True, f"from {keys.source}{ends}")
+
+    def _visibility(self) -> tuple:
+        try:
+            seen = self.store.visibility()
+        except Error as why:
+            return None, why.message
+        return (None, "PUBLIC: everybody can read this bucket") if seen == "public" \
+            else (True if seen == "private" else None, seen)
 
     def reach(self) -> bool:
         """Whether the store answers at all; the rest needs that."""
