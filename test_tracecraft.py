@@ -22322,7 +22322,8 @@ def test_of_the_next_page_only_the_cursor_is_taken(link, cursor):
 @pytest.mark.parametrize("doc", [
     None, 7, "a", [], {}, {"path": ""}, {"path": 7}, {"path": "a"},
     {"path": "a", "size": "1", "xetHash": "h"}, {"path": "a", "size": 1},
-    {"path": "a", "size": 1, "xetHash": ""}])
+    {"path": "a", "size": 1, "xetHash": ""}, {"path": "a", "size": -1, "xetHash": "h"},
+    {"path": "a", "size": 1, "xetHash": "h\n"}])
 def test_a_malformed_entry_is_corrupt(doc):
     with pytest.raises(tracecraft.Corrupt):
         tracecraft.hub_entry(doc)
@@ -22756,6 +22757,16 @@ def test_trouble_where_the_bytes_are_sends_us_back_to_the_hub(hub_server, native
     hub_server.clear_log()
     assert natively.get("k").body == b"some longer value"
     assert asked_of(hub_server)[-2:] == ["GET resolve", "GET files"]
+
+
+def test_bytes_of_another_length_than_the_hub_tells_are_not_taken(hub_server, natively):
+    natively.put("k", b"value")
+    hub_server.fault("garbage", origin="bytes", body=b"valu")
+    assert natively.get("k").body == b"value" and hub_server.count(origin="bytes") == 2
+    hub_server.fault("garbage", origin="bytes", body=b"value and more")
+    sink = io.BytesIO()
+    natively.download("k", sink, size=5)
+    assert sink.getvalue() == b"value"
 
 
 @pytest.mark.parametrize("place", ["file:///etc/passwd", "https://u:p@h/", "//h:x/"])

@@ -6859,6 +6859,12 @@ HUB_FAILURES = {  # status: (class, what to do)
 }
 
 
+def is_token(text: object) -> bool:
+    """Whether `text` can stand in a header as a token."""
+    return isinstance(text, str) and text.isascii() and text.isprintable() \
+        and " " not in text and text != ""
+
+
 def hub_json(answer: Answer, doing: str, *, kind: type = dict) -> object:
     """The JSON of an answer. Unavailable when it is none, Corrupt for another kind."""
     import json
@@ -6970,7 +6976,7 @@ def hub_entry(doc: object) -> Entry:
     if doc.get("type") == "directory":
         return Entry(path.rstrip("/") + "/", size=0, etag=None, modified=None)
     size, digest = doc.get("size"), doc.get("xetHash")
-    if not isinstance(size, int) or not isinstance(digest, str) or not digest:
+    if not isinstance(size, int) or size < 0 or not is_token(digest):
         raise Corrupt(f"the Hub lists {shown(path[:120])} without a size or a hash",
                       key=path, hint="is that endpoint a Hub?")
     return Entry(path, size=size, etag=f'"{digest}"',
@@ -7016,19 +7022,13 @@ def identified(found: Answer, heard: Answer) -> Answer:
     content says of types and times is about some stored block.
     """
     digest = heard.headers.get("x-xet-hash")
-    etag = f'"{digest}"' if digest else heard.headers.get("etag")
+    etag = f'"{digest}"' if is_token(digest) else heard.headers.get("etag")
     told = {"etag": etag, "date": heard.headers.get("date"),
             "age": heard.headers.get("age")}
     for name in ("last-modified", *(("content-type",) if digest else ()), *told):
         found.headers.pop(name, None)
     found.headers.update((name, value) for name, value in told.items() if value)
     return found
-
-
-def is_token(text: object) -> bool:
-    """Whether `text` can stand in a header as a token."""
-    return isinstance(text, str) and text.isascii() and text.isprintable() \
-        and " " not in text and text != ""
 
 
 def web_parts(url: object, *, plain: bool) -> object:
