@@ -7593,6 +7593,9 @@ class MemoryStore:
     def ensure(self):
         return None
 
+    def credentials(self):
+        return tracecraft.Keys("x", "y", source="memory")
+
     def close(self):
         return None
 
@@ -18200,7 +18203,7 @@ def test_a_broken_ledger_is_caught(broken):
 
 BIN = os.path.join(os.path.dirname(os.path.abspath(tracecraft.__file__)), "..", "shared",
                    "s3")
-KINDS = ["memory", "file", "s3-any", "s3-quoted", "s3-unquoted"]
+KINDS = ["memory", "file", "s3-any", "s3-quoted", "s3-unquoted", "gateway"]
 KINDS += [pytest.param(kind, marks=pytest.mark.peers) for kind in ("requests", "moto")]
 KINDS += [pytest.param("bucket", marks=pytest.mark.bucket)]
 
@@ -18271,6 +18274,10 @@ def any_store(request, tmp_path):
         elif kind == "bucket":
             url, environ = request.getfixturevalue("real_bucket")
             store = s3_store(url, environ, project)
+        elif kind == "gateway":
+            hub = stack.enter_context(HubServer())
+            hub.bucket("alice/suite")
+            store = s3_store("hf://alice/suite", hub.env(), project)
         else:
             etags = kind[3:] if kind.startswith("s3-") else "any"
             server = stack.enter_context(S3Server(etags=etags))
@@ -18349,7 +18356,8 @@ def test_contract_an_answer_carries_etag_and_both_times(any_store):
     stamp = any_store.put("k", b"body")
     found = any_store.get("k")
     assert tracecraft.same_etag(found.etag, stamp.etag) and found.size == 4
-    assert -2 <= found.now - found.modified < 60 and found.age >= 0
+    dated = any_store.head("k") if any_store.kind == "hf" else found  # bytes from a CDN
+    assert -2 <= dated.now - dated.modified < 60 and dated.age >= 0
     assert any_store.get("k", if_none_match=found.etag).body is None
 
 
@@ -22945,6 +22953,264 @@ def test_the_hubs_own_client_reads_what_we_wrote_and_we_what_it_wrote(
     assert natively.get("their/2").body == bytes(range(256)) * 3000
     assert natively.get("their/piped.txt").body == b"piped"
     assert theirs["their/1"] == f'"{tracecraft.xet_hash(b"theirs")}"' and len(theirs) == 4
+
+
+# == Hugging Face, both ways ===========================================
+#
+# The gateway against the Hub of our own: what S3 is not there, what one request
+# settles, who sees the bucket, and where the token may go.
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        server.bucket("alice/b")
+        yield server
+
+
+def hf_project(hub, agent="ada", *, url="hf://alice/b/p", native=True, gateway=True,
+               deadline=20, **environ):
+    """A Project by the Hub's own API, by the gateway, or both."""
+    warned = []
+    project = tracecraft.connect(
+        url, agent=agent, warn=warned.append, cwd="/", deadline=deadline,
+        environ={**hub.env(native=native, gateway=gateway), **environ})
+    project.warned = warned
+    project.store.verdict = project.store.verdict or {
+        "atomic": True, "dialect": "quoted", "why": "", "at": ""}
+    return project
+
+
+def hf_asked(hub):
+    """["METHOD key"] since the last call; the bytes of the CDN as "bytes"."""
+    asked = ["bytes" if req.origin == "bytes" else f"{req.method} {req.key}"
+             if req.origin == "gateway" else f"{req.method} {req.path}" for req in hub.log]
+    hub.log.clear()
+    return asked
+
+
+def test_commands_cost_a_gateway_few_requests(hub):
+    ada = hf_project(hub, native=False)
+    ada.claim("s")
+    assert len(hf_asked(hub)) == 2
+    refused(tracecraft.Held, hf_project(hub, "bob").claim, "s")
+    assert len(hf_asked(hub)) <= 5  # the answer comes from a CDN, the age from a HEAD
+    ada.memory.set("k", "v")
+    assert len(hf_asked(hub)) == 3
+    assert ada.memory.get("k")["value"] == "v" and len(hf_asked(hub)) == 2
+
+
+def test_a_lost_answer_of_the_gateway_is_settled_by_one_head(hub):
+    ada = hf_project(hub)
+    hub.fault("lose", "PUT", "claim.json")
+    assert ada.claim("s").token == 1
+    asked = [line for line in hf_asked(hub) if line.endswith("claim.json")]
+    assert asked == ["PUT p/steps/s/claim.json", "HEAD p/steps/s/claim.json"]
+
+
+def test_what_has_not_changed_costs_a_gateway_one_head(hub):
+    store = hf_project(hub).store
+    etag = store.put("x", b"1").etag
+    hf_asked(hub)
+    assert store.get("x", if_none_match=etag).body is None
+    assert hf_asked(hub) == ["HEAD p/x"]
+    store.put("x", b"2")
+    assert store.get("x", if_none_match=etag).body == b"2"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_etag_of_a_gateway_never_is_the_one_of_a_cdn(hub, told):
+    hub.redirect_etag = told
+    store, body = hf_project(hub).store, b"some bytes"
+    etag = store.put("x", body).etag
+    assert store.get("x").etag == store.head("x").etag == etag == store.etag_of(body)
+    assert store.put("x", b"more", if_match=store.get("x").etag).etag
+    with pytest.raises(tracecraft.Moved):
+        store.put("x", b"late", if_match=etag)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_big_file_comes_back_through_the_cdn(hub, told, tmp_path):
+    hub.redirect_etag = told
+    store, data = hf_project(hub).store, os.urandom(300_000)
+    (tmp_path / "a").write_bytes(data)
+    store.upload("x", str(tmp_path / "a"))
+    hub.fault("truncate", "GET", "files", times=1)
+    with open(tmp_path / "b", "w+b") as file:
+        store.download("x", file, size=len(data))
+    assert (tmp_path / "b").read_bytes() == data
+
+
+def test_a_gateway_copies_and_signs_urls(hub):
+    store = hf_project(hub).store
+    store.put("a b/%41.txt", b"bytes")
+    store.copy("a b/%41.txt", "copy")
+    assert store.get("copy").body == b"bytes"
+    url = store.presigned("copy", 60)["url"]
+    assert url.startswith(hub.gateway + "/alice/b/p/copy?") and hub.token not in url
+
+
+def test_one_of_eight_wins_a_claim_at_the_gateway(hub):
+    projects = [hf_project(hub, f"a{n}") for n in range(8)]
+    for turn in range(3):
+        won = together(*(lambda p=p: p.claim(f"s{turn}") for p in projects))
+        assert [type(one).__name__ for one in won].count("Claim") == 1
+        assert sum(isinstance(one, tracecraft.Held) for one in won) == 7
+
+
+def test_the_way_without_a_key_pair_sees_what_the_gateway_wrote(hub):
+    ada, bob = hf_project(hub), hf_project(hub, "bob", gateway=False)
+    ada.claim("s").complete(note="done", to="bob")
+    ada.memory.set("k", "v")
+    assert bob.handoff("s")["note"] == "done" and bob.memory.get("k")["value"] == "v"
+    bob.send("ada", "hello")
+    assert ada.inbox(new=True).messages[0]["message"] == "hello"
+    error = refused(tracecraft.Unsafe, bob.claim, "t")
+    assert error.exit == 10 and "HF_S3_ACCESS_KEY_ID" in error.hint
+
+
+@pytest.mark.parametrize("environ, source", [
+    ({"HF_S3_ACCESS_KEY_ID": "HFAK1", "HF_S3_SECRET_ACCESS_KEY": "s"}, "HF_S3"),
+    ({"AWS_ACCESS_KEY_ID": "HFAK1", "AWS_SECRET_ACCESS_KEY": "s"}, "AWS"),
+    ({"AWS_ACCESS_KEY_ID": "AKIA1", "AWS_SECRET_ACCESS_KEY": "s"}, None),
+    ({"HF_S3_ACCESS_KEY_ID": "HFAK1", "HF_S3_SECRET_ACCESS_KEY": "s",
+      "AWS_ACCESS_KEY_ID": "HFAK2", "AWS_SECRET_ACCESS_KEY": "t"}, "HF_S3"), ({}, None)])
+def test_aws_variables_are_a_gateway_key_only_if_they_look_like_one(environ, source):
+    keys = tracecraft.hf_keys(environ, {})
+    assert keys.source.startswith(source) if source else keys is None
+
+
+def test_half_a_key_pair_is_refused_by_name():
+    error = refused(tracecraft.Denied, tracecraft.hf_keys,
+                    {"HF_S3_ACCESS_KEY_ID": "HFAK1"}, {})
+    assert "secret key" in error.message and "HF_S3_ACCESS_KEY_ID" in error.message
+
+
+def test_a_token_is_not_sent_where_only_a_url_says(hub):
+    url = f"hf://alice/b/p?endpoint={hub.url}&gateway={hub.gateway}"
+    environ = {"HF_TOKEN": hub.token}
+    error = refused(tracecraft.Denied, lambda: tracecraft.connect(
+        url, agent="ada", environ=environ, cwd="/"))
+    assert "HF_ENDPOINT" in error.hint and hub.token not in str(error) and not hub.log
+    environ.update(HF_S3_ACCESS_KEY_ID=hub.keys[0], HF_S3_SECRET_ACCESS_KEY=hub.keys[1])
+    project = tracecraft.connect(url, agent="ada", environ=environ, cwd="/")
+    project.claim("s")
+    assert project.store.visibility() == "private"
+    assert not any(hub.token in str(req.headers) for req in hub.log)
+
+
+def test_without_credentials_the_way_to_get_them_is_told():
+    error = refused(tracecraft.Denied, lambda: tracecraft.connect(
+        "hf://alice/b/p", agent="a", environ={}, cwd="/"))
+    assert error.exit == 11 and "hf auth login" in error.hint
+
+
+def hf_shell(tmp_path, hub, **how):
+    shell = Shell(tmp_path)
+    shell.environ = hub.env(**how)
+    return shell
+
+
+def test_init_creates_a_private_bucket_and_tells_who_sees_it(tmp_path, hub):
+    shell = hf_shell(tmp_path, hub)
+    said = shell.run("init", "--backend", "hf", "--bucket", "alice/new", "--project", "p")
+    assert said.returncode == 0 and "alice/new (private)" in said.out, said.err
+    assert hub.buckets["alice/new"].private and "PUBLIC" not in said.err
+    assert hub.count(origin="gateway") < 400  # a probe that an account can afford
+    assert shell.json("whoami")["agent"] == "ada"
+    assert "private" in shell.ok("doctor")
+
+
+@pytest.mark.parametrize("words, warned", [((), True), (("--public",), False)])
+def test_a_public_bucket_is_shouted_about_unless_it_was_meant(tmp_path, hub, words, warned):
+    hub.bucket("alice/open", private=False)
+    shell = hf_shell(tmp_path, hub, gateway=False)
+    said = shell.run("init", "hf://alice/open/p", *words)
+    assert said.returncode == 0 and "(PUBLIC)" in said.out
+    assert ("WARNING" in said.err) == warned
+
+
+def test_init_with_a_token_alone_warns_and_claims_are_refused(tmp_path, hub):
+    shell = hf_shell(tmp_path, hub, gateway=False)
+    said = shell.run("init", "hf://alice/b/p")
+    assert said.returncode == 0 and "HF_S3_ACCESS_KEY_ID" in said.err
+    shell.ok("memory", "set", "k", "v")
+    assert "plain overwrite" not in shell.run("memory", "set", "k", "w").err
+    shell.refused(10, "claim", "s")
+    assert "advisory" in shell.run("claim", "s", "--allow-advisory").err
+    assert hub.token not in said.out + said.err + str(shell.objects())
+
+
+def test_a_token_given_as_a_flag_stays_in_the_config_only(tmp_path, hub):
+    shell = Shell(tmp_path)
+    shell.environ = {"HF_ENDPOINT": hub.url}
+    said = shell.run("init", "hf://alice/b/p", "--hf-token", hub.token)
+    assert said.returncode == 0 and "contains credentials" in said.err
+    shell.ok("send", "bob", "hi")
+    stored = b"".join(hub.files("alice/b").values())
+    assert hub.token.encode() not in stored and hub.token not in shell.ok("config")
+
+
+@pytest.mark.parametrize("words", [
+    ("init", "s3://b/p", "--public"), ("init", "hf://alice/b/p", "--public", "--private"),
+    ("init", "hf://alice"), ("init", "hf://alice/b/p?gateway=x")])
+def test_init_refuses_what_makes_no_sense_at_the_hub(tmp_path, hub, words):
+    hf_shell(tmp_path, hub).refused(2, *words)
+    assert not hub.log
+
+
+def test_a_missing_bucket_is_not_created_without_a_token(tmp_path, hub):
+    said = hf_shell(tmp_path, hub, native=False).refused(2, "init", "hf://alice/none/p")
+    assert "HF_TOKEN" in said and "alice/none" not in hub.buckets
+
+
+def test_wrong_keys_are_told_where_others_come_from(hub):
+    hub.keys = ("HFAKWRONG", "x" * 20)
+    project = hf_project(hub, native=False)
+    hub.keys = ("HFAKOTHER", "y" * 20)
+    error = refused(tracecraft.Denied, project.claim, "s")
+    assert "HF_S3_ACCESS_KEY_ID" in error.hint and "x" * 20 not in str(vars(error))
+
+
+class FragileGateway(tracecraft.GatewayStore):
+    """Dies before or after its n-th request, as a process does."""
+
+    at, when = 0, "before"
+
+    def _once(self, *args, **how):
+        self.at -= 1
+        if self.at == 0 and self.when == "before":
+            raise Crash("before")
+        answer = super()._once(*args, **how)
+        if self.at == 0 and self.when == "after":
+            raise Crash("after")
+        return answer
+
+
+FRAGILE = {
+    "claim": lambda p: p.claim("s"), "set": lambda p: p.memory.set("k", "v"),
+    "complete": lambda p: p.complete("t", note="n"), "send": lambda p: p.send("bob", "m"),
+    "lock": lambda p: p.lock("l"), "push": lambda p: p.queue("q").push("body", id="1")}
+
+
+@pytest.mark.parametrize("verb", FRAGILE)
+def test_a_crash_at_any_request_to_the_gateway_is_understood_afterwards(hub, verb):
+    for number in range(1, 12):
+        for when in ("before", "after") if verb == "claim" else ("after",):
+            url = f"hf://alice/b/{verb}-{number}-{when}"
+            ada = hf_project(hub, url=url, TRACECRAFT_INSTANCE="one")
+            ada.claim("t")
+            ada.store.__class__ = FragileGateway
+            ada.store.at, ada.store.when = number, when
+            try:
+                FRAGILE[verb](ada)
+                return
+            except Crash:
+                pass
+            again = hf_project(hub, url=url, TRACECRAFT_INSTANCE="one")
+            again.who.held.update(ada.who.held)
+            FRAGILE[verb](again)
+            assert tracecraft.diagnose(again, fix=True)["ok"], (number, when)
 
 
 # == What an attack found ==============================================

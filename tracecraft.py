@@ -6001,7 +6001,8 @@ class S3Client(Remote):
                 continue
             break
         if answer.status in (301, 302, 303, 307, 308):
-            return self._follow(answer, method, doing=doing, headers=headers, how=how)
+            return self._follow(answer, method, path=path, doing=doing,
+                                headers=headers, how=how)
         return answer
 
     def _once(self, method: str, path: str, *, query: object, headers: dict,
@@ -6052,15 +6053,14 @@ class S3Client(Remote):
         # A HEAD has no body to say so.
         return not answer.body and date is not None and abs(date - answer.sent_at) > 840
 
-    def _follow(self, answer: Answer, method: str, *, doing: str, headers: dict,
-                how: dict) -> Answer:
-        """Read from where a GET is sent to (a CDN), without credentials; else refuse."""
+    def _follow(self, answer: Answer, method: str, *, path: str, doing: str,
+                headers: dict, how: dict) -> Answer:
+        """Read where a GET is sent to (a CDN), without credentials; else refuse."""
         from urllib.parse import urlsplit
         there = urlsplit(answer.headers.get("location", ""))
         here = s3_place(self.bucket, endpoint=self.endpoint, region=self.region,
                         path_style=self._path_style)[0]
-        # Plain HTTP only where the store itself is: a server on this machine.
-        if method != "GET" or there.scheme not in ("https", urlsplit(here).scheme) \
+        if method != "GET" or there.scheme not in self._cdn_schemes() \
                 or not there.hostname or there.netloc == urlsplit(here).netloc:
             where = shown(there.hostname or "nowhere")
             raise Unavailable(f"cannot {doing}: the endpoint redirects"
@@ -6074,6 +6074,9 @@ class S3Client(Remote):
         if take is not None:
             how["sink"] = lambda found: take(self._relabelled(found, answer))
         return self._relabelled(link.send("GET", target, headers=sent, **how), answer)
+
+    def _cdn_schemes(self) -> tuple:
+        return ("https",)
 
     def _relabelled(self, found: Answer, redirect: Answer) -> Answer:
         """The answer of a CDN with what the store itself said about the object."""
@@ -7419,8 +7422,8 @@ class Hub(HubReader):
 # ETags; must not know what the objects mean.
 
 NO_CAS = "the Hub's own API has no compare-and-set"
-KEY_HINT = "Make an S3 key pair in the menu of your token (Generate S3 credentials) at" \
-           " https://huggingface.co/settings/tokens. Set HF_S3_ACCESS_KEY_ID and" \
+KEY_HINT = "Make an S3 key pair in the menu of your token (Generate S3 credentials)" \
+           " at https://huggingface.co/settings/tokens. Set HF_S3_ACCESS_KEY_ID and" \
            " HF_S3_SECRET_ACCESS_KEY to it: then the same bucket picks winners"
 TIMES_KEPT = 100_000  # keys whose times are remembered: some 20 MB
 
@@ -7818,7 +7821,7 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
 # conditional write is atomic here. The dialect (the gateway's documentation, and the
 # reports of its users):
 #
-#   an ETag is the Xet hash of the bytes, so one HEAD tells whether a write of ours landed
+#   an ETag is the Xet hash of the bytes, so one HEAD tells whether a write landed
 #   GET answers 302 to a CDN, which gets no credentials and whose ETag means nothing
 #   conditions on GET are ignored; lists know only '/' as a delimiter; no user metadata
 #   a copy names its source as bucket/key, neither quoted nor escaped
@@ -7870,20 +7873,29 @@ class GatewayStore(S3Store):
                 return found
         return super().get(key, start=start, limit=limit)
 
-    def _found(self, key: str, body: bytes | None, *, answer: Answer, size: int,
-               etag: str = "", modified: float | None = None) -> Found:
-        found = super()._found(key, body, answer=answer, size=size, etag=etag,
-                               modified=modified)
-        if not found.etag and body is not None and len(body) == size:
-            found.etag = self.etag_of(body)
+    def _follow(self, answer: Answer, method: str, *, path: str, doing: str,
+                headers: dict, how: dict) -> Answer:
+        digest = answer.headers.get("x-xet-hash", "")
+        if digest:
+            answer.headers.setdefault("etag", f'"{digest}"')
+        told, whole = "etag" in answer.headers, not ("range" in headers or how.get("sink"))
+        if not (told or whole):
+            answer.headers["etag"] = self.call("HEAD", path, doing=doing).headers.get(
+                "etag", "")
+        found = super()._follow(answer, method, path=path, doing=doing, headers=headers,
+                                how=how)
+        if whole and not told and found.status == 200:
+            # Not from a HEAD: that may be about the next version already.
+            found.headers["etag"] = self.etag_of(found.body)
         return found
 
     def _relabelled(self, found: Answer, redirect: Answer) -> Answer:
-        found.headers.pop("etag", None)
-        digest = redirect.headers.get("x-xet-hash", "")
-        if digest:
-            found.headers["etag"] = f'"{digest}"'
+        found.headers.pop("etag", None)  # of whatever the CDN keeps
         return super()._relabelled(found, redirect)
+
+    def _cdn_schemes(self) -> tuple:
+        # Plain HTTP only where the gateway has it: a server on this machine.
+        return ("https", self.endpoint.partition(":")[0])
 
     def _copy_source(self, key: str) -> str:
         name = self.bucket.partition("/")[2]
@@ -9573,7 +9585,11 @@ class Ledger:
                       lambda: self._date(key, found.now))
 
     def _date(self, key: str, now: float) -> tuple:
-        # Some proxies strip Last-Modified; a listing has it (protocol.md 1.5).
+        # Some proxies strip Last-Modified; a listing has it (protocol.md 1.5). The Hub
+        # lists whole directories, but there a HEAD tells.
+        if self.store.kind == "hf":
+            found = self.store.head(key)
+            return found.modified, found.now
         listing = self.store.list(key, limit=1)
         for entry in listing.entries:
             if entry.key == key:
@@ -20923,8 +20939,8 @@ def cmd_doctor(project: object, options: object) -> int:
 
 @command(
     "init", "name the store, the project and me",
-    arg("url", nargs="?", help="s3://bucket/project?endpoint=…, hf://user/bucket/project"
-                               " or file:///dir/project"),
+    arg("url", nargs="?", help="s3://bucket/project?endpoint=…,"
+        " hf://user/bucket/project or file:///dir/project"),
     arg("--backend", choices=("s3", "hf", "file"), help="default s3"),
     arg("--endpoint", metavar="URL", help="of an S3 store"),
     arg("--region", metavar="NAME", help="of an S3 store"),
