@@ -1672,8 +1672,8 @@ class HubFiles(HubRights):
             return None
         if kind not in ("addFile", "copyFile") or name not in self.store.contents:
             return "no such operation, or unknown xetHash"
-        if type(act.get("mtime", 0)) is not int or act.get(
-                "size", len(self.store.contents[name])) != len(self.store.contents[name]):
+        size = len(self.store.contents[name])
+        if type(act.get("mtime", 0)) is not int or act.get("size", size) != size:
             return "mtime or size is wrong"
         return self.source_trouble(req, act) if kind == "copyFile" else None
 
