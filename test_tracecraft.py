@@ -1450,7 +1450,7 @@ class HubStore(S3Store):
                    for name, when, _ in self.changes[at:])
 
 
-class Limits:
+class HubLimits:
     """What is left to an account in the window, for each class of URL."""
 
     def __init__(self, quota, window):
@@ -2182,7 +2182,7 @@ class HubServer(Loopback):
         self.orgs = {user: orgs}
         self.keys = "HFAK" + uuid.uuid4().hex[:16].upper(), "secret_" + uuid.uuid4().hex
         self.buckets, self.xet_tokens, self.violations, self.turn = {}, {}, [], 0
-        self.store, self.limits = HubStore(), Limits(dict(quota), window)
+        self.store, self.limits = HubStore(), HubLimits(dict(quota), window)
         self.lock, self.secret = self.store.lock, uuid.uuid4().bytes
         self.cas, self.gate = CasApi(self), HubGateway(self, latency=latency, skew=skew)
         self.origins = {"hub": HubApi(self), "cas": self.cas, "bytes": BytesApi(self)}
@@ -23234,7 +23234,7 @@ def test_a_crash_at_any_request_to_the_gateway_is_understood_afterwards(hub, ver
         yield hub
 
 
-def ask(hub, method, path, body=b"", token="", base=None, **headers):
+def ask_hub(hub, method, path, body=b"", token="", base=None, **headers):
     """One request, redirects not followed: (status, headers in lower case, body)."""
     link = http.client.HTTPConnection(urlsplit(base or hub.url).netloc, timeout=10)
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -23251,25 +23251,25 @@ def ask(hub, method, path, body=b"", token="", base=None, **headers):
     return found
 
 
-def asked_json(hub, *args, **how):
-    status, _, body = ask(hub, *args, **how)
+def ask_json(hub, *args, **how):
+    status, _, body = ask_hub(hub, *args, **how)
     return status, json.loads(body or b"null")
 
 
-def follow_url(hub, url, **headers):
+def ask_bytes(hub, url, **headers):
     """The answer behind a URL of bytes."""
     base, _, path = url.partition("/files/")
-    return ask(hub, "GET", "/files/" + path, base=base, token=None, **headers)
+    return ask_hub(hub, "GET", "/files/" + path, base=base, token=None, **headers)
 
 
-def batch(hub, *acts, name="alice/b", **how):
+def ask_batch(hub, *acts, name="alice/b", **how):
     body = "".join(json.dumps(act) + "\n" for act in acts)
-    return asked_json(hub, "POST", "/api/buckets/%s/batch" % name, body,
-                      Content_Type="application/x-ndjson", **how)
+    return ask_json(hub, "POST", "/api/buckets/%s/batch" % name, body,
+                    Content_Type="application/x-ndjson", **how)
 
 
-def xet_token(hub, kind="write"):
-    _, doc = asked_json(hub, "GET", "/api/buckets/alice/b/xet-%s-token" % kind)
+def ask_xet_token(hub, kind="write"):
+    _, doc = ask_json(hub, "GET", "/api/buckets/alice/b/xet-%s-token" % kind)
     return doc["accessToken"]
 
 
@@ -23292,12 +23292,12 @@ def shard_of(xorb, name=None, **changed):
           for (chunk, long), start in zip(xorb.entries, starts)), bookend])
 
 
-def upload(hub, body, token):
+def upload_by_hand(hub, body, token):
     """The hash of a file sent to the CAS by the book."""
     xorb = Xorb(xet_split(body))
-    sent = ask(hub, "POST", "/cas/v1/xorbs/default/" + xorb.hash, xorb.body, token)
+    sent = ask_hub(hub, "POST", "/cas/v1/xorbs/default/" + xorb.hash, xorb.body, token)
     assert sent[0] == 200, sent
-    sent = ask(hub, "POST", "/cas/v1/shards", shard_of(xorb), token)
+    sent = ask_hub(hub, "POST", "/cas/v1/shards", shard_of(xorb), token)
     assert sent[0] == 200, sent
     return xet_of(body)
 
@@ -23305,7 +23305,7 @@ def upload(hub, body, token):
 # -- Xet by the book ---------------------------------------------------
 
 
-def counted(size):
+def counted_bytes(size):
     """Bytes that anybody can make again: SHA-256 of "xet:0", "xet:1" and so on."""
     blocks = (hashlib.sha256(b"xet:%d" % at).digest() for at in range(size // 32 + 1))
     return b"".join(blocks)[:size]
@@ -23319,12 +23319,15 @@ def counted(size):
     (b"", XET_EMPTY),
     (b"hello world",
      "f15edd43b7e85cfd25e2758ffe13b99fdd09dfa817e8d9f6548722a7a126db7f"),
-    (counted(1024), "b3f7069e3808f4cb249ac356bcdee88877f8d3b5e9a2fe38723810da080589c0"),
-    (counted(1025), "105f5f900042ec2efc374f7654b34270cb14c9d14e1c986b50a6a5d34683b180"),
-    (counted(8193), "8d1b19d10471e1789c08c075cea00ed7a9f265fbd515e5716ffce6b753e12986"),
-    (counted(131073),
+    (counted_bytes(1024),
+     "b3f7069e3808f4cb249ac356bcdee88877f8d3b5e9a2fe38723810da080589c0"),
+    (counted_bytes(1025),
+     "105f5f900042ec2efc374f7654b34270cb14c9d14e1c986b50a6a5d34683b180"),
+    (counted_bytes(8193),
+     "8d1b19d10471e1789c08c075cea00ed7a9f265fbd515e5716ffce6b753e12986"),
+    (counted_bytes(131073),
      "b8a50425c121b8b9e05fc599a9d5bd4f3fe5cbfbb24ec57fc92c303baadc8733"),
-    (counted(200000) * 5,
+    (counted_bytes(200000) * 5,
      "bff9ff6d1fbf3d28e08730ebca778131e736e5cef837102936732d49f7c844aa"),
 ], ids="live empty hello 1024 1025 8193 131073 repeated".split())
 def test_the_book_gives_the_hashes_of_the_official_client(data, name):
@@ -23339,16 +23342,16 @@ def test_the_checksum_of_a_grant_is_crc_64_nvme():
 
 
 def test_a_bucket_is_made_once_and_is_public_unless_asked(hub):
-    made = asked_json(hub, "POST", "/api/buckets/me/new", {})
+    made = ask_json(hub, "POST", "/api/buckets/me/new", {})
     assert made == (200, {"url": hub.url + "/buckets/alice/new", "id": "alice/new"})
-    status, doc = asked_json(hub, "POST", "/api/buckets/alice/new", {})
+    status, doc = ask_json(hub, "POST", "/api/buckets/alice/new", {})
     assert status == 409 and doc["url"] == made[1]["url"]
-    assert asked_json(hub, "GET", "/api/buckets/alice/new")[1]["private"] is False
-    ask(hub, "PUT", "/api/buckets/alice/new/settings", {"private": True})
-    assert asked_json(hub, "GET", "/api/buckets/alice/new")[1]["private"] is True
+    assert ask_json(hub, "GET", "/api/buckets/alice/new")[1]["private"] is False
+    ask_hub(hub, "PUT", "/api/buckets/alice/new/settings", {"private": True})
+    assert ask_json(hub, "GET", "/api/buckets/alice/new")[1]["private"] is True
     for name in ("a--b", "-a", "a.", "x.git", "a%20b"):
-        assert ask(hub, "POST", "/api/buckets/alice/" + name, {})[0] == 400
-    ask(hub, "POST", "/api/buckets/team/x", {"visibility": "private"})
+        assert ask_hub(hub, "POST", "/api/buckets/alice/" + name, {})[0] == 400
+    ask_hub(hub, "POST", "/api/buckets/team/x", {"visibility": "private"})
     assert hub.buckets["team/x"].private and not hub.violations
 
 
@@ -23367,59 +23370,59 @@ def test_a_bucket_is_made_once_and_is_public_unless_asked(hub):
     ("GET", "/api/agent-harnesses", "token", 404, None)])
 def test_everybody_gets_what_is_theirs(hub, method, path, who, status, code):
     token = getattr(hub, who, who) if who else None
-    answer = ask(hub, method, path, token=token)
+    answer = ask_hub(hub, method, path, token=token)
     assert (answer[0], answer[1].get("x-error-code")) == (status, code), answer
 
 
 def test_a_tree_is_recursive_and_comes_in_pages(hub):
     for path in ("a", "d/b", "d/e/c", "z"):
         hub.put("alice/b", path, path.encode())
-    status, told, body = ask(hub, "GET", "/api/buckets/alice/b/tree?limit=9")
+    status, told, body = ask_hub(hub, "GET", "/api/buckets/alice/b/tree?limit=9")
     assert [row["path"] for row in json.loads(body)] == ["a", "d/b"]
     url = re.fullmatch('<(http://.*)>; rel="next"', told["link"]).group(1)
-    status, told, body = ask(hub, "GET", url[len(hub.url):])
+    status, told, body = ask_hub(hub, "GET", url[len(hub.url):])
     assert [row["path"] for row in json.loads(body)] == ["d/e/c", "z"]
     assert "link" not in told
-    flat = asked_json(hub, "GET", "/api/buckets/alice/b/tree/d?recursive=false")[1]
+    flat = ask_json(hub, "GET", "/api/buckets/alice/b/tree/d?recursive=false")[1]
     assert [(row["type"], row["path"]) for row in flat] == [
         ("file", "d/b"), ("directory", "d/e")]
-    inner = asked_json(hub, "GET", "/api/buckets/alice/b/tree/d%2Fe")[1]
+    inner = ask_json(hub, "GET", "/api/buckets/alice/b/tree/d%2Fe")[1]
     assert [(row["size"], row["xetHash"]) for row in inner] == [(5, xet_of(b"d/e/c"))]
-    assert asked_json(hub, "GET", "/api/buckets/alice/b/tree/d/n") == (200, [])
-    assert ask(hub, "GET", "/api/buckets/alice/b/tree/")[0] == 307
+    assert ask_json(hub, "GET", "/api/buckets/alice/b/tree/d/n") == (200, [])
+    assert ask_hub(hub, "GET", "/api/buckets/alice/b/tree/")[0] == 307
 
 
 def test_paths_are_told_from_json_and_from_a_form(hub):
     hub.put("alice/b", "d/x y", b"1")
     where = "/api/buckets/alice/b/paths-info"
-    status, rows = asked_json(hub, "POST", where, {"paths": ["none", "d/x y", "d"]})
+    status, rows = ask_json(hub, "POST", where, {"paths": ["none", "d/x y", "d"]})
     assert [(row["type"], row["path"]) for row in rows] == [("file", "d/x y"),
                                                             ("directory", "d")]
     form = "application/x-www-form-urlencoded"
-    assert asked_json(hub, "POST", where, "paths=q&paths=d%2Fx+y",
-                      Content_Type=form)[1] == rows[:1]
-    assert asked_json(hub, "POST", where, {"paths": ["q"] * 2000}) == (200, [])
-    assert ask(hub, "POST", where, {"paths": ["q"] * 2001})[0] == 400
+    assert ask_json(hub, "POST", where, "paths=q&paths=d%2Fx+y",
+                    Content_Type=form)[1] == rows[:1]
+    assert ask_json(hub, "POST", where, {"paths": ["q"] * 2000}) == (200, [])
+    assert ask_hub(hub, "POST", where, {"paths": ["q"] * 2001})[0] == 400
 
 
 def test_bytes_come_from_elsewhere_and_in_parts(hub):
     hub.put("alice/b", "x", b"0123456789")
     hub.put("alice/b", "empty", b"")
     where = "/buckets/alice/b/resolve/x"
-    status, told, _ = ask(hub, "GET", where, Range="bytes=2-4")
+    status, told, _ = ask_hub(hub, "GET", where, Range="bytes=2-4")
     assert status == 302 and told["x-xet-hash"] == xet_of(b"0123456789")
     assert told["x-linked-size"] == "10" and told["location"].startswith("http://local")
-    assert ask(hub, "HEAD", where)[1]["location"] == told["location"]
-    status, found, body = follow_url(hub, told["location"], Range="bytes=2-4")
+    assert ask_hub(hub, "HEAD", where)[1]["location"] == told["location"]
+    status, found, body = ask_bytes(hub, told["location"], Range="bytes=2-4")
     assert (status, body, found["content-range"]) == (206, b"234", "bytes 2-4/10")
-    assert follow_url(hub, told["location"], Range="bytes=10-")[0] == 416
-    assert follow_url(hub, told["location"] + "0")[0] == 403
-    told = ask(hub, "GET", "/buckets/alice/b/resolve/empty")[1]
-    assert follow_url(hub, told["location"])[::2] == (200, b"")
-    assert follow_url(hub, told["location"], Range="bytes=0-")[0] == 416
+    assert ask_bytes(hub, told["location"], Range="bytes=10-")[0] == 416
+    assert ask_bytes(hub, told["location"] + "0")[0] == 403
+    told = ask_hub(hub, "GET", "/buckets/alice/b/resolve/empty")[1]
+    assert ask_bytes(hub, told["location"])[::2] == (200, b"")
+    assert ask_bytes(hub, told["location"], Range="bytes=0-")[0] == 416
     hub.direct = 10
-    assert ask(hub, "GET", where, Range="bytes=8-")[::2] == (206, b"89")
-    assert asked_json(hub, "GET", where, Accept="application/vnd.xet-fileinfo+json")[
+    assert ask_hub(hub, "GET", where, Range="bytes=8-")[::2] == (206, b"89")
+    assert ask_json(hub, "GET", where, Accept="application/vnd.xet-fileinfo+json")[
         1] == {"hash": xet_of(b"0123456789"), "size": 10}
 
 
@@ -23427,44 +23430,44 @@ def test_bytes_come_from_elsewhere_and_in_parts(hub):
 
 
 def test_a_file_is_there_once_its_batch_is_through(hub):
-    body, token = counted(20000), xet_token(hub)
-    name = upload(hub, body, token)
+    body, token = counted_bytes(20000), ask_xet_token(hub)
+    name = upload_by_hand(hub, body, token)
     assert hub.files("alice/b") == {}
     add = {"type": "addFile", "path": "d/x", "xetHash": name, "mtime": 1795331886210}
     copy = {"type": "copyFile", "path": "y", "xetHash": name, "sourceRepoId": "alice/b",
             "sourceRepoType": "bucket"}
-    assert batch(hub, add, copy, {"type": "deleteFile", "path": "none"}) == (200, {
+    assert ask_batch(hub, add, copy, {"type": "deleteFile", "path": "none"}) == (200, {
         "success": True, "processed": 3, "succeeded": 3, "failed": []})
     assert hub.files("alice/b") == {"d/x": body, "y": body}
-    row = asked_json(hub, "GET", "/api/buckets/alice/b/tree/d")[1][0]
+    row = ask_json(hub, "GET", "/api/buckets/alice/b/tree/d")[1][0]
     assert row["mtime"] == "2026-11-22T07:18:06.210Z"
-    batch(hub, dict(add, xetHash=XET_EMPTY), {"type": "deleteFile", "path": "y"})
+    ask_batch(hub, dict(add, xetHash=XET_EMPTY), {"type": "deleteFile", "path": "y"})
     assert hub.files("alice/b") == {"d/x": b""}
 
 
 def test_a_batch_may_fail_in_part_or_in_all(hub):
-    name = upload(hub, b"1", xet_token(hub))
+    name = upload_by_hand(hub, b"1", ask_xet_token(hub))
     good = {"type": "addFile", "path": "x", "xetHash": name}
     for bad in (dict(good, path="../x"), dict(good, xetHash="0" * 63 + "1"),
                 dict(good, type="moveFile"), dict(good, mtime=1.5)):
-        status, doc = batch(hub, good, bad)
+        status, doc = ask_batch(hub, good, bad)
         assert status == 200 and not doc["success"] and doc["succeeded"] == 1
         assert [row["path"] for row in doc["failed"]] == [bad["path"]]
-        assert batch(hub, bad)[0] == 422
+        assert ask_batch(hub, bad)[0] == 422
     hub.fault("failed", paths=["x"])
-    status, doc = batch(hub, dict(good, path="ok"), dict(good, path="x2"))
+    status, doc = ask_batch(hub, dict(good, path="ok"), dict(good, path="x2"))
     assert (status, doc["failed"][0]["path"]) == (200, "x2")
     assert set(hub.files("alice/b")) == {"x", "ok"}
     hub.fault("invalid")
-    assert batch(hub, good)[0] == 422 and batch(hub, good)[0] == 200
-    assert ask(hub, "POST", "/api/buckets/alice/b/batch", b"{}")[0] == 400
-    assert batch(hub, good, token=hub.read_token)[0] == 403
+    assert ask_batch(hub, good)[0] == 422 and ask_batch(hub, good)[0] == 200
+    assert ask_hub(hub, "POST", "/api/buckets/alice/b/batch", b"{}")[0] == 400
+    assert ask_batch(hub, good, token=hub.read_token)[0] == 403
 
 
 def test_the_cas_takes_no_hash_on_trust(hub):
-    token, xorb = xet_token(hub), Xorb(xet_split(counted(20000)))
+    token, xorb = ask_xet_token(hub), Xorb(xet_split(counted_bytes(20000)))
     other = "1" * 64
-    post = functools.partial(ask, hub, "POST", token=token)
+    post = functools.partial(ask_hub, hub, "POST", token=token)
     where = "/cas/v1/xorbs/default/"
     assert post("/cas/v1/shards", shard_of(xorb))[0] == 400  # before its xorb
     for name, body in ((other, xorb.body), (xorb.hash, xorb.body[:-1]),
@@ -23482,44 +23485,44 @@ def test_the_cas_takes_no_hash_on_trust(hub):
 
 
 def test_a_file_cut_otherwise_is_noticed(hub):
-    token, xorb = xet_token(hub), Xorb([b"a" * 10, b"b" * 10])
-    ask(hub, "POST", "/cas/v1/xorbs/default/" + xorb.hash, xorb.body, token)
-    assert ask(hub, "POST", "/cas/v1/shards", shard_of(xorb), token)[0] == 200
+    token, xorb = ask_xet_token(hub), Xorb([b"a" * 10, b"b" * 10])
+    ask_hub(hub, "POST", "/cas/v1/xorbs/default/" + xorb.hash, xorb.body, token)
+    assert ask_hub(hub, "POST", "/cas/v1/shards", shard_of(xorb), token)[0] == 200
     assert "not cut as it should be" in hub.violations.pop()
 
 
 def test_xet_tokens_end_and_have_a_scope(hub):
     where = "/cas/v1/xorbs/default/" + Xorb([b"1"]).hash
-    body, token = Xorb([b"1"]).body, xet_token(hub)
-    assert ask(hub, "POST", where, body, xet_token(hub, "read"))[0] == 403
-    assert ask(hub, "POST", where, body, token)[0] == 200
+    body, token = Xorb([b"1"]).body, ask_xet_token(hub)
+    assert ask_hub(hub, "POST", where, body, ask_xet_token(hub, "read"))[0] == 403
+    assert ask_hub(hub, "POST", where, body, token)[0] == 200
     for fault, status in (("expired", 401), ("scope", 403)):
         hub.fault(fault)
-        assert ask(hub, "POST", where, body, token)[0] == status
+        assert ask_hub(hub, "POST", where, body, token)[0] == status
     hub.expire_tokens()
-    assert ask(hub, "POST", where, body, token)[0] == 401
+    assert ask_hub(hub, "POST", where, body, token)[0] == 401
     hub.token_life = -1
-    assert ask(hub, "POST", where, body, xet_token(hub))[0] == 401
+    assert ask_hub(hub, "POST", where, body, ask_xet_token(hub))[0] == 401
 
 
 @pytest.mark.parametrize("version, kind", [("v1", "fetch_info"), ("v2", "xorbs")])
 def test_a_part_of_a_file_is_told_as_runs_of_chunks(hub, version, kind):
-    body = counted(200000)  # cut at 17807, 148879, 185428
+    body = counted_bytes(200000)  # cut at 17807, 148879, 185428
     hub.put("alice/b", "x", body)
-    token, where = xet_token(hub, "read"), "/cas/%s/reconstructions/" % version
-    status, doc = asked_json(hub, "GET", where + xet_of(body), token=token,
-                             Range="bytes=20000-149000")
+    token, where = ask_xet_token(hub, "read"), "/cas/%s/reconstructions/" % version
+    status, doc = ask_json(hub, "GET", where + xet_of(body), token=token,
+                           Range="bytes=20000-149000")
     assert status == 200 and doc["offset_into_first_range"] == 20000 - 17807
     assert doc["terms"][0]["range"] == {"start": 1, "end": 3}
     place = doc[kind][doc["terms"][0]["hash"]][0]
     span = place["url_range"] if version == "v1" else place["ranges"][0]["bytes"]
     url = urlsplit(place["url"])
-    part = ask(hub, "GET", "%s?%s" % (url.path, url.query), base=place["url"],
-               token=None, Range="bytes=%(start)d-%(end)d" % span)[2]
+    part = ask_hub(hub, "GET", "%s?%s" % (url.path, url.query), base=place["url"],
+                   token=None, Range="bytes=%(start)d-%(end)d" % span)[2]
     assert b"".join(Xorb.read(part).chunks) == body[17807:185428]
     for name, spec, code in ((xet_of(body), "bytes=200000-", 416),
                              ("0" * 63 + "1", "", 404)):
-        assert ask(hub, "GET", where + name, token=token, Range=spec)[0] == code
+        assert ask_hub(hub, "GET", where + name, token=token, Range=spec)[0] == code
 
 
 # -- faults, limits, lag -----------------------------------------------
@@ -23528,24 +23531,25 @@ def test_a_part_of_a_file_is_told_as_runs_of_chunks(hub, version, kind):
 def test_a_window_of_requests_closes_and_opens():
     with HubServer(quota={"api": 2}, window=0.4) as hub:
         for left in ("1", "0"):
-            status, told, _ = ask(hub, "GET", "/api/whoami-v2")
+            status, told, _ = ask_hub(hub, "GET", "/api/whoami-v2")
             assert status == 200 and told["ratelimit"] == '"api";r=%s;t=1' % left
         assert told["ratelimit-policy"] == '"fixed window";"api";q=2;w=1'
-        assert ask(hub, "GET", "/api/whoami-v2")[0] == 429
-        assert ask(hub, "GET", "/buckets/alice/b/resolve/x")[0] == 404  # another class
+        assert ask_hub(hub, "GET", "/api/whoami-v2")[0] == 429
+        # Another class of URL:
+        assert ask_hub(hub, "GET", "/buckets/alice/b/resolve/x")[0] == 404
         time.sleep(0.4)
-        assert ask(hub, "GET", "/api/whoami-v2")[0] == 200
+        assert ask_hub(hub, "GET", "/api/whoami-v2")[0] == 200
 
 
 def test_faults_answer_in_the_words_of_the_hub(hub):
     hub.fault(429, key="/whoami", retry_after=7)
-    status, told, _ = ask(hub, "GET", "/api/whoami-v2")
+    status, told, _ = ask_hub(hub, "GET", "/api/whoami-v2")
     assert status == 429 and told["ratelimit"] == '"api";r=0;t=7'
     assert told["x-request-id"] == hub.log[-1].id
     hub.fault(503, origin="cas", retry_after=3)
-    assert ask(hub, "GET", "/api/whoami-v2")[0] == 200
-    token = xet_token(hub)
-    assert ask(hub, "HEAD", "/cas/v1/files/x", token=token)[1]["retry-after"] == "3"
+    assert ask_hub(hub, "GET", "/api/whoami-v2")[0] == 200
+    token = ask_xet_token(hub)
+    assert ask_hub(hub, "HEAD", "/cas/v1/files/x", token=token)[1]["retry-after"] == "3"
     hub.fault("failed")
     hub.fault("expired")
     assert ask_gate(hub, "PUT", "x/batch", b"1")[0] == 200  # none of its business
@@ -23553,53 +23557,55 @@ def test_faults_answer_in_the_words_of_the_hub(hub):
     ask_gate(hub, "DELETE", "x/batch")
     hub.fault("lose", "POST", "/batch")
     with pytest.raises(http.client.RemoteDisconnected):
-        batch(hub, {"type": "addFile", "path": "x", "xetHash": XET_EMPTY})
+        ask_batch(hub, {"type": "addFile", "path": "x", "xetHash": XET_EMPTY})
     assert hub.files("alice/b") == {"x": b""} and hub.log[-1].landed
     hub.fault(500, key="path\": \"y")  # batches are found by what they name
-    assert batch(hub, {"type": "addFile", "path": "y", "xetHash": XET_EMPTY})[0] == 500
+    assert ask_batch(hub, {"type": "addFile", "path": "y",
+                           "xetHash": XET_EMPTY})[0] == 500
 
 
 def test_what_is_read_or_listed_may_be_old(hub):
     where = "/api/buckets/alice/b/"
     hub.put("alice/b", "x", b"1")
     hub.read_lag = hub.list_lag = 60
-    assert asked_json(hub, "GET", where + "tree")[1] == []
-    assert asked_json(hub, "POST", where + "paths-info", {"paths": ["x"]})[1] == []
-    assert ask(hub, "GET", "/buckets/alice/b/resolve/x")[0] == 404
+    assert ask_json(hub, "GET", where + "tree")[1] == []
+    assert ask_json(hub, "POST", where + "paths-info", {"paths": ["x"]})[1] == []
+    assert ask_hub(hub, "GET", "/buckets/alice/b/resolve/x")[0] == 404
     assert ask_gate(hub, "HEAD", "x")[0] == 404
     assert ask_gate(hub, "PUT", "x", b"2", {"if-none-match": "*"})[0] == 412
     hub.read_lag = hub.list_lag = 0
     hub.fault("lag", seconds=60, key="/tree")
-    assert asked_json(hub, "GET", where + "tree")[1] == []
-    assert len(asked_json(hub, "GET", where + "tree")[1]) == 1
+    assert ask_json(hub, "GET", where + "tree")[1] == []
+    assert len(ask_json(hub, "GET", where + "tree")[1]) == 1
 
 
 def test_a_secret_in_the_wrong_place_is_a_violation(hub):
     hub.put("alice/b", "x", b"1")
-    url = ask(hub, "GET", "/buckets/alice/b/resolve/x")[1]["location"]
-    token = xet_token(hub)
+    url = ask_hub(hub, "GET", "/buckets/alice/b/resolve/x")[1]["location"]
+    token = ask_xet_token(hub)
     path, base = url[url.index("/files"):], url[:url.index("/files")]
     assert not hub.violations
-    for wrong in (lambda: ask(hub, "GET", path, base=base),
-                  lambda: ask(hub, "GET", path, base=base, token=None, X_Amz_Date="1"),
-                  lambda: ask(hub, "GET", path + "&t=" + hub.token, base=base,
-                              token=None),
-                  lambda: ask(hub, "GET", "/api/whoami-v2", token=token),
-                  lambda: ask(hub, "GET", "/cas/v1/files/x"),
-                  lambda: ask(hub, "POST", "/api/buckets/alice/n", hub.keys[1]),
-                  lambda: ask(hub, "GET", "/alice/b/x", base=hub.gateway)):
+    for wrong in (lambda: ask_hub(hub, "GET", path, base=base),
+                  lambda: ask_hub(hub, "GET", path, base=base, token=None,
+                                  X_Amz_Date="1"),
+                  lambda: ask_hub(hub, "GET", path + "&t=" + hub.token, base=base,
+                                  token=None),
+                  lambda: ask_hub(hub, "GET", "/api/whoami-v2", token=token),
+                  lambda: ask_hub(hub, "GET", "/cas/v1/files/x"),
+                  lambda: ask_hub(hub, "POST", "/api/buckets/alice/n", hub.keys[1]),
+                  lambda: ask_hub(hub, "GET", "/alice/b/x", base=hub.gateway)):
         wrong()
         assert hub.violations, wrong
         hub.violations.clear()
     with pytest.raises(AssertionError, match="of the cas"), HubServer() as other:
-        ask(other, "GET", "/cas/v1/files/x")
+        ask_hub(other, "GET", "/cas/v1/files/x")
 
 
 # -- the feed ----------------------------------------------------------
 
 
 @contextlib.contextmanager
-def feed(hub, query="", **headers):
+def open_feed(hub, query="", **headers):
     """The events of a stream, as (name, document), one at a time; "" is a ping."""
     link = http.client.HTTPConnection(urlsplit(hub.url).netloc, timeout=5)
     headers = {"Accept": "text/event-stream", "Authorization": "Bearer " + hub.token,
@@ -23620,18 +23626,18 @@ def feed(hub, query="", **headers):
     link.close()
 
 
-def quiet(stream):
+def next_event(stream):
     """The next event that is not a ping."""
     return next(event for event in iter(stream.next, None) if event[0])
 
 
 def test_the_feed_tells_of_changes_at_once_and_pings_between(hub):
-    with feed(hub) as stream:
+    with open_feed(hub) as stream:
         assert stream.next() == ("ready", {})
         assert stream.next() == ("", None)  # a ping
         begun = time.monotonic()
         hub.put("alice/b", "x", b"12")
-        name, told = quiet(stream)
+        name, told = next_event(stream)
         assert time.monotonic() - begun < 0.5 and name == "changes"
         assert told["changes"][0].items() >= {
             "path": "x", "op": "add", "size": 2, "xetHash": xet_of(b"12")}.items()
@@ -23639,45 +23645,45 @@ def test_the_feed_tells_of_changes_at_once_and_pings_between(hub):
         ask_gate(hub, "DELETE", "x")
         seen = []
         while len(seen) < 2:
-            seen += [change["op"] for change in quiet(stream)[1]["changes"]]
+            seen += [change["op"] for change in next_event(stream)[1]["changes"]]
         assert seen == ["update", "delete"]
 
 
 def test_the_feed_goes_on_from_a_cursor_or_a_time(hub):
-    since = asked_json(hub, "GET", "/api/buckets/alice/b")[1]["updatedAt"]
+    since = ask_json(hub, "GET", "/api/buckets/alice/b")[1]["updatedAt"]
     hub.put("alice/b", "x", b"1")
     hub.put("alice/b", "y", b"1")
-    with feed(hub, "?since=" + since) as stream:
+    with open_feed(hub, "?since=" + since) as stream:
         name, told = stream.next()
         assert [change["path"] for change in told["changes"]] == ["x", "y"]
         assert stream.next() == ("ready", {"cursor": told["cursor"]})
     hub.put("alice/b", "z", b"1")
-    with feed(hub, "?cursor=" + told["cursor"]) as stream:
+    with open_feed(hub, "?cursor=" + told["cursor"]) as stream:
         assert [change["path"] for change in stream.next()[1]["changes"]] == ["z"]
         hub.reconnect()
-        assert [quiet(stream)[0] for _ in range(2)] == ["ready", "reconnect"]
+        assert [next_event(stream)[0] for _ in range(2)] == ["ready", "reconnect"]
     hub.replay = 0
-    with feed(hub, "?since=" + since) as stream:
+    with open_feed(hub, "?since=" + since) as stream:
         assert stream.next() == ("reset", {"reason": "cursor_too_old"})
 
 
 def test_the_feed_may_be_refused_silent_or_broken(hub):
     for query, headers in (("", {"Accept": "*/*"}), ("?cursor=c99", {}),
                            ("?since=now", {})):
-        with feed(hub, query, **headers) as stream:
+        with open_feed(hub, query, **headers) as stream:
             assert stream.status == 400
     hub.fault(503, key="/events", retry_after=1)
-    with feed(hub) as stream:
+    with open_feed(hub) as stream:
         assert stream.status == 503
     hub.events = "off"
-    with feed(hub) as stream:
+    with open_feed(hub) as stream:
         assert stream.status == 501
     hub.events, hub.recycle = "silent", 0.2
-    with feed(hub) as stream:
+    with open_feed(hub) as stream:
         hub.put("alice/b", "x", b"1")
         assert [stream.next()[0] for _ in range(2)] == ["ready", "reconnect"]
     hub.events = "broken"
-    with feed(hub) as stream, pytest.raises(ValueError):
+    with open_feed(hub) as stream, pytest.raises(ValueError):
         stream.next()
 
 
@@ -23694,7 +23700,7 @@ def ask_gate(hub, method, key, body=b"", headers=None, query=(), bucket="alice/b
         payload_hash=hashlib.sha256(body).hexdigest(), region="us-east-1",
         credentials=tracecraft.Keys(*(keys or hub.keys)), at=time.time())
     target = quote(path) + ("?" + urlencode(query) if query else "")
-    return ask(hub, method, target, body, None, hub.gateway, **sent)
+    return ask_hub(hub, method, target, body, None, hub.gateway, **sent)
 
 
 def test_the_gateway_decides_who_was_first(hub):
@@ -23703,7 +23709,7 @@ def test_the_gateway_decides_who_was_first(hub):
     assert ask_gate(hub, "PUT", "a b/k", b"2", {"if-none-match": "*"})[0] == 412
     assert ask_gate(hub, "PUT", "a b/k", b"2", {"if-match": first[1]["etag"]})[0] == 200
     assert ask_gate(hub, "PUT", "a b/k", b"3", {"if-match": first[1]["etag"]})[0] == 412
-    row = asked_json(hub, "GET", "/api/buckets/alice/b/tree/a%20b")[1][0]
+    row = ask_json(hub, "GET", "/api/buckets/alice/b/tree/a%20b")[1][0]
     assert (row["path"], row["xetHash"]) == ("a b/k", xet_of(b"2"))
     assert ask_gate(hub, "DELETE", "a b/k", headers={"if-match": '"x"'})[0] == 204
     with ThreadPoolExecutor(8) as pool:
@@ -23718,7 +23724,7 @@ def test_the_gateway_sends_readers_elsewhere_unless_it_knows_them(hub):
     assert known[::2] == (200, b"0123") and "x-amz-meta-a" not in known[1]
     status, told, _ = ask_gate(hub, "GET", "k", headers={"if-none-match": etag})
     assert status == 302 and told["etag"] == etag
-    assert follow_url(hub, told["location"], Range="bytes=1-2")[2] == b"12"
+    assert ask_bytes(hub, told["location"], Range="bytes=1-2")[2] == b"12"
     hub.redirect_etag = False
     assert "etag" not in ask_gate(hub, "GET", "k")[1]
     status, told, _ = ask_gate(hub, "HEAD", "k")
