@@ -23529,15 +23529,16 @@ def test_a_part_of_a_file_is_told_as_runs_of_chunks(hub, version, kind):
 
 
 def test_a_window_of_requests_closes_and_opens():
-    with HubServer(quota={"api": 2}, window=0.4) as hub:
+    with HubServer(quota={"api": 2}, window=60) as hub:
         for left in ("1", "0"):
             status, told, _ = ask_hub(hub, "GET", "/api/whoami-v2")
-            assert status == 200 and told["ratelimit"] == '"api";r=%s;t=1' % left
-        assert told["ratelimit-policy"] == '"fixed window";"api";q=2;w=1'
+            assert status == 200
+            assert re.fullmatch('"api";r=%s;t=(60|5[0-9])' % left, told["ratelimit"])
+        assert told["ratelimit-policy"] == '"fixed window";"api";q=2;w=60'
         assert ask_hub(hub, "GET", "/api/whoami-v2")[0] == 429
         # Another class of URL:
         assert ask_hub(hub, "GET", "/buckets/alice/b/resolve/x")[0] == 404
-        time.sleep(0.4)
+        hub.limits.window = 0  # as if the minute had passed
         assert ask_hub(hub, "GET", "/api/whoami-v2")[0] == 200
 
 
@@ -23638,7 +23639,7 @@ def test_the_feed_tells_of_changes_at_once_and_pings_between(hub):
         begun = time.monotonic()
         hub.put("alice/b", "x", b"12")
         name, told = next_event(stream)
-        assert time.monotonic() - begun < 0.5 and name == "changes"
+        assert time.monotonic() - begun < 2 and name == "changes"
         assert told["changes"][0].items() >= {
             "path": "x", "op": "add", "size": 2, "xetHash": xet_of(b"12")}.items()
         ask_gate(hub, "PUT", "x", b"3")
