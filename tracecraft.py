@@ -3664,7 +3664,7 @@ BLAKE_ROUNDS = (
 
 
 def _lanes(columns: list) -> int:
-    """A lane for each row; its value is the row's bytes, that of the first one lowest."""
+    """A lane for each row of the columns: its bytes as a number, the first lowest."""
     lanes = bytearray(LANE * len(columns[0]))
     for at, column in enumerate(columns):
         lanes[at::LANE] = column
@@ -3699,23 +3699,23 @@ def _mix(v: list, m: list, masks: list) -> None:
             a, b, c, d = v[i], v[j], v[k], v[n]
             a += b + m[x]
             d ^= a
-            d = d >> 16 & l16 | d << 16 & h16
+            d = (d >> 16 & l16) | (d << 16 & h16)
             c += d
             b ^= c
-            b = b >> 12 & l12 | b << 20 & h12
+            b = (b >> 12 & l12) | (b << 20 & h12)
             a += b + m[y]
             d ^= a
-            d = d >> 8 & l8 | d << 24 & h8
+            d = (d >> 8 & l8) | (d << 24 & h8)
             c += d
             b ^= c
-            b = b >> 7 & l7 | b << 25 & h7
+            b = (b >> 7 & l7) | (b << 25 & h7)
             v[i], v[j], v[k], v[n] = a, b, c, d
 
 
 def _message(data: bytes, at: int, count: int) -> list:
-    """The 16 words at offset `at` of each of the `count` nodes that `data` is made of."""
+    """The 16 words at offset `at` of each of `count` nodes, all padded to one size."""
     import struct
-    if count == 1:  # the usual document; the general way takes it a quarter longer
+    if count == 1:  # the usual document: the general way takes a quarter longer
         return struct.unpack_from("<16I", data, at)
     stride = len(data) // count
     return [_lanes([data[word + i::stride] for i in range(4)])
@@ -3723,9 +3723,10 @@ def _message(data: bytes, at: int, count: int) -> list:
 
 
 def _node_hashes(key: bytes, nodes: list) -> list:
-    """The 32-byte hash of each node: (data, number, flag of the first block, of the last).
+    """The 32-byte hash of each node.
 
-    At most 1,024 bytes each. One that ends before the others keeps its hash from then.
+    nodes: of (data, at most 1,024 bytes; number; flag of its first block; of its last).
+    A node that ends before others keeps its chaining value (cv) while they go on.
     """
     import struct
     count = len(nodes)
@@ -3745,8 +3746,9 @@ def _node_hashes(key: bytes, nodes: list) -> list:
             flags[lane] |= nodes[lane][3]
         v = [*cv, *iv, _lanes([lengths]), _lanes([flags])]
         _mix(v, _message(data, 64 * block, count), masks)
-        going = _lanes([live] * 4)
-        cv = [old ^ (old ^ low ^ high) & going for old, low, high in zip(cv, v, v[8:])]
+        going = _lanes([live] * 4)  # there `low ^ high` is the new value
+        cv = [old ^ ((old ^ low ^ high) & going)
+              for old, low, high in zip(cv, v, v[8:])]
         for lane in ending:
             live[lane] = 0
         flags = bytearray([KEYED]) * count
@@ -3813,8 +3815,8 @@ def keyed_hash(key: bytes, data: bytes) -> bytes:
 #      a hash over each run that it has them, and sends it: POST /v1/shards.
 #
 # A chunk or a file that was there before has the same name, so to send it again is
-# harmless, and to leave it out saves the transfer. No part of it is encrypted or
-# compressed here: both are the server's business.
+# harmless, and to leave it out saves the transfer. A xorb may also hold a chunk in LZ4,
+# which the standard library lacks; names are those of the raw bytes in any case.
 #
 # A document below 8 KiB is one chunk, whose hash is also the root and the xorb's name;
 # one xorb of 8 bytes more; one shard of 384 bytes. An empty file has no chunk.
@@ -3830,9 +3832,9 @@ NODE_KEY = bytes.fromhex(  # ... an inner node of the tree ...
     "017ec5c7a5472996fd946666b48a02e65ddd536f37c76dd2f86352e64a53713f")
 RANGE_KEY = bytes.fromhex(  # ... the proof of a run of chunks ...
     "7f1857d6ce56ed66127ff913e7a5c3f3a4cd26d5b5db49e64124987f28fb94c3")
-FILE_KEY = bytes(32)  # ... and a file; the library has a salt here that the Hub sets to 0
+FILE_KEY = bytes(32)  # ... and a file: a salt that the Hub does not use
 XORB_BYTES = 16 << 20  # the server takes 64 MiB; memory and a lost answer want less
-XORB_CHUNKS = 8192
+XORB_CHUNKS = 8192  # as hf_xet
 SHARD_BYTES = 64 << 20  # the server takes no more
 SHARD_TAG = b"HFRepoMetaData\0" + bytes.fromhex("556967456a7b815783a5bdd95ccdd14aa9")
 VERIFIED = 1 << 31  # flag of a file record: range hashes follow its terms
@@ -3897,6 +3899,8 @@ e5a536726a6a8155 57afb23447a07fdd 18f346f7abc9d394 636dc655d61ad33d cc8bab4939f7
 
 # -- the text form of a hash -------------------------------------------
 
+XET_DIGITS = "0123456789abcdef"
+
 
 def xet_text(raw: bytes) -> str:
     """A hash as URLs, JSON, ETags and the tree write it; never its plain hex.
@@ -3910,25 +3914,25 @@ def xet_text(raw: bytes) -> str:
     return "%016x%016x%016x%016x" % struct.unpack("<4Q", raw)
 
 
-def xet_bytes(text: str) -> bytes:
-    """The 32 bytes of a hash in its text form. Corrupt if it is none."""
+def xet_bytes(text: object) -> bytes:
+    """The 32 bytes of a hash in its text form. Corrupt if a server sent another."""
     import struct
-    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
-        raise Corrupt(f"{shown(text[:80])!r} is no Xet hash: 64 digits 0-9 a-f",
+    if not isinstance(text, str) or len(text) != 64 or set(text) - set(XET_DIGITS):
+        raise Corrupt(f"{shown(str(text)[:80])!r} is no Xet hash: 64 of {XET_DIGITS}",
                       hint="compare it with the hash that the Hub shows for the file")
     return struct.pack("<4Q", *(int(text[at:at + 16], 16) for at in (0, 16, 32, 48)))
 
 
 # -- chunks ------------------------------------------------------------
 #
-# For each byte b of a chunk: h = (2 * h + GEAR[b]) mod 2**64, from h = 0. The chunk ends
-# behind the byte where the upper 16 bits of h are zero, if it has 8 KiB; at 128 KiB in
-# any case; and with the file.
+# For each byte b of a chunk: h = (2 * h + GEAR[b]) mod 2**64, from h = 0. The chunk
+# ends behind the byte where the upper 16 bits of h are zero, if it has 8 KiB; at
+# 128 KiB in any case; and with the file.
 #
 # After 64 steps a byte is shifted out. So h is the sum of GEAR[b] << age over the last
 # 64 bytes wherever the chunk began, and no byte before 8 KiB - 64 matters. Sums over
 # 1, 2, 4 ... 64 bytes are each two sums of half as many, for all positions of a block
-# at once in the lanes of one int: 8 bytes of value and one for the carries.
+# at once, in the lanes of one int (as BLAKE3 above): 8 bytes of value, 1 for carries.
 
 GEAR_LANE = 9  # bytes
 GEAR_BLOCK = 4096  # ends looked at in one go; twice or half as many is no faster
@@ -3961,7 +3965,7 @@ class Gear:
         return longest
 
     def _hashes(self, block: bytes) -> bytes:
-        """The lanes of h behind each byte of `block`; right from its 64th on."""
+        """The lanes of h behind each byte of `block`; true from its 64th on."""
         lanes = bytearray(GEAR_LANE * GEAR_SPAN)
         block = block.ljust(GEAR_SPAN, b"\0")
         for at, column in enumerate(self.columns):
@@ -3969,14 +3973,14 @@ class Gear:
         h = int.from_bytes(lanes, "little")
         self.masks = self.masks or [self._mask(age) for age in GEAR_AGES]
         for age, mask in zip(GEAR_AGES, self.masks):  # `age` lanes and `age` bits on
-            h += h << (8 * GEAR_LANE + 1) * age & mask
+            h += (h << (8 * GEAR_LANE + 1) * age) & mask
         return h.to_bytes(GEAR_LANE * GEAR_SPAN, "little")
 
     @staticmethod
     def _mask(age: int) -> int:
-        """In each lane the bits that are left of a number shifted up by `age`.
+        """Bits `age` to 63 of each lane: what mod 2**64 leaves of a shift by `age`.
 
-        They drop the carries, and what comes in from the lane below.
+        It drops the carries, too, and what comes in from the lane below.
         """
         lane = (2 ** 64 - 2 ** age).to_bytes(GEAR_LANE, "little")
         return int.from_bytes(lane * GEAR_SPAN, "little")
@@ -3986,18 +3990,19 @@ def xet_chunks(pieces: object) -> object:
     """The chunks of a file that comes in pieces of any size. Holds at most 256 KiB."""
     gear, held = Gear(), bytearray()
 
-    def cut(least: int) -> object:
+    def drain(least: int) -> object:
         while len(held) >= least:
             end = gear.first_end(held)
-            yield bytes(held[:end])
+            chunk = bytes(held[:end])
             del held[:end]
+            yield chunk
 
     for piece in pieces:
         view = memoryview(piece)
         for at in range(0, len(view), MAX_CHUNK):
             held += view[at:at + MAX_CHUNK]
-            yield from cut(MAX_CHUNK)  # from as many bytes on the end is certain
-    yield from cut(1)
+            yield from drain(MAX_CHUNK)  # from as many bytes on the end is certain
+    yield from drain(1)
 
 
 # -- names of chunks, xorbs and files ----------------------------------
@@ -4050,7 +4055,7 @@ def merkle_root(entries: list) -> bytes:
 
 
 def file_hash(entries: list) -> bytes:
-    """keyed(FILE_KEY, root over the file's (chunk hash, size)); zeros for an empty one."""
+    """keyed(FILE_KEY, root over the file's (chunk hash, size)); zeros for no chunk."""
     return keyed_hash(FILE_KEY, merkle_root(entries)) if entries else bytes(32)
 
 
@@ -4073,8 +4078,10 @@ def xet_hash(data: bytes) -> str:
 
 
 def xorb_entry(chunk: bytes) -> bytes:
-    """A chunk as a xorb holds it: version 0, stored length, scheme 0 (not compressed),
-    raw length, bytes. The lengths have 3 bytes, little-endian."""
+    """A chunk as a xorb holds it.
+
+    version 0 | stored length: 3 bytes, little-endian | scheme 0 | raw length | bytes
+    """
     size = len(chunk).to_bytes(3, "little")
     return b"\0" + size + b"\0" + size + chunk
 
@@ -4106,10 +4113,28 @@ def file_record(name: bytes, terms: list) -> bytes:
 
 
 def shard_body(files: list, xorbs: list) -> bytes:
-    """A shard in the form for upload: a header without footer size and the records."""
+    """A shard as it is uploaded: a header (version 2, no footer) and the records."""
     import struct
     return b"".join([SHARD_TAG, struct.pack("<QQ", 2, 0),
                      *files, BOOKEND, *xorbs, BOOKEND])
+
+
+def shard_bodies(files: list, xorbs: list) -> list:
+    """All records in as few shards as the size allows; files after what they name.
+
+    Usage for one that fits into none: some 90 GiB of one chunk, again and again.
+    """
+    bodies, size = [], SHARD_BYTES
+    for part, record in [(1, xorb) for xorb in xorbs] + [(0, file) for file in files]:
+        if size + len(record) > SHARD_BYTES:
+            bodies.append(([], []))
+            size = len(shard_body([], []))
+        size += len(record)
+        if size > SHARD_BYTES:
+            raise Usage(f"a file of {len(record) // 96} runs of chunks is more than one"
+                        " Xet shard can hold", hint="upload it through the S3 gateway")
+        bodies[-1][part].append(record)
+    return [shard_body(*parts) for parts in bodies]
 
 
 class XetPack:
@@ -4133,7 +4158,7 @@ class XetPack:
         self._names = []  # of the finished xorbs
         self._entries = [[]]  # of every xorb, the last one is open: (chunk hash, size)
         self._body = bytearray()
-        self._places = {}  # chunk hash -> (xorb, index): which hold it
+        self._places = {}  # chunk hash -> (number of the xorb, index in it)
         self._files = {}  # file hash as text -> [[xorb, first, end]]
 
     def add(self, pieces: object) -> object:
@@ -4162,18 +4187,13 @@ class XetPack:
             yield self._close()
 
     def shards(self) -> list:
-        """The bodies of the shards, to be sent in this order when all xorbs are there."""
-        records = [(1, xorb_record(name, entries))
-                   for name, entries in zip(self._names, self._entries)]
-        records += [(0, record) for record in self._file_records()]
-        bodies, parts, size = [], ([], []), SHARD_BYTES
-        for part, record in records:
-            if size + len(record) > SHARD_BYTES:
-                parts, size = ([], []), len(shard_body([], []))
-                bodies.append(parts)
-            parts[part].append(record)
-            size += len(record)
-        return [shard_body(*parts) for parts in bodies]
+        """The bodies of the shards, to be sent in this order once all xorbs are there.
+
+        Usage for a file that no shard can hold. Call it after finish().
+        """
+        return shard_bodies(self._file_records(), [
+            xorb_record(name, entries)
+            for name, entries in zip(self._names, self._entries)])
 
     def _is_full(self, chunk: bytes) -> bool:
         return bool(self._body) and (
