@@ -41,22 +41,22 @@ Contents (grep -n '^# == ' prints them with line numbers):
   22 Hub answers             23 Hub                     24 Hugging Face store
   25 Gateway                 26 Probe                   27 Settings
   28 Local state             29 Command settings        30 Credentials
-  31 Ledger                  32 Leases                  33 Hints
-  34 Step records            35 Frontier                36 Steps
-  37 Tasks                   38 Locks                   39 Barriers
-  40 Memory                  41 Mailboxes               42 Mail
-  43 Channels and threads    44 Bytes                   45 Artifact heads
-  46 Artifacts               47 Reservations            48 Runs
-  49 Artifact trees          50 Queue reader            51 Queues
-  52 Project                 53 Context                 54 Views
-  55 Timeline                56 Housekeeping            57 Archive
-  58 Doctor                  59 Trials                  60 Drill
-  61 Bench                   62 Rows                    63 Commands under a lease
-  64 Step commands           65 Task commands           66 Lock commands
-  67 Memory commands         68 Artifact commands       69 Reservation commands
-  70 Commands of presence, views and set-up  71 House commands
-  72 Commands of mail        73 Run commands            74 Queue commands
-  75 Command line
+  31 Ledger                  32 Waiting                 33 Leases
+  34 Hints                   35 Step records            36 Frontier
+  37 Steps                   38 Tasks                   39 Locks
+  40 Barriers                41 Memory                  42 Mailboxes
+  43 Mail                    44 Channels and threads    45 Bytes
+  46 Artifact heads          47 Artifacts               48 Reservations
+  49 Runs                    50 Artifact trees          51 Queue reader
+  52 Queues                  53 Project                 54 Context
+  55 Views                   56 Timeline                57 Housekeeping
+  58 Archive                 59 Doctor                  60 Trials
+  61 Drill                   62 Bench                   63 Rows
+  64 Commands under a lease  65 Step commands           66 Task commands
+  67 Lock commands           68 Memory commands         69 Artifact commands
+  70 Reservation commands    71 Commands of presence, views and set-up
+  72 House commands          73 Commands of mail        74 Run commands
+  75 Queue commands          76 Command line
 """
 
 from __future__ import annotations
@@ -9988,10 +9988,12 @@ class Who:
             self.state.set(name, value)
 
 
-# == 32. Leases ========================================================
+# == 32. Waiting =======================================================
 #
-# What every lease has in common, whoever holds what: taking it, waiting for it, being
-# told that it went to another. The decisions are those of "Records".
+# Looking again until what is awaited is there: how long the rests between two looks
+# are. Knows no record; the looks come in as functions.
+
+IDLE_PAUSE = 30  # seconds between two looks at most, when nothing happens
 
 
 def poll_pause(tries: int) -> float:
@@ -10000,30 +10002,69 @@ def poll_pause(tries: int) -> float:
     return min(15.0, 0.2 * 1.3 ** min(tries, 20)) * (0.5 + random.random() / 2)
 
 
+def idle_pause(tries: int) -> float:
+    """Seconds until the next look after `tries` idle ones: 1, 2, 4 … with jitter."""
+    import random
+    pause = min(IDLE_PAUSE, 2 ** min(max(tries - 1, 0), 8))
+    return pause * (0.75 + random.random() / 4)
+
+
+class Pace:
+    """The rests between looks at something awaited, for `wait` seconds in all.
+
+    wait: None is without end. usual: callable(tries) giving seconds. pause: callable(
+    seconds, sleep) to rest in, where a signal must end a rest. tries: rests so far.
+    """
+
+    def __init__(self, ledger: Ledger, wait: float | None, *,
+                 usual: object = poll_pause, pause: object = None) -> None:
+        self._until = float("inf") if wait is None else time.monotonic() + wait
+        self._usual, self._pause, self.tries = usual, pause, 0
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end of the wait; infinite without one."""
+        return self._until - time.monotonic()
+
+    def rest(self, most: float = float("inf")) -> None:
+        """Sleep until the next look is due: `most` seconds, or less."""
+        # At least 0.05: a lease in the way may be due, yet not taken from its holder.
+        most = max(0.05, min(self.left, most))
+        seconds = min(most, self._usual(self.tries))
+        self.tries += 1
+        if self._pause is None:
+            time.sleep(seconds)
+        else:
+            self._pause(seconds, time.sleep)
+
+
 def waiting(ledger: Ledger, wait: float, act: object, *,
-            outlast: tuple = (), pause: object = time.sleep) -> object:
+            outlast: tuple = (), pause: object = None) -> object:
     """act(), again and again while another holds it or needs are missing.
 
     wait: seconds; 0 tries once and raises what act raised, else TimedOut at the end.
-    The pause follows the lease that is in the way, never a fixed period. outlast:
-    further kinds of Error that are waited out. pause: callable(seconds).
+    A rest ends with the lease that is in the way. outlast: further kinds of Error that
+    are waited out. pause: see Pace.
     """
-    until, tries = time.monotonic() + wait, 0
+    pace = Pace(ledger, wait, pause=pause)
     while True:
         ledger.restart()
         try:
             return act()
         except (Held, Blocked, *outlast) as why:
-            left = until - time.monotonic()
             if wait <= 0:
                 raise
-            if left <= 0:
+            if pace.left <= 0:
                 raise TimedOut(f"{why.message}; waited {wait:g}s", hint=why.hint,
                                **why.details) from why
             expires = why.details.get("expires_in_s")
-            due = 15 if expires is None else expires + 1
-            pause(max(0.05, min(left, poll_pause(tries), due)))
-            tries += 1
+            pace.rest(float("inf") if expires is None else expires + 1)
+
+
+# == 33. Leases ========================================================
+#
+# What every lease has in common, whoever holds what: taking it, being told that it
+# went to another. The decisions are those of "Records".
 
 
 def checked_ttl(ttl: int | None, default: int = TTL) -> int:
@@ -10125,7 +10166,7 @@ class Leases:
     def take(self, key: str, resource: str, *, subject: str, ttl: int | None = None,
              wait: float = 0, resume: bool = False, op: str = "",
              fields: dict | None = None, outlast: tuple = (),
-             pause: object = time.sleep) -> Lease:
+             pause: object = None) -> Lease:
         """Take the lease at `key`: one winner per token.
 
         fields: what else the record says. wait: seconds to wait for its holder, and for
@@ -10251,7 +10292,7 @@ class Leases:
             raise
 
 
-# == 33. Hints =========================================================
+# == 34. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -10380,7 +10421,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 34. Step records ==================================================
+# == 35. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -10641,7 +10682,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 35. Frontier ======================================================
+# == 36. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -10727,7 +10768,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 36. Steps =========================================================
+# == 37. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -11089,28 +11130,27 @@ class Steps:
 
         Polls from 0.2 s to 15 s with jitter. Raises Blocked as soon as it cannot come
         true without somebody's help, TimedOut. tick: callable(views, seconds left)."""
-        until, tries, cache = time.monotonic() + timeout, 0, {}
+        pace, cache = Pace(self.ledger, timeout), {}
         while True:
             self.ledger.restart()
             views = self.states(steps, cache)
             views = [views[step_id(step)] for step in steps]
-            if tries % 8 == 0:
+            if pace.tries % 8 == 0:
                 for view in views:
                     self._stuck(view)
             if waited(views, list(steps), any_=any_):
                 return views
-            left = until - time.monotonic()
+            left = pace.left
             if left <= 0:
                 raise TimedOut(f"Timeout after {timeout:g}s. Not all steps complete:"
                                f" {', '.join(steps)}", hint="wait-for again, or look at"
                                " step-status")
             if tick:
                 tick(views, left)
-            time.sleep(min(left, poll_pause(tries)))
-            tries += 1
+            pace.rest()
 
 
-# == 37. Tasks =========================================================
+# == 38. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -11220,7 +11260,7 @@ class Next:
         self.cache, self.quiet_until, self.suspects, self.specs = {}, {}, set(), {}
 
     def take(self, *, labels: tuple = (), ttl: int | None = None, wait: float = 0,
-             pause: object = time.sleep) -> Claim:
+             pause: object = None) -> Claim:
         """Claim the best ready step: priority, then age; steps whose lease expired when
         nothing else is ready.
 
@@ -11240,13 +11280,13 @@ class Next:
     def peek(self, *, labels: tuple = (), wait: float = 0) -> dict:
         """The view of the step that take() would try first; nothing is claimed."""
         return self._until(lambda insist: self._ready(None, labels, insist=insist),
-                           wait=wait, labels=labels, pause=time.sleep)
+                           wait=wait, labels=labels)
 
     def _until(self, once: object, *, wait: float, labels: tuple,
-               pause: object) -> object:
+               pause: object = None) -> object:
         """once() until it finds something, with a sweep before the answer is 'none'."""
-        began, tries, gap = time.monotonic(), 0, 4
-        sweep_at = began + (2 if wait > 0 else 0)
+        pace, gap = Pace(self.ledger, wait, pause=pause), 4
+        sweep_at = time.monotonic() + (2 if wait > 0 else 0)
         while True:
             self.ledger.restart()
             found = once(False)
@@ -11255,15 +11295,13 @@ class Next:
                 sweep_at, gap = time.monotonic() + gap, min(300, gap * 2)
             if found is not None:
                 return found
-            left = began + wait - time.monotonic()
             if wait <= 0:
                 raise Empty("no step is ready now", hint="--wait SECONDS waits for one;"
                             " step list says what holds them up")
-            if left <= 0:
+            if pace.left <= 0:
                 raise TimedOut(f"no step became ready within {wait:g}s",
                                hint="wait again, or look at step list")
-            pause(min(left, poll_pause(tries)))
-            tries += 1
+            pace.rest()
 
     # -- steps that are free
 
@@ -11448,7 +11486,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 38. Locks =========================================================
+# == 39. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -11483,11 +11521,11 @@ class Locks:
 
     def acquire(self, name: str, *, ttl: int | None = None, wait: float = 0,
                 resume: bool = False, elect: bool = False, op: str = "",
-                pause: object = time.sleep) -> Lease:
+                pause: object = None) -> Lease:
         """Take a lock. The same instance again: success, the same token.
 
         elect: who holds it is a leader, and an unreachable store is waited out too.
-        pause: what to wait with. Raises Held, TimedOut, Unknown.
+        pause: see Pace. Raises Held, TimedOut, Unknown.
         Keys: CAS locks/<name>.json"""
         outlast = (Unavailable, Unknown) if elect else ()
         return self.leases.take(*self._names(name), subject=f"Lock {name}", ttl=ttl,
@@ -11544,7 +11582,7 @@ class Semaphores:
     # -- taking a slot
 
     def acquire(self, name: str, limit: int | None = None, *, ttl: int | None = None,
-                wait: float = 0, op: str = "", pause: object = time.sleep) -> Lease:
+                wait: float = 0, op: str = "", pause: object = None) -> Lease:
         """Take a slot; which one is doc["slot"]. The same instance again: the same one.
 
         limit: makes the semaphore with that many slots; another than it has is refused.
@@ -11791,7 +11829,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 39. Barriers ======================================================
+# == 40. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -11958,7 +11996,7 @@ class Barrier:
 
     def verdict(self, timeout: float = 300, *, gen: int | None = None,
                 break_: bool = False, seen: dict | None = None,
-                pause: object = time.sleep) -> dict:
+                pause: object = None) -> dict:
         """Wait, without arriving, for the verdict `open`; its view.
 
         gen: else the one I arrived at last, else the newest. break_: when the time is
@@ -12012,7 +12050,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 40. Memory ========================================================
+# == 41. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -12232,7 +12270,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 41. Mailboxes =====================================================
+# == 42. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -12398,17 +12436,15 @@ class Mailbox:
     def until(self, look: object, wait: float, late: object) -> object:
         """What look() returns once that is not None; after `wait` seconds late() is
         raised."""
-        until, tries = time.monotonic() + wait, 0
+        pace = Pace(self.ledger, wait)
         while True:
             self.ledger.restart()
             found = look()
-            left = until - time.monotonic()
             if found is not None:
                 return found
-            if left <= 0:
+            if pace.left <= 0:
                 raise late()
-            time.sleep(min(left, poll_pause(tries)))
-            tries += 1
+            pace.rest()
 
     def prefix_of(self, name: str) -> str:
         """Where the messages of a stream lie."""
@@ -12659,7 +12695,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 42. Mail ==========================================================
+# == 43. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -12890,7 +12926,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 43. Channels and threads ==========================================
+# == 44. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -13120,7 +13156,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 44. Bytes =========================================================
+# == 45. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -13491,7 +13527,7 @@ class Bytes:
         return body
 
 
-# == 45. Artifact heads ================================================
+# == 46. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -13785,7 +13821,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 46. Artifacts =====================================================
+# == 47. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -14082,7 +14118,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 47. Reservations ==================================================
+# == 48. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -14232,7 +14268,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 48. Runs ==========================================================
+# == 49. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -14694,7 +14730,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 49. Artifact trees ================================================
+# == 50. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -15093,7 +15129,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 50. Queue reader ==================================================
+# == 51. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -15303,7 +15339,7 @@ class QueueReader:
                 yield record
 
 
-# == 51. Queues ========================================================
+# == 52. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -15439,7 +15475,7 @@ class Queue:
     # -- popping
 
     def pop(self, *, ttl: int | None = None, wait: float = 0, op: str = "",
-            pause: object = time.sleep) -> Item:
+            pause: object = None) -> Item:
         """Lease the best item: priority, then the time from which it may be had.
 
         ttl: seconds of the lease, 0 never expires. wait: seconds while there is none;
@@ -15715,7 +15751,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 52. Project =======================================================
+# == 53. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -16127,7 +16163,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 53. Context =======================================================
+# == 54. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -16278,7 +16314,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 54. Views =========================================================
+# == 55. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -16628,13 +16664,12 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 55. Timeline ======================================================
+# == 56. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
 
 SKEW = 60  # seconds an agent's clock may differ from the store's and still be found
-IDLE_PAUSE = 30  # seconds between two looks at most, when nothing happens
 LOOK = 10  # seconds one look may keep retrying before the store counts as away
 
 
@@ -16868,11 +16903,11 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
     store that is away is told once and waited for. At the end raises TimedOut, or why
     the store is away, when nothing came.
     """
-    until, tries, away, came = wait and time.monotonic() + wait, 0, None, False
+    usual = idle_pause if interval is None else lambda tries: interval
+    pace, away, came = Pace(ledger, wait, usual=usual), None, False
     while True:
-        left = LOOK if wait is None else until - time.monotonic()
         try:
-            rows = look(max(1.0, min(LOOK, left)))
+            rows = look(max(1.0, min(LOOK, pace.left)))
             if away is not None:
                 ledger.warn("the store answers again")
             away = None
@@ -16881,23 +16916,15 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
                 ledger.warn(f"{why.message}; still watching")
             rows, away = [], why
         yield from rows
-        came, tries = came or bool(rows), 0 if rows else tries + 1
-        left = IDLE_PAUSE if wait is None else until - time.monotonic()
-        if left <= 0 and not came:
+        came, pace.tries = came or bool(rows), 0 if rows else max(1, pace.tries)
+        if pace.left <= 0 and not came:
             raise away or TimedOut(f"nothing new within {wait:g}s", hint="watch again")
-        if left <= 0:
+        if pace.left <= 0:
             return
-        time.sleep(min(left, interval or idle_pause(tries)))
+        pace.rest()
 
 
-def idle_pause(tries: int) -> float:
-    """Seconds until the next look after `tries` idle ones: 1, 2, 4 … with jitter."""
-    import random
-    pause = min(IDLE_PAUSE, 2 ** min(max(tries - 1, 0), 8))
-    return pause * (0.75 + random.random() / 4)
-
-
-# == 56. Housekeeping ==================================================
+# == 57. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -17131,7 +17158,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 57. Archive =======================================================
+# == 58. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -17553,7 +17580,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 58. Doctor ========================================================
+# == 59. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -17902,7 +17929,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 59. Trials ========================================================
+# == 60. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -18437,7 +18464,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 60. Drill =========================================================
+# == 61. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -18701,7 +18728,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 61. Bench =========================================================
+# == 62. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -19072,7 +19099,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 62. Rows ==========================================================
+# == 63. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -19323,7 +19350,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 63. Commands under a lease ========================================
+# == 64. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -19432,13 +19459,13 @@ class Stoppable:
         if self._idle:
             raise KeyboardInterrupt
 
-    def pause(self, seconds: float) -> None:
-        """Sleep; KeyboardInterrupt when a signal came before or meanwhile."""
+    def pause(self, seconds: float, sleep: object) -> None:
+        """sleep(seconds); KeyboardInterrupt when a signal came before or meanwhile."""
         self._idle = True
         try:
             if self.asked:
                 raise KeyboardInterrupt
-            time.sleep(seconds)
+            sleep(seconds)
         finally:
             self._idle = False
 
@@ -19529,7 +19556,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 64. Step commands =================================================
+# == 65. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -19819,7 +19846,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 65. Task commands =================================================
+# == 66. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -19991,7 +20018,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 66. Lock commands =================================================
+# == 67. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -20272,7 +20299,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 67. Memory commands ===============================================
+# == 68. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -20391,7 +20418,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 68. Artifact commands =============================================
+# == 69. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -20617,7 +20644,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 69. Reservation commands ==========================================
+# == 70. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -20849,7 +20876,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 70. Commands of presence, views and set-up ========================
+# == 71. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -21354,7 +21381,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 71. House commands ================================================
+# == 72. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -21530,7 +21557,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 72. Commands of mail ==============================================
+# == 73. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -21790,7 +21817,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 73. Run commands ==================================================
+# == 74. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -22245,7 +22272,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 74. Queue commands ================================================
+# == 75. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -22436,7 +22463,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 75. Command line ==================================================
+# == 76. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
