@@ -24482,6 +24482,77 @@ def test_xorbs_and_shards_are_those_of_the_official_client(hf_xet, tmp_path):
         assert xorb.read_bytes().startswith(body + b"XETBLOB")
         [theirs] = store.glob("xet/shard-cache/*.mdb")
         assert theirs.read_bytes()[48:len(shard)] == shard[48:]
+# == Hub events ========================================================
+#
+# Streams of server-sent events, what a follower makes of them, and who waits for it.
+
+# -- streams over HTTP
+
+
+SSE_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+def came(condition, seconds=5):
+    """Whether condition() came true in time."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.005)
+    return bool(condition())
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_stream_hands_on_what_came_when_it_comes_and_can_be_cut(chunked):
+    head = SSE_HEAD if chunked else b"HTTP/1.1 200 OK\r\n\r\n"
+    pieces = []
+
+    def read():
+        with contextlib.suppress(t.Lost):  # cut in a chunk; else it is an end like any
+            pieces.extend(iter(stream.read, b""))
+    with Playback(head + (b"3\r\none\r\n" if chunked else b"one")) as server:
+        link = t.Http(server.url)
+        stream = link.stream("/e?a=b", {"accept": "x"}, silence=5)
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert came(lambda: pieces == [b"one"]) and reader.is_alive()
+        stream.cut()
+        reader.join(5)
+        assert not reader.is_alive() and (stream.answer.status, link.sent) == (200, 1)
+        stream.close()
+    assert "accept: x" in server.requests[0][0] and pieces == [b"one"]
+
+
+def test_a_stream_that_falls_silent_or_never_answers_is_lost():
+    with Playback(SSE_HEAD + b"3\r\none\r\n", hold=0.2) as server:
+        stream = t.Http(server.url).stream("/", {}, silence=0.1)
+        assert stream.read() == b"one"
+        refused(t.Lost, stream.read)
+        stream.close()
+        refused(t.Lost, t.Http(server.url, timeout=0.1).stream, "/", {}, silence=9)
+    refused(t.NotSent, t.Http(f"http://127.0.0.1:{closed_port()}").stream, "/", {},
+            silence=9)
+
+
+def test_a_stream_over_tls_can_be_cut(tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    pem, context = make_authority(tmp_path)
+    with Playback(SSE_HEAD + b"3\r\none\r\n", tls=context) as server:
+        stream = t.Http(server.url, environ={"SSL_CERT_FILE": str(pem)}).stream(
+            "/", {}, silence=9)
+        assert stream.read() == b"one"
+        threading.Timer(0.05, stream.cut).start()
+        begun = time.monotonic()
+        with contextlib.suppress(t.Lost):
+            assert stream.read() == b""
+        assert time.monotonic() - begun < 3
+        stream.close()
+
+
+def test_the_package_requests_has_no_streams_and_is_not_asked_twice():
+    pytest.importorskip("requests")
+    link = t.RequestsHttp("http://127.0.0.1:1")
+    assert not refused(t.NotSent, link.stream, "/", {}, silence=9).retryable
 
 
 # == What an attack found ==============================================

@@ -4233,6 +4233,7 @@ class XetPack:
 
 MAX_ANSWER = MULTIPART + (1 << 20)  # bytes of a body kept in memory
 BLOCK = 1 << 18  # bytes moved at a time; bigger ones gain nothing
+PIECE = 1 << 14  # bytes read at a time of what comes slowly: a TLS record
 IDLE = 30  # seconds; load balancers and NAT drop idle connections silently after 60+
 CA_SETTINGS = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 AGENT = f"tracecraft/{__version__}"
@@ -4571,12 +4572,7 @@ class Http:
                 limit: int) -> Answer:
         """Read the body, then keep the connection if it is still in step."""
         import http.client
-        headers = {}
-        for name, value in reply.getheaders():
-            headers[name.lower()] = f"{headers[name.lower()]}, {value}" \
-                if name.lower() in headers else value
-        answer = Answer(reply.status, headers, sent_at=sent_at, got_at=time.time())
-        whole = False
+        answer, whole = answer_head(reply, sent_at), False
         try:
             whole = read_body(reply, answer, sink=sink, limit=limit)
         except (OSError, http.client.HTTPException) as why:
@@ -4588,6 +4584,28 @@ class Http:
             else:
                 conn.close()
         return answer
+
+    def stream(self, target: str, headers: dict, *, silence: float) -> Stream:
+        """GET an answer that has no end, on a connection of its own. NotSent, Lost.
+
+        silence: seconds without a byte after which the server counts as gone.
+        """
+        import http.client
+        began, sent_at, conn, answer = time.monotonic(), time.time(), None, None
+        try:
+            conn = self._fresh(self._timeout)
+            sock = conn.sock  # `conn` forgets it if the server says that it will close
+            reply = self._exchange(conn, "GET", target=target, headers=headers,
+                                   body=b"")
+            sock.settimeout(silence)
+            answer = answer_head(reply, sent_at)
+            return Stream(answer, reply, sock=sock, conn=conn, lost=self._lost)
+        except (OSError, http.client.HTTPException) as why:
+            raise self._lost(why) from why
+        finally:
+            if conn is not None and answer is None:
+                conn.close()
+            self._tell("GET", target, answer=answer, began=began)
 
     def _lost(self, why: Exception) -> Lost:
         said = "no answer in time" if _timed_out(why) else \
@@ -4688,6 +4706,48 @@ def _readable(sock: object) -> bool:
         return bool(select.select([sock], [], [], 0)[0])
     except (OSError, ValueError):
         return True
+
+
+def answer_head(reply: object, sent_at: float) -> Answer:
+    """The Answer of http.client's response, without its body."""
+    headers = {}
+    for name, value in reply.getheaders():
+        headers[name.lower()] = f"{headers[name.lower()]}, {value}" \
+            if name.lower() in headers else value
+    return Answer(reply.status, headers, sent_at=sent_at, got_at=time.time())
+
+
+class Stream:
+    """An answer without end, to be read as it comes: answer is its head."""
+
+    __slots__ = ("answer", "_reply", "_sock", "_conn", "_lost")
+
+    def __init__(self, answer: Answer, reply: object, *, sock: object, conn: object,
+                 lost: object) -> None:
+        self.answer, self._reply, self._sock = answer, reply, sock
+        self._conn, self._lost = conn, lost
+
+    def read(self) -> bytes:
+        """What came, as soon as something came; b"" at the end. Lost: broken, silent.
+        """
+        import http.client
+        try:
+            return self._reply.read1(PIECE)  # read() would wait for all it was asked
+        except (OSError, http.client.HTTPException) as why:
+            raise self._lost(why) from why
+
+    def cut(self) -> None:
+        """End it from another thread: a read under way returns or raises Lost."""
+        import socket
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it has ended by itself
+
+    def close(self) -> None:
+        """Close the connection. Only for the thread that reads."""
+        self._reply.close()
+        self._conn.close()
 
 
 class HeadLines:
@@ -4831,6 +4891,11 @@ class RequestsHttp:
         except (requests.RequestException, urllib3.exceptions.HTTPError,
                 OSError) as why:
             raise self._failed(why) from why
+
+    def stream(self, target: str, headers: dict, *, silence: float) -> object:
+        """Not offered: `requests` hands bytes on when a buffer of its own is full."""
+        raise self._plain._not_sent("no event streams through the package `requests`",
+                                    "unset TRACECRAFT_HTTP", last=True)
 
     def _failed(self, why: Exception) -> Error:
         """NotSent only where the chain of causes shows that nothing was sent."""
