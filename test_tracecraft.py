@@ -24486,6 +24486,143 @@ def test_xorbs_and_shards_are_those_of_the_official_client(hf_xet, tmp_path):
 #
 # Streams of server-sent events, what a follower makes of them, and who waits for it.
 
+SSE_STREAMS = [  # bytes of a stream, and the events in it (WHATWG HTML 9.2)
+    (b"event: ready\ndata: {}\n\n", [("ready", "{}")]),
+    (b"event:ready\r\ndata:{}\r\n\r\n", [("ready", "{}")]),
+    (b"event: ready\rdata: {}\r\r", [("ready", "{}")]),
+    (b"\xef\xbb\xbfdata: a\n\ndata: b\n\n", [("message", "a"), ("message", "b")]),
+    (b"data: a\ndata:  b\ndata\n\n", [("message", "a\n b\n")]),
+    (b": ping\n\n: ping\n\nevent: a\ndata: x\n\n: ping\n\n", [("a", "x")]),
+    (b"event: a\n\ndata: x\n\n", [("message", "x")]),
+    (b"event: a\nevent: b\nid: 7\nretry: 9\nother: z\ndata: x\n\n", [("b", "x")]),
+    (b"data: one\n\ndata: never ended\n", [("message", "one")]),
+    (b"data: \xc3\xa4\xff\n\n\n\n\ndata\n\n", [("message", "ä�"), ("message", "")]),
+    (b"data: a\r\n\rdata: b\n\r\n", [("message", "a"), ("message", "b")]),
+    (b"\n\r\n\r: \n", []),
+]
+
+
+@pytest.mark.parametrize("stream, events", SSE_STREAMS)
+def test_a_stream_has_the_same_events_wherever_it_is_cut(stream, events):
+    for at in range(len(stream) + 1):
+        parser = t.EventParser()
+        assert parser.take(stream[:at]) + parser.take(stream[at:]) == events
+    parser = t.EventParser()
+    assert [event for at in range(len(stream)) for piece in (stream[at:at + 1], b"")
+            for event in parser.take(piece)] == events
+
+
+def test_an_event_is_out_with_the_last_byte_of_its_line_whatever_ends_it():
+    for end in (b"\n", b"\r", b"\r\n"):
+        assert t.EventParser().take(b"data: x" + end + end) == [("message", "x")]
+
+
+def test_an_event_without_end_is_refused_and_comments_without_end_are_not():
+    parser, line = t.EventParser(), b": " + b"p" * 1000 + b"\n"
+    for _ in range(2 * t.MAX_EVENT // len(line)):
+        assert parser.take(line) == []
+    for endless in (b"x" * 65536, b"data: " + b"x" * 65530 + b"\n"):
+        parser = t.EventParser()
+        with pytest.raises(t.Corrupt):
+            for _ in range(t.MAX_EVENT // 65536 + 2):
+                parser.take(endless)
+
+
+LIVE = {"cursor": "c1", "since": "T0", "asked": True, "ready": True, "over": False,
+        "poor": 0, "tries": 0}
+NEWER = {"since": "T1"}
+
+
+@pytest.mark.parametrize("before, name, data, changed, news", [
+    ({}, "ready", {"cursor": "c2"}, {"cursor": "c2"}, []),
+    ({"ready": False}, "ready", {}, {"ready": True}, []),
+    ({"ready": False, "asked": False}, "ready", {}, {"ready": True}, None),
+    ({}, "ready", {"cursor": 7}, {}, []),
+    ({}, "ready", {"cursor": "x" * 5000}, {}, []),
+    ({"ready": False}, "changes", {"cursor": "c2", "changes": [
+        {"path": "p/a", "op": "add"}, {"path": "p/b", "op": "delete"}]},
+     {"cursor": "c2"}, ["p/a", "p/b"]),
+    ({}, "changes", {"changes": []}, {}, []),
+    ({}, "reset", {"reason": "cursor_too_old"}, {"cursor": "", "over": True}, None),
+    ({}, "reconnect", {"cursor": "c3"}, {"cursor": "c3", "over": True}, []),
+    ({"ready": False}, "reconnect", {}, {"over": True}, []),
+])
+def test_what_an_event_of_the_feed_means(before, name, data, changed, news):
+    old = {**LIVE, **before}
+    new, told = t.feed_told(old, (name, json.dumps(data)), at="T1")
+    assert (new, told) == ({**old, **NEWER, **changed}, news)
+
+
+@pytest.mark.parametrize("name, data", [
+    ("changes", "{"), ("changes", "[]"), ("changes", "{}"), ("ready", "null"),
+    ("changes", '{"changes": [{"op": "add"}]}'), ("changes", '{"changes": ["a"]}'),
+    ("changes", '{"changes": {"path": "a"}}'), ("reset", ""), ("reconnect", "[" * 9999),
+])
+def test_an_event_that_cannot_be_read_ends_its_session_and_may_be_about_anything(
+        name, data):
+    new, told = t.feed_told(LIVE, (name, data), at="T1")
+    assert told is None and new["over"] and not new["ready"] and new["poor"] == 1
+    assert new["cursor"] == "c1"
+
+
+def test_unknown_events_of_the_feed_are_not_even_read():
+    assert t.feed_told(LIVE, ("message", "{"), at="T1") == (LIVE, [])
+
+
+BEGUN = {**LIVE, "ready": False}
+
+
+@pytest.mark.parametrize("before, status, changed, pause", [
+    (LIVE, 200, {"ready": False}, 1),
+    ({**LIVE, "over": True, "poor": 2, "tries": 4}, 200,
+     {"ready": False, "over": False, "poor": 0, "tries": 0}, 1),
+    (BEGUN, 400, {"cursor": ""}, 1),
+    ({**BEGUN, "cursor": ""}, 400, {"since": ""}, 1),
+    ({**BEGUN, "cursor": "", "since": ""}, 400, {"tries": 1}, None),
+    (BEGUN, 401, {"tries": 1}, None), (BEGUN, 403, {"tries": 1}, None),
+    (BEGUN, 404, {"tries": 1}, None), (BEGUN, 501, {"tries": 1}, None),
+    (BEGUN, 302, {"tries": 1}, None), (BEGUN, 410, {"tries": 1}, None),
+    (BEGUN, 503, {"tries": 1}, 10), (BEGUN, 429, {"tries": 1}, 10),
+    (BEGUN, 0, {"tries": 1}, 10), ({**BEGUN, "tries": 1}, 0, {"tries": 2}, 20),
+    ({**BEGUN, "tries": 3}, 500, {"tries": 4}, 80),
+    ({**BEGUN, "tries": 90}, 0, {"tries": 91}, 80),
+    (BEGUN, 200, {"tries": 1, "poor": 1}, 10),
+    ({**BEGUN, "poor": 2}, 200, {"tries": 1, "poor": 3}, None),
+    ({**BEGUN, "over": True}, 200, {"tries": 1, "over": False}, 10),
+])
+def test_when_the_next_session_begins_and_where(before, status, changed, pause):
+    assert t.feed_ended(before, status) == ({**before, **changed}, pause)
+    if pause is not None:  # not all at once, but none before its time
+        assert pause < t.feed_ended(before, status, roll=0.99)[1] <= 2 * pause
+
+
+def test_a_refusal_that_names_a_time_is_asked_again_then():
+    assert t.feed_ended(BEGUN, 503, after=7.0)[1] == 7.0
+    assert t.feed_ended({**BEGUN, "tries": 9}, 429, after=7.0, roll=0.5)[1] == 7.0
+
+
+def test_a_feed_is_resumed_by_its_cursor_else_by_a_time_else_from_now():
+    state = t.feed_start("T0")
+    assert t.feed_query(state) == [("since", "T0")] and t.feed_begun(state)["asked"]
+    assert t.feed_query({**state, "cursor": "c"}) == [("cursor", "c")]
+    assert t.feed_query({**state, "since": ""}) == []
+    assert not t.feed_begun({**state, "since": ""})["asked"]
+
+
+def test_no_stream_of_anything_breaks_a_follower():
+    chance, words = random.Random(4), [
+        b"event: ", b"ready", b"changes", b"reset", b"data: ", b"{}", b"\n", b"\n\n",
+        b'{"cursor": "c", "changes": [{"path": "p"}]}', b"\r", b"\xff", b":", b"[" * 99]
+    for _ in range(300):
+        parser, state = t.EventParser(), t.feed_begun(t.feed_start(""))
+        for _ in range(30):
+            for event in parser.take(chance.choice(words)):
+                state, told = t.feed_told(state, event, at="T1")
+                assert told is None or all(isinstance(path, str) for path in told)
+        after, pause = t.feed_ended(state, chance.choice([0, 200, 400, 503]))
+        assert (pause is None or pause >= 1) and set(after) == set(LIVE)
+
+
 # -- streams over HTTP
 
 

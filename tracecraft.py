@@ -35,28 +35,29 @@ Contents (grep -n '^# == ' prints them with line numbers):
   4 Artifact records         5 Slots and arrivals       6 Messages
   7 Plans                    8 Patterns                 9 Events
   10 Leftovers               11 Reservation records     12 Run records
-  13 Queue items             14 Wire                    15 BLAKE3
-  16 Xet                     17 HTTP                    18 Remote
-  19 Stores                  20 S3                      21 S3 store
-  22 Hub answers             23 Hub                     24 Hugging Face store
-  25 Gateway                 26 Probe                   27 Settings
-  28 Local state             29 Command settings        30 Credentials
-  31 Ledger                  32 Waiting                 33 Leases
-  34 Hints                   35 Step records            36 Frontier
-  37 Steps                   38 Tasks                   39 Locks
-  40 Barriers                41 Memory                  42 Mailboxes
-  43 Mail                    44 Channels and threads    45 Bytes
-  46 Artifact heads          47 Artifacts               48 Reservations
-  49 Runs                    50 Artifact trees          51 Queue reader
-  52 Queues                  53 Project                 54 Context
-  55 Views                   56 Timeline                57 Housekeeping
-  58 Archive                 59 Doctor                  60 Trials
-  61 Drill                   62 Bench                   63 Rows
-  64 Commands under a lease  65 Step commands           66 Task commands
-  67 Lock commands           68 Memory commands         69 Artifact commands
-  70 Reservation commands    71 Commands of presence, views and set-up
-  72 House commands          73 Commands of mail        74 Run commands
-  75 Queue commands          76 Command line
+  13 Queue items             14 Wire                    15 Server-sent events
+  16 BLAKE3                  17 Xet                     18 HTTP
+  19 Remote                  20 Stores                  21 S3
+  22 S3 store                23 Hub answers             24 Hub
+  25 Hugging Face store      26 Gateway                 27 Probe
+  28 Settings                29 Local state             30 Command settings
+  31 Credentials             32 Ledger                  33 Waiting
+  34 Leases                  35 Hints                   36 Step records
+  37 Frontier                38 Steps                   39 Tasks
+  40 Locks                   41 Barriers                42 Memory
+  43 Mailboxes               44 Mail                    45 Channels and threads
+  46 Bytes                   47 Artifact heads          48 Artifacts
+  49 Reservations            50 Runs                    51 Artifact trees
+  52 Queue reader            53 Queues                  54 Project
+  55 Context                 56 Views                   57 Timeline
+  58 Housekeeping            59 Archive                 60 Doctor
+  61 Trials                  62 Drill                   63 Bench
+  64 Rows                    65 Commands under a lease  66 Step commands
+  67 Task commands           68 Lock commands           69 Memory commands
+  70 Artifact commands       71 Reservation commands
+  72 Commands of presence, views and set-up  73 House commands
+  74 Commands of mail        75 Run commands            76 Queue commands
+  77 Command line
 """
 
 from __future__ import annotations
@@ -3632,7 +3633,130 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 15. BLAKE3 ========================================================
+# == 15. Server-sent events ============================================
+#
+# Pure: bytes of a text/event-stream -> events (WHATWG HTML 9.2), and what those of a
+# bucket's feed mean for who follows it (hf-buckets.md 4). Knows no socket, no clock.
+#
+# A follower's state is a dict: cursor and since (where to resume, "" for none), asked
+# (whether this session resumes), ready (whether it is live), over (whether it is to be
+# left), poor (sessions in a row that never were live), tries (failures in a row).
+
+MAX_EVENT = 1 << 20  # bytes of an event; 1,000 changes of long keys are below 1 MiB
+POOR_SESSIONS = 3  # without `ready`, after which a feed is given up (hf-buckets.md 4)
+FEED_PAUSES = 10, 80  # seconds: the first after a failure, and the longest
+FEED_EVENTS = ("ready", "changes", "reset", "reconnect")
+
+
+class EventParser:
+    """The events in a text/event-stream, in whatever pieces its bytes arrive."""
+
+    __slots__ = ("_rest", "_name", "_data", "_size", "_cr", "_first")
+
+    def __init__(self) -> None:
+        self._rest, self._name, self._data, self._size = b"", "", [], 0
+        self._cr, self._first = False, True
+
+    def take(self, piece: bytes) -> list:
+        """[(name, data)] that `piece` completes, as texts. Corrupt: one is too long."""
+        # A line may end in CR, LF or both. A CR counts at once, and an LF that comes
+        # next with it: waiting for that one would hold back an event that is complete.
+        cr, self._cr = self._cr, piece.endswith(b"\r") or self._cr and not piece
+        lines = self._rest + (piece[1:] if cr and piece[:1] == b"\n" else piece)
+        lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self._rest = lines.pop()
+        events = [event for line in lines for event in self._line(line)]
+        if len(self._rest) + self._size > MAX_EVENT:
+            raise Corrupt(f"an event of more than {MAX_EVENT} bytes")
+        return events
+
+    def _line(self, line: bytes) -> list:
+        if self._first:
+            line, self._first = line.removeprefix(b"\xef\xbb\xbf"), False
+        if not line:
+            done = [(self._name or "message", "\n".join(self._data))] * bool(self._data)
+            self._name, self._data, self._size = "", [], 0
+            return done
+        field, _, value = line.decode("utf-8", "replace").partition(":")
+        value = value[1:] if value.startswith(" ") else value
+        if field == "event":
+            self._name = value
+        elif field == "data":
+            self._data.append(value)
+            self._size += len(line)
+        return []  # id and retry are not used; a line that begins with ':' is a comment
+
+
+def feed_start(since: str) -> dict:
+    """The state of who begins to follow. since: ISO 8601, before what was looked at."""
+    return {"cursor": "", "since": since, "asked": False, "ready": False,
+            "over": False, "poor": 0, "tries": 0}
+
+
+def feed_query(state: dict) -> list:
+    """The query to resume with: [(name, value)], [] for what comes from now on."""
+    return [(name, state[name]) for name in ("cursor", "since") if state[name]][:1]
+
+
+def feed_begun(state: dict) -> dict:
+    """The state in a session begun with feed_query()."""
+    return {**state, "asked": bool(feed_query(state)), "ready": False, "over": False}
+
+
+def feed_told(state: dict, event: tuple, *, at: str) -> tuple:
+    """(state, paths that changed, or None: any may have) after an event (name, data).
+
+    at: the store's time, less what its clock and ours may differ.
+    """
+    name, data = event
+    if name not in FEED_EVENTS:
+        return state, []
+    try:
+        doc = parse_record(data.encode(), f"event {name}")
+        paths = _changed_paths(doc) if name == "changes" else []
+    except Corrupt:  # what it said is lost, and this session with it
+        return {**state, "ready": False, "over": True, "poor": state["poor"] + 1}, None
+    cursor = doc.get("cursor")
+    sound = isinstance(cursor, str) and 0 < len(cursor) <= 4096
+    new = {**state, "since": at, "cursor": cursor if sound else state["cursor"]}
+    if name == "changes":
+        return new, paths
+    if name == "ready":  # who did not resume saw nothing of what happened before it
+        return {**new, "ready": True}, [] if state["asked"] else None
+    new["over"] = True
+    return ({**new, "cursor": ""}, None) if name == "reset" else (new, [])
+
+
+def _changed_paths(doc: dict) -> list:
+    rows = doc.get("changes")
+    if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and isinstance(row.get("path"), str) for row in rows):
+        raise Corrupt("changes without paths")
+    return [row["path"] for row in rows]
+
+
+def feed_ended(state: dict, status: int, *, after: float = 0.0,
+               roll: float = 0.0) -> tuple:
+    """(state, seconds until the next session, or None: give it up) at the end of one.
+
+    status: of its answer, 0 without one. after: what Retry-After said. roll: random,
+    0 <= roll < 1, so that not all come back at once.
+    """
+    new, resumed = {**state, "ready": False, "over": False}, feed_query(state)
+    if state["ready"]:
+        return {**new, "poor": 0, "tries": 0}, 1 + roll
+    if status == 400 and resumed:  # it cannot resume there: a step back
+        return {**new, resumed[0][0]: ""}, 1 + roll
+    refused = 300 <= status < 500 and status not in (408, 429)
+    poor = status == 200 and not state["over"]  # the server may end one at any time
+    new.update(tries=state["tries"] + 1, poor=state["poor"] + poor)
+    if refused or status == 501 or new["poor"] >= POOR_SESSIONS:
+        return new, None
+    first, longest = FEED_PAUSES
+    return new, after or min(longest, first * 2 ** (new["tries"] - 1)) * (1 + roll / 4)
+
+
+# == 16. BLAKE3 ========================================================
 #
 # Pure: the keyed hash of BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs), which
 # the standard library lacks. Only what Xet needs: keyed, 32 bytes.
@@ -3798,7 +3922,7 @@ def keyed_hash(key: bytes, data: bytes) -> bytes:
     return keyed_hashes(key, [data])[0]
 
 
-# == 16. Xet ===========================================================
+# == 17. Xet ===========================================================
 #
 # Pure: bytes in; hashes, xorbs and shards out. Knows no file, network or Hub.
 #
@@ -4226,7 +4350,7 @@ class XetPack:
             for xorb, first, end in terms]) for text, terms in files]
 
 
-# == 17. HTTP ==========================================================
+# == 18. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -4935,7 +5059,7 @@ def open_http(origin: str, *, timeout: float = REQUEST_TIMEOUT, trace: object = 
     return kind(origin, timeout=timeout, trace=trace, environ=environ)
 
 
-# == 18. Remote ========================================================
+# == 19. Remote ========================================================
 #
 # What clients of network stores share: connections by origin, the store's clock,
 # retries. Knows no store's protocol.
@@ -5044,7 +5168,7 @@ class Remote:
             link.close()
 
 
-# == 19. Stores ========================================================
+# == 20. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -5895,7 +6019,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 20. S3 ============================================================
+# == 21. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -6546,7 +6670,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 21. S3 store ======================================================
+# == 22. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -6928,7 +7052,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 22. Hub answers ===================================================
+# == 23. Hub answers ===================================================
 #
 # Pure: what the Hugging Face Hub says in its own API - errors, limits, entries, pages,
 # batches - in words and classes of ours. Whatever it says may be anything.
@@ -7149,7 +7273,7 @@ class XetGrant:
         self.base, self.token, self.ends_at = parts.path.rstrip("/"), token, ends_at
 
 
-# == 23. Hub ===========================================================
+# == 24. Hub ===========================================================
 #
 # One bucket at the Hub by its own API: a token, JSON, and bytes by way of Xet. Knows
 # its verbs; must not know what files mean. The Hub's token goes to the Hub alone, that
@@ -7500,7 +7624,7 @@ class Hub(HubReader):
         return answer
 
 
-# == 24. Hugging Face store ============================================
+# == 25. Hugging Face store ============================================
 #
 # The interface of "Stores" over a Hub: what a token alone can do. Every write is an
 # overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
@@ -7900,7 +8024,7 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
                        hint="upload it again when nobody writes to it")
 
 
-# == 25. Gateway =======================================================
+# == 26. Gateway =======================================================
 #
 # A Hugging Face bucket through its S3 gateway: the S3 store in another dialect. Every
 # conditional write is atomic here. The dialect (the gateway's documentation, and the
@@ -8030,7 +8154,7 @@ class GatewayStore(S3Store):
         self.native.close()
 
 
-# == 26. Probe =========================================================
+# == 27. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -8243,7 +8367,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 27. Settings ======================================================
+# == 28. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -8618,7 +8742,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 28. Local state ===================================================
+# == 29. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -8813,7 +8937,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 29. Command settings ==============================================
+# == 30. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -9035,7 +9159,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 30. Credentials ===================================================
+# == 31. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -9509,7 +9633,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 31. Ledger ========================================================
+# == 32. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -10053,7 +10177,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 32. Waiting =======================================================
+# == 33. Waiting =======================================================
 #
 # Looking again until what is awaited is there: how long the rests between two looks
 # are. Knows no record; the looks come in as functions.
@@ -10126,7 +10250,7 @@ def waiting(ledger: Ledger, wait: float, act: object, *,
             pace.rest(float("inf") if expires is None else expires + 1)
 
 
-# == 33. Leases ========================================================
+# == 34. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, being told that it
 # went to another. The decisions are those of "Records".
@@ -10357,7 +10481,7 @@ class Leases:
             raise
 
 
-# == 34. Hints =========================================================
+# == 35. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -10486,7 +10610,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 35. Step records ==================================================
+# == 36. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -10747,7 +10871,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 36. Frontier ======================================================
+# == 37. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -10833,7 +10957,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 37. Steps =========================================================
+# == 38. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -11215,7 +11339,7 @@ class Steps:
             pace.rest()
 
 
-# == 38. Tasks =========================================================
+# == 39. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -11551,7 +11675,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 39. Locks =========================================================
+# == 40. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -11894,7 +12018,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 40. Barriers ======================================================
+# == 41. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -12115,7 +12239,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 41. Memory ========================================================
+# == 42. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -12335,7 +12459,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 42. Mailboxes =====================================================
+# == 43. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -12760,7 +12884,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 43. Mail ==========================================================
+# == 44. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -12991,7 +13115,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 44. Channels and threads ==========================================
+# == 45. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -13221,7 +13345,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 45. Bytes =========================================================
+# == 46. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -13592,7 +13716,7 @@ class Bytes:
         return body
 
 
-# == 46. Artifact heads ================================================
+# == 47. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -13886,7 +14010,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 47. Artifacts =====================================================
+# == 48. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -14183,7 +14307,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 48. Reservations ==================================================
+# == 49. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -14333,7 +14457,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 49. Runs ==========================================================
+# == 50. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -14795,7 +14919,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 50. Artifact trees ================================================
+# == 51. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -15194,7 +15318,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 51. Queue reader ==================================================
+# == 52. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -15404,7 +15528,7 @@ class QueueReader:
                 yield record
 
 
-# == 52. Queues ========================================================
+# == 53. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -15816,7 +15940,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 53. Project =======================================================
+# == 54. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -16228,7 +16352,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 54. Context =======================================================
+# == 55. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -16379,7 +16503,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 55. Views =========================================================
+# == 56. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -16729,7 +16853,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 56. Timeline ======================================================
+# == 57. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -16989,7 +17113,7 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest()
 
 
-# == 57. Housekeeping ==================================================
+# == 58. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -17223,7 +17347,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 58. Archive =======================================================
+# == 59. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -17645,7 +17769,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 59. Doctor ========================================================
+# == 60. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -17994,7 +18118,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 60. Trials ========================================================
+# == 61. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -18529,7 +18653,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 61. Drill =========================================================
+# == 62. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -18793,7 +18917,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 62. Bench =========================================================
+# == 63. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -19164,7 +19288,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 63. Rows ==========================================================
+# == 64. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -19415,7 +19539,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 64. Commands under a lease ========================================
+# == 65. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -19621,7 +19745,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 65. Step commands =================================================
+# == 66. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -19911,7 +20035,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 66. Task commands =================================================
+# == 67. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -20083,7 +20207,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 67. Lock commands =================================================
+# == 68. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -20364,7 +20488,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 68. Memory commands ===============================================
+# == 69. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -20483,7 +20607,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 69. Artifact commands =============================================
+# == 70. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -20709,7 +20833,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 70. Reservation commands ==========================================
+# == 71. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -20941,7 +21065,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 71. Commands of presence, views and set-up ========================
+# == 72. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -21446,7 +21570,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 72. House commands ================================================
+# == 73. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -21622,7 +21746,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 73. Commands of mail ==============================================
+# == 74. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -21882,7 +22006,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 74. Run commands ==================================================
+# == 75. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -22337,7 +22461,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 75. Queue commands ================================================
+# == 76. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -22528,7 +22652,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 76. Command line ==================================================
+# == 77. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
