@@ -7400,7 +7400,7 @@ class MemoryStore:
     page; a longer listing counts as so many requests. gate: called before each request.
     """
 
-    kind, endpoint, bucket = "memory", "", "memory"
+    kind, endpoint, bucket, feed = "memory", "", "memory", None
 
     def __init__(self, project="p", shared=None, name="?"):
         self.project, self.name = project, name
@@ -24623,11 +24623,82 @@ def test_no_stream_of_anything_breaks_a_follower():
         assert (pause is None or pause >= 1) and set(after) == set(LIVE)
 
 
-# -- streams over HTTP
+# -- a server of streams
 
 
 SSE_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+def refusal(status, *headers):
+    lines = [f"HTTP/1.1 {status} No", "Content-Length: 2", *headers, "", "{}"]
+    return "\r\n".join(lines).encode()
+
+
+class Broadcast(Playback):
+    """Serves `answers` while there are any, then event streams that say() writes to.
+
+    A stream begins with `hello`: (name, document) of events.
+    """
+
+    def __init__(self, *answers, hello=(("ready", {"cursor": "c0"}),), **how):
+        self.hello, self.live, self.lock = list(hello), [], threading.Lock()
+        super().__init__(*answers, **how)
+
+    def turn(self, conn):
+        if self.answers:
+            return super().turn(conn)
+        head, more = b"", b"?"
+        while more and b"\r\n\r\n" not in head:
+            more = conn.recv(65536)
+            head += more
+        if not more:
+            return False
+        with self.lock:
+            self.requests.append((head.decode("latin-1"), b""))
+            conn.sendall(SSE_HEAD + b"".join(self.chunk(*event)
+                                             for event in self.hello))
+            self.live.append(conn)
+        while conn.recv(4096):
+            pass
+        return False
+
+    def chunk(self, name, doc):
+        data = f"event: {name}\ndata: {json.dumps(doc)}\n\n".encode()
+        return b"%x\r\n%s\r\n" % (len(data), data)
+
+    def say(self, name, **doc):
+        with self.lock:
+            for conn in self.live:
+                with contextlib.suppress(OSError):
+                    conn.sendall(self.chunk(name, doc))
+
+    def tell(self, *paths):
+        self.say("changes", cursor=f"c{len(paths)}", changes=[
+            {"path": path, "op": "update"} for path in paths])
+
+    @property
+    def asked(self):
+        """The query of each request."""
+        return [head.split(" ")[1].partition("?")[2] for head, _ in self.requests]
+
+    def __exit__(self, *why):
+        super().__exit__(*why)
+        for conn in self.live:
+            with contextlib.suppress(OSError):
+                conn.shutdown(socket.SHUT_RDWR)
+
+
+def feed_of(server, prefix="p/", unit=0.01, silence=20, **how):
+    """A Feed of `server`, as a store has one."""
+    link = t.Http(server.url, **how)
+
+    def connect(query):
+        return link.stream("/events?" + t.canonical_query(query),
+                           {"accept": "text/event-stream"}, silence=silence)
+    feed = t.Feed(connect, prefix, clock=time.time, unit=unit)
+    feed.server = server
+    return feed
 
 
 def came(condition, seconds=5):
@@ -24636,6 +24707,35 @@ def came(condition, seconds=5):
     while not condition() and time.monotonic() < until:
         time.sleep(0.005)
     return bool(condition())
+
+
+@contextlib.contextmanager
+def following(server, **how):
+    """(server, its Feed, followed and working)."""
+    with server:
+        feed = feed_of(server, **how)
+        feed.open()
+        try:
+            assert came(lambda: feed.works)
+            yield feed
+        finally:
+            feed.close()
+
+
+def server_of(feed):
+    """The server that a feed made by feed_of follows."""
+    return feed.server
+
+
+def waited(feed, *keys, mark=None, usual=0.02, calm=3.0, least=0.0):
+    """(whether there was news, the seconds it took)."""
+    begun = time.monotonic()
+    news = feed.wait(keys, feed.mark() if mark is None else mark, usual=usual,
+                     calm=calm, least=least)
+    return news, time.monotonic() - begun
+
+
+# -- streams over HTTP
 
 
 @pytest.mark.parametrize("chunked", [True, False])
@@ -24690,6 +24790,229 @@ def test_the_package_requests_has_no_streams_and_is_not_asked_twice():
     pytest.importorskip("requests")
     link = t.RequestsHttp("http://127.0.0.1:1")
     assert not refused(t.NotSent, link.stream, "/", {}, silence=9).retryable
+
+
+# -- following
+
+
+def test_a_change_wakes_who_waits_for_it_and_nobody_else():
+    with following(Broadcast()) as feed:
+        with ThreadPoolExecutor() as pool:
+            waits = [pool.submit(waited, feed, *keys, calm=0.5) for keys in (
+                ("messages/ada/",), ("steps/a/", "steps/s/"), ("steps/t/",), ("st",))]
+            time.sleep(0.1)
+            server_of(feed).tell("q/messages/ada/1.json", "p/steps/s/claim.json")
+            told = [wait.result() for wait in waits]
+    assert [news for news, _ in told] == [False, True, False, True]
+    assert told[1][1] < 0.4 <= told[0][1]
+
+
+def test_a_change_during_the_last_look_counts():
+    with following(Broadcast()) as feed:
+        mark = feed.mark()
+        server_of(feed).tell("p/a")
+        assert came(lambda: feed.mark() > mark)
+        assert waited(feed, "a", mark=mark)[0] and not waited(feed, "a", calm=0.02)[0]
+
+
+def test_what_was_pushed_out_of_memory_counts_as_changed(monkeypatch):
+    monkeypatch.setattr(t, "KEPT_NEWS", 3)
+    with following(Broadcast()) as feed:
+        mark = feed.mark()
+        for name in "abcd":
+            server_of(feed).tell("p/" + name)
+        assert came(lambda: feed.mark() == mark + 4)
+        assert waited(feed, "nothing of these", mark=mark)[0]
+        assert not waited(feed, "nothing of these", mark=mark + 3, calm=0.02)[0]
+        assert waited(feed, "d", mark=mark + 3)[0]
+
+
+def test_news_wait_for_the_shortest_rest():
+    with following(Broadcast()) as feed:
+        mark = feed.mark()
+        server_of(feed).tell("p/a")
+        news, took = waited(feed, "a", mark=mark, least=0.3)
+    assert news and 0.25 < took < 2
+
+
+def test_reset_wakes_all_and_what_follows_is_resumed_by_time():
+    with following(Broadcast()) as feed:
+        server, mark = server_of(feed), feed.mark()
+        server.say("reset", reason="cursor_too_old")
+        assert waited(feed, "anything", mark=mark)[0]
+        assert came(lambda: len(server.asked) == 2)
+    assert server.asked[1].startswith("since=20")
+
+
+def test_reconnect_and_a_broken_stream_resume_strictly_after_the_cursor():
+    with following(Broadcast()) as feed:
+        server = server_of(feed)
+        server.say("reconnect", cursor="c 9&")
+        assert came(lambda: len(server.live) == 2)
+        server.tell("p/a", "p/b")
+        assert came(lambda: feed.mark())
+        server.live[1].shutdown(socket.SHUT_RDWR)
+        assert came(lambda: len(server.live) == 3) and feed.works
+        assert server.asked[1:] == ["cursor=c%209%26", "cursor=c2"]
+
+
+def test_silence_is_death_and_the_next_stream_resumes():
+    with following(Broadcast(), silence=0.2) as feed:
+        server, mark = server_of(feed), feed.mark()
+        assert came(lambda: len(server.live) == 2)
+        server.hello.insert(0, ("changes", {"cursor": "c7", "changes": [
+            {"path": "p/missed", "op": "add"}]}))
+        assert came(lambda: len(server.live) == 3) and server.asked[2] == "cursor=c0"
+        assert waited(feed, "missed", mark=mark)[0]
+
+
+@pytest.mark.parametrize("status, headers", [(503, ["Retry-After: 0"]), (500, []),
+                                             (429, ["Retry-After: 1"])])
+def test_a_feed_that_is_away_is_asked_again_and_polled_meanwhile(status, headers):
+    with Broadcast(refusal(status, *headers)) as server:
+        feed = feed_of(server, unit=0.05)
+        feed.open()
+        assert came(lambda: server.requests) and not feed.works
+        assert waited(feed, "a", usual=0.02)[1] < 1
+        assert came(lambda: feed.works) and len(server.requests) == 2
+        feed.close()
+
+
+@pytest.mark.parametrize("answer", [
+    refusal(401), refusal(403), refusal(404), refusal(501), OK_ANSWER,
+    b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+], ids=["401", "403", "404", "501", "200 but no stream", "302"])
+def test_a_feed_that_is_refused_is_given_up_and_polled(answer):
+    with Broadcast(answer, answer, answer) as server:
+        feed = feed_of(server)
+        feed.open()
+        assert came(lambda: feed._refused)
+        feed.open()
+        assert waited(feed, "a", usual=0.02)[1] < 1 and not feed.works
+        assert len(server.requests) == 1
+        feed.close()
+
+
+def test_what_cannot_be_resumed_is_followed_a_step_further_back():
+    bad = refusal(400)
+    with following(Broadcast(bad)) as feed:
+        server = server_of(feed)
+        assert server.asked[0].startswith("since=20") and server.asked[1] == ""
+        mark = feed.mark()
+        server.answers += [bad, bad]
+        server.say("reconnect")
+        assert came(lambda: len(server.asked) >= 5)
+    assert [query[:6] for query in server.asked[2:]] == ["cursor", "since=", ""]
+    assert mark == 1 and feed.mark() == 2  # live without a replay: look once
+
+
+def test_three_sessions_that_never_were_ready_are_enough():
+    with Broadcast(*[SSE_HEAD + b"0\r\n\r\n"] * 5) as server:
+        feed = feed_of(server, unit=0.001)
+        feed.open()
+        assert came(lambda: feed._refused) and len(server.requests) == 3
+
+
+def test_a_feed_that_dies_returns_its_waiters_to_the_usual_pace():
+    with following(Broadcast()) as feed:
+        server = server_of(feed)
+        with ThreadPoolExecutor() as pool:
+            wait = pool.submit(waited, feed, "a", usual=0.02, calm=20)
+            time.sleep(0.1)
+            assert not wait.done()
+            server.answers += [refusal(401)]
+            server.live[0].shutdown(socket.SHUT_RDWR)
+            assert wait.result(5)[0] is False
+
+
+def test_a_closed_feed_ends_its_thread_and_wakes_its_waiters_and_can_be_opened_again():
+    with following(Broadcast()) as feed:
+        server, before = server_of(feed), threading.active_count()
+        with ThreadPoolExecutor(1) as pool:
+            wait = pool.submit(waited, feed, "a", calm=20)
+            time.sleep(0.05)
+            feed.close()
+            assert wait.result(5)[0] is False
+        assert came(lambda: threading.active_count() < before) and not feed.works
+        feed.open()
+        assert came(lambda: feed.works) and len(server.requests) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_follows_by_itself_and_leaves_the_stream_of_its_parent_alone():
+    with following(Broadcast()) as feed:
+        server = server_of(feed)
+        server.tell("p/a", "p/b", "p/c")
+        assert came(feed.mark)
+        child = os.fork()
+        if not child:
+            feed.close()
+            sound = not feed.mark() and not feed.works
+            feed.open()
+            sound = sound and came(lambda: feed.works) and waited(
+                feed, "a", mark=9, calm=0.01)[0] is False
+            os._exit(not sound)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(server.live) == 2 and feed.works
+        server.tell("p/z")
+        assert waited(feed, "z", mark=1)[0]
+
+
+# -- the pace
+
+
+def paced(feed, wait=60, usual=0.02):
+    """A Pace over `feed`, opened as if it had waited long enough."""
+    store = SimpleNamespace(feed=feed)
+    pace = t.Pace(SimpleNamespace(store=store), wait, usual=lambda tries: usual)
+    pace._begun -= 2
+    return pace
+
+
+def test_a_wait_opens_the_feed_only_when_it_lasts():
+    with Broadcast() as server:
+        feed = feed_of(server)
+        pace = t.Pace(SimpleNamespace(store=SimpleNamespace(feed=feed)), 60,
+                      usual=lambda tries: 0.01)
+        for _ in range(10):
+            pace.rest(("a",))
+        paced(feed, wait=0.5).rest(("a",))
+        paced(feed).rest(())
+        assert feed._stop is None and not server.requests
+        paced(feed).rest(("a",))
+        assert came(lambda: feed.works)
+        feed.close()
+
+
+def test_with_a_feed_rests_are_calm_until_news_and_short_after_them():
+    with following(Broadcast()) as feed:
+        pace, took = paced(feed), []
+        for _ in range(2):
+            begun = time.monotonic()
+            threading.Timer(0.1, server_of(feed).tell, ["p/a"]).start()
+            pace.rest(("a",))
+            took.append(time.monotonic() - begun)
+        begun = time.monotonic()
+        pace.rest(("a",))
+        took.append(time.monotonic() - begun)
+    # The shortest rest, twice as long after one in vain; then one without news.
+    assert 0.45 < took[0] < 0.74 and took[2] > 0.74 and took[0] < took[1] < 1.1
+
+
+def test_a_find_makes_the_next_wake_up_fast_again():
+    with following(Broadcast()) as feed:
+        pace = paced(feed)
+        pace._vain = 4
+        pace.found()
+        threading.Timer(0.05, server_of(feed).tell, ["p/a"]).start()
+        begun = time.monotonic()
+        pace.rest(("a",))
+        assert time.monotonic() - begun < 0.74
+
+
+def test_the_longest_calm_rest_is_half_a_minute():
+    assert max(t.idle_pause(rests) for rests in range(1, 40)) <= 30
+    assert min(t.idle_pause(rests) for rests in range(6, 40)) >= 15
 
 
 # == What an attack found ==============================================

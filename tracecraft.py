@@ -39,25 +39,25 @@ Contents (grep -n '^# == ' prints them with line numbers):
   16 BLAKE3                  17 Xet                     18 HTTP
   19 Remote                  20 Stores                  21 S3
   22 S3 store                23 Hub answers             24 Hub
-  25 Hugging Face store      26 Gateway                 27 Probe
-  28 Settings                29 Local state             30 Command settings
-  31 Credentials             32 Ledger                  33 Waiting
-  34 Leases                  35 Hints                   36 Step records
-  37 Frontier                38 Steps                   39 Tasks
-  40 Locks                   41 Barriers                42 Memory
-  43 Mailboxes               44 Mail                    45 Channels and threads
-  46 Bytes                   47 Artifact heads          48 Artifacts
-  49 Reservations            50 Runs                    51 Artifact trees
-  52 Queue reader            53 Queues                  54 Project
-  55 Context                 56 Views                   57 Timeline
-  58 Housekeeping            59 Archive                 60 Doctor
-  61 Trials                  62 Drill                   63 Bench
-  64 Rows                    65 Commands under a lease  66 Step commands
-  67 Task commands           68 Lock commands           69 Memory commands
-  70 Artifact commands       71 Reservation commands
-  72 Commands of presence, views and set-up  73 House commands
-  74 Commands of mail        75 Run commands            76 Queue commands
-  77 Command line
+  25 Hugging Face store      26 Gateway                 27 Hub events
+  28 Probe                   29 Settings                30 Local state
+  31 Command settings        32 Credentials             33 Ledger
+  34 Waiting                 35 Leases                  36 Hints
+  37 Step records            38 Frontier                39 Steps
+  40 Tasks                   41 Locks                   42 Barriers
+  43 Memory                  44 Mailboxes               45 Mail
+  46 Channels and threads    47 Bytes                   48 Artifact heads
+  49 Artifacts               50 Reservations            51 Runs
+  52 Artifact trees          53 Queue reader            54 Queues
+  55 Project                 56 Context                 57 Views
+  58 Timeline                59 Housekeeping            60 Archive
+  61 Doctor                  62 Trials                  63 Drill
+  64 Bench                   65 Rows                    66 Commands under a lease
+  67 Step commands           68 Task commands           69 Lock commands
+  70 Memory commands         71 Artifact commands       72 Reservation commands
+  73 Commands of presence, views and set-up  74 House commands
+  75 Commands of mail        76 Run commands            77 Queue commands
+  78 Command line
 """
 
 from __future__ import annotations
@@ -5108,8 +5108,11 @@ class Remote:
     """Connections to a store's origins, its clock, and retries of what may be repeated.
 
     open_to: callable(origin) returning an Http. random: callable returning a float
-    from 0 to 1. deadline: time.monotonic() up to which reads are retried.
+    from 0 to 1. deadline: time.monotonic() up to which reads are retried. feed: tells
+    of changes where the store offers that, see Feed.
     """
+
+    feed = None
 
     def __init__(self, *, open_to: object, random: object) -> None:
         import threading
@@ -5163,7 +5166,9 @@ class Remote:
             time.sleep(wait)
 
     def close(self) -> None:
-        """Close idle connections; the store stays usable."""
+        """Close idle connections and the feed; the store stays usable."""
+        if self.feed is not None:
+            self.feed.close()
         for link in list(self._links.values()):
             link.close()
 
@@ -5184,6 +5189,7 @@ class Remote:
 #   upload, download, copy                            streaming, bounded memory
 #   clock(), offset()                                 the store's time, and minus ours
 #   ensure(), close(), url, kind, bucket, endpoint, verdict, requests, deadline
+#   feed                                              tells of changes, or None
 
 SMALL = 1 << 20  # bytes up to which an ETag is a digest: no record is bigger
 CHUNK = 1 << 20  # bytes read at once from files of any size
@@ -5751,7 +5757,7 @@ class DirectoryStore:
     refuses; then nothing was written. Reading works on a read-only mount.
     """
 
-    kind, endpoint = "file", ""
+    kind, endpoint, feed = "file", "", None
 
     def __init__(self, root: str, project: str, *, environ: dict | None = None) -> None:
         self.bucket = os.path.abspath(root)
@@ -8154,7 +8160,169 @@ class GatewayStore(S3Store):
         self.native.close()
 
 
-# == 27. Probe =========================================================
+# == 27. Hub events ====================================================
+#
+# What the Hub tells of changes in a bucket, as a wake-up for those who wait: never the
+# truth, and dispensable. Knows a stream of events; must not know what the keys mean.
+
+SILENCE = 90  # seconds without a byte; the Hub sends one every 30 s (hf-buckets.md 4)
+FEED_SKEW = 60  # seconds that the clocks may differ where a feed begins at a time
+KEPT_NEWS = 4096  # keys whose last change is kept, for who looked before it
+
+
+class Feed:
+    """Wakes who waits for a change in a bucket. It says when to look, never what is so.
+
+    connect: callable(query) opening a Stream. prefix: what the keys of this project
+    begin with in the bucket. clock: callable, the store's time. unit: seconds of the
+    shortest pause between two streams. works: whether it can be relied on just now.
+
+    One daemon thread follows the feed from the first open(); a forked child has none
+    and begins anew. A feed that is refused or dead leaves everything to polling.
+    """
+
+    def __init__(self, connect: object, prefix: str, *, clock: object,
+                 unit: float = 1.0) -> None:
+        self._connect, self._prefix, self._clock = connect, prefix, clock
+        self._unit = unit
+        self._begin()
+
+    def _begin(self) -> None:
+        import threading
+        self._pid, self._told = os.getpid(), threading.Condition()
+        self.works, self._refused, self._stop, self._stream = False, False, None, None
+        self._count, self._floor, self._news = 0, 0, {}  # key: number of its change
+
+    # -- for those who wait
+
+    def mark(self) -> int:
+        """The number of the newest change: what wait() is to tell of comes after it."""
+        if self._pid != os.getpid():
+            self._begin()
+        return self._count
+
+    def open(self) -> None:
+        """Begin to follow, unless that is so already or was refused. Does not wait."""
+        import threading
+        with self._told:
+            if self._stop is not None or self._refused:
+                return
+            self._stop = threading.Event()
+            threading.Thread(target=self._run, args=(self._stop,), daemon=True).start()
+
+    def wait(self, keys: tuple, mark: int, *, usual: float, calm: float,
+             least: float) -> bool:
+        """Sleep for `usual` seconds, or `calm` while the feed works, but only `least`
+        once a key that begins with one of `keys` has changed after `mark`; whether one
+        has."""
+        begun, news = time.monotonic(), False
+        mark = min(mark, self.mark())  # after a fork it is of another feed
+        with self._told:
+            while True:
+                news = news or self._changed(keys, mark)
+                ends = begun + (least if news else calm if self.works else usual)
+                left = ends - time.monotonic()
+                if left <= 0:
+                    return news
+                # In slices: Windows lets no Ctrl-C through while a lock is awaited.
+                self._told.wait(min(left, 1.0))
+
+    def _changed(self, keys: tuple, mark: int) -> bool:
+        return self._floor > mark or any(
+            at > mark and key.startswith(keys) for key, at in self._news.items())
+
+    def close(self) -> None:
+        """Stop following; who waits goes on polling. It can be opened again."""
+        if self._pid != os.getpid():
+            return  # the stream is the parent's
+        with self._told:
+            stop, stream, self._stop = self._stop, self._stream, None
+            self.works = False
+            self._told.notify_all()
+        if stop is not None:
+            stop.set()
+        if stream is not None:
+            stream.cut()
+
+    # -- the thread
+
+    def _run(self, stop: object) -> None:
+        import random
+        state, pause = feed_start(self._recently()), 0.0
+        try:
+            while pause is not None and not stop.wait(pause * self._unit):
+                state = feed_begun(state)
+                state, status, after = self._session(state, stop)
+                state, pause = feed_ended(state, status, after=after,
+                                          roll=random.random())
+                with self._told:
+                    failing = pause is None or state["tries"] or stop.is_set()
+                    self.works = self.works and not failing
+                    self._told.notify_all()
+        finally:
+            with self._told:
+                if self._stop is stop:  # nobody closed it: it has given up
+                    self.works, self._refused, self._stop = False, True, None
+                    self._told.notify_all()
+
+    def _recently(self) -> str:
+        return iso(self._clock() - FEED_SKEW)[:23] + "Z"
+
+    def _session(self, state: dict, stop: object) -> tuple:
+        """(state, status, seconds of Retry-After) after one stream."""
+        try:
+            stream = self._connect(feed_query(state))
+        except Error as why:  # 501: what will not go away, such as a missing token
+            return state, 0 if why.retryable else 501, 0.0
+        try:
+            with self._told:
+                self._stream = stream
+            answer = stream.answer
+            kind = answer.headers.get("content-type", "").partition(";")[0].strip()
+            if answer.status == 200 and kind.lower() != "text/event-stream":
+                return state, 501, 0.0
+            if answer.status == 200 and not stop.is_set():
+                state = self._follow(stream, state, stop)
+            return state, answer.status, retry_after(answer)
+        finally:
+            with self._told:
+                self._stream = None
+            stream.close()
+
+    def _follow(self, stream: object, state: dict, stop: object) -> dict:
+        parser = EventParser()
+        try:
+            for piece in iter(stream.read, b""):
+                for event in parser.take(piece):
+                    state, paths = feed_told(state, event, at=self._recently())
+                    self._tell(paths, ready=state["ready"] and not stop.is_set())
+                    if state["over"]:
+                        return state
+        except Lost:
+            return state  # broken, or silent for too long
+        except Corrupt:
+            return {**state, "ready": False}
+        return state
+
+    def _tell(self, paths: list | None, *, ready: bool) -> None:
+        """Note what changed (None: perhaps everything) and wake those who wait."""
+        size = len(self._prefix)
+        keys = [path[size:] for path in paths or () if path.startswith(self._prefix)]
+        with self._told:
+            self.works, before = ready, self.works
+            if paths is None or keys:
+                self._count += 1
+            if len(self._news) + len(keys) > KEPT_NEWS:
+                self._news, self._floor = {}, self._count - 1
+            if paths is None or len(keys) > KEPT_NEWS:
+                self._news, self._floor = {}, self._count
+            else:
+                self._news.update(dict.fromkeys(keys, self._count))
+            if paths is None or keys or ready is not before:
+                self._told.notify_all()
+
+
+# == 28. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -8367,7 +8535,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 28. Settings ======================================================
+# == 29. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -8742,7 +8910,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 29. Local state ===================================================
+# == 30. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -8937,7 +9105,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 30. Command settings ==============================================
+# == 31. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -9159,7 +9327,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 31. Credentials ===================================================
+# == 32. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -9633,7 +9801,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 32. Ledger ========================================================
+# == 33. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -10177,12 +10345,13 @@ class Who:
             self.state.set(name, value)
 
 
-# == 33. Waiting =======================================================
+# == 34. Waiting =======================================================
 #
 # Looking again until what is awaited is there: how long the rests between two looks
 # are. Knows no record; the looks come in as functions.
 
 IDLE_PAUSE = 30  # seconds between two looks at most, when nothing happens
+WAKE_GAP = 0.5  # seconds between two looks at least, when a feed asks for the second
 
 
 def poll_pause(tries: int) -> float:
@@ -10203,37 +10372,69 @@ class Pace:
 
     wait: None is without end. usual: callable(tries) giving seconds. pause: callable(
     seconds, sleep) to rest in, where a signal must end a rest. tries: rests so far.
+
+    Where the store has a feed, it ends a rest when what is awaited may have changed,
+    and the others become longer. Changes count from before the last look, or what came
+    during it would be missed. A look right after one may still see the old state: short
+    rests follow. Those that were for nothing in a row wait for ever longer, so that a
+    busy project does not cost more looks than polling.
     """
 
     def __init__(self, ledger: Ledger, wait: float | None, *,
                  usual: object = poll_pause, pause: object = None) -> None:
-        self._until = float("inf") if wait is None else time.monotonic() + wait
+        self._begun = time.monotonic()
+        self._until = float("inf") if wait is None else self._begun + wait
         self._usual, self._pause, self.tries = usual, pause, 0
+        self._feed = ledger.store.feed
+        self._mark = 0 if self._feed is None else self._feed.mark()
+        self._calm = self._vain = 0  # rests since a wake-up, wake-ups without a find
 
     @property
     def left(self) -> float:
         """Seconds until the end of the wait; infinite without one."""
         return self._until - time.monotonic()
 
-    def rest(self, most: float = float("inf")) -> None:
-        """Sleep until the next look is due: `most` seconds, or less."""
+    def found(self) -> None:
+        """A look found something, and the wait goes on: begin anew with short rests."""
+        self.tries = self._vain = 0
+
+    def rest(self, keys: tuple, most: float = float("inf")) -> None:
+        """Sleep until the next look is due: `most` seconds, or less.
+
+        keys: what is awaited has keys that begin with one of these; () for a rest that
+        nothing shall end."""
         # At least 0.05: a lease in the way may be due, yet not taken from its holder.
         most = max(0.05, min(self.left, most))
         seconds = min(most, self._usual(self.tries))
         self.tries += 1
+
+        def listen(seconds: float) -> None:
+            self._listen(tuple(keys), seconds, most=most)
+        sleep = time.sleep if self._feed is None or not keys else listen
         if self._pause is None:
-            time.sleep(seconds)
+            sleep(seconds)
         else:
-            self._pause(seconds, time.sleep)
+            self._pause(seconds, sleep)
+
+    def _listen(self, keys: tuple, seconds: float, *, most: float) -> None:
+        if most > 1 and time.monotonic() - self._begun > 1:  # not for a short wait
+            self._feed.open()
+        news = self._feed.wait(keys, self._mark, usual=seconds,
+                               calm=min(most, idle_pause(self._calm + 1)),
+                               least=min(most, WAKE_GAP * 2 ** min(self._vain, 4)))
+        self._mark = self._feed.mark()
+        self._calm = 0 if news else self._calm + 1
+        self._vain = self._vain + 1 if news else 0
 
 
-def waiting(ledger: Ledger, wait: float, act: object, *,
+def waiting(ledger: Ledger, wait: float, act: object, *, keys: object,
             outlast: tuple = (), pause: object = None) -> object:
     """act(), again and again while another holds it or needs are missing.
 
     wait: seconds; 0 tries once and raises what act raised, else TimedOut at the end.
-    A rest ends with the lease that is in the way. outlast: further kinds of Error that
-    are waited out. pause: see Pace.
+    A rest ends with the lease that is in the way. keys: see Pace.rest, or callable(what
+    act raised) giving them. outlast: further kinds of Error that are waited out. pause:
+    see Pace.
     """
     pace = Pace(ledger, wait, pause=pause)
     while True:
@@ -10247,10 +10448,11 @@ def waiting(ledger: Ledger, wait: float, act: object, *,
                 raise TimedOut(f"{why.message}; waited {wait:g}s", hint=why.hint,
                                **why.details) from why
             expires = why.details.get("expires_in_s")
-            pace.rest(float("inf") if expires is None else expires + 1)
+            pace.rest(keys(why) if callable(keys) else keys,
+                      float("inf") if expires is None else expires + 1)
 
 
-# == 34. Leases ========================================================
+# == 35. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, being told that it
 # went to another. The decisions are those of "Records".
@@ -10364,7 +10566,7 @@ class Leases:
         how = {"ttl": checked_ttl(ttl), "resume": resume}
         return waiting(self.ledger, wait, lambda: self.take_now(
             key, resource, subject=subject, how=how, op=op, fields=fields),
-            outlast=outlast, pause=pause)
+            keys=(key,), outlast=outlast, pause=pause)
 
     def take_now(self, key: str, resource: str, *, subject: str, how: dict,
                  op: str = "", fields: dict | None = None,
@@ -10481,7 +10683,7 @@ class Leases:
             raise
 
 
-# == 35. Hints =========================================================
+# == 36. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -10610,7 +10812,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 36. Step records ==================================================
+# == 37. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -10871,7 +11073,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 37. Frontier ======================================================
+# == 38. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -10957,7 +11159,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 38. Steps =========================================================
+# == 39. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -11146,9 +11348,13 @@ class Steps:
         or for needs. Raises Held, Conflict, Blocked, TimedOut, Unknown.
         Keys: CAS steps/<sid>/claim.json, then status.json where one is there."""
         how = {"ttl": checked_ttl(ttl), "reopen": reopen, "resume": resume}
+
+        def keys(why: Error) -> tuple:
+            needs = why.details.get("missing", ())
+            return tuple(f"steps/{step_id(name)}/" for name in (step, *needs))
         return waiting(self.ledger, wait, lambda: self.take(
             step, self.reader.load(step_id(step)), how=how, ignore_needs=ignore_needs,
-            op=op))
+            op=op), keys=keys)
 
     def take(self, step: str, found: dict, *, how: dict, ignore_needs: bool = False,
              marked: bool = False, op: str = "") -> Claim:
@@ -11336,10 +11542,10 @@ class Steps:
                                " step-status")
             if tick:
                 tick(views, left)
-            pace.rest()
+            pace.rest([f"steps/{step_id(step)}/" for step in steps])
 
 
-# == 39. Tasks =========================================================
+# == 40. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -11490,7 +11696,7 @@ class Next:
             if pace.left <= 0:
                 raise TimedOut(f"no step became ready within {wait:g}s",
                                hint="wait again, or look at step list")
-            pace.rest()
+            pace.rest(("ready/",))
 
     # -- steps that are free
 
@@ -11675,7 +11881,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 40. Locks =========================================================
+# == 41. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -11780,8 +11986,8 @@ class Semaphores:
         check_name("semaphore", name)
         checked_count("--limit", limit, MAX_SLOTS)
         ttl = checked_ttl(ttl)
-        return waiting(self.ledger, wait, pause=pause, act=lambda: self._acquire(
-            name, limit, ttl=ttl, op=op))
+        return waiting(self.ledger, wait, keys=(f"semaphores/{name}/",), pause=pause,
+                       act=lambda: self._acquire(name, limit, ttl=ttl, op=op))
 
     def _acquire(self, name: str, limit: int | None, *, ttl: int, op: str) -> Lease:
         config = self._fix(name, limit)
@@ -12018,7 +12224,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 41. Barriers ======================================================
+# == 42. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -12197,7 +12403,7 @@ class Barrier:
         state = {"view": seen, "looks": 0 if seen is None else 1}
         try:
             view = waiting(self.ledger, timeout, lambda: self._look(gen, state),
-                           pause=pause)
+                           keys=(self._key(gen, "verdict.json"),), pause=pause)
         except (Blocked, TimedOut) as why:
             view = self._count(gen, broken=f"{self.who.agent} waited {timeout:g}s") \
                 if break_ else {}
@@ -12239,7 +12445,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 42. Memory ========================================================
+# == 43. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -12459,7 +12665,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 43. Mailboxes =====================================================
+# == 44. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -12600,11 +12806,12 @@ def leaf_of(item: tuple) -> str:
 class Mailbox:
     """One agent's mail: direct, broadcasts of others, and the channels it joined.
 
-    secret: TRACECRAFT_KEY, or ''.
+    secret: TRACECRAFT_KEY, or ''. looked_at: where the mail lies that was looked at.
     """
 
     def __init__(self, ledger: Ledger, who: Who, *, secret: str = "") -> None:
         self.ledger, self.who, self.secret = ledger, who, secret
+        self.looked_at: list = []
         self.boxes = Boxes(ledger, who)
 
     def inbox(self, new: bool = False, *, wait: float = 0, limit: int | None = None,
@@ -12619,12 +12826,12 @@ class Mailbox:
             batch = self._read_new(limit=limit, by=by, thread=thread) if new else \
                 self._read_last(limit=limit, by=by, thread=thread, before=before)
             return batch if batch.messages or wait <= 0 else None
-        return self.until(look, wait, lambda: TimedOut(f"no mail within {wait:g}s",
-                                                       hint="wait again"))
+        return self.until(look, wait, lambda: TimedOut(
+            f"no mail within {wait:g}s", hint="wait again"), lambda: self.looked_at)
 
-    def until(self, look: object, wait: float, late: object) -> object:
+    def until(self, look: object, wait: float, late: object, keys: object) -> object:
         """What look() returns once that is not None; after `wait` seconds late() is
-        raised."""
+        raised. keys: callable giving what Pace.rest calls so."""
         pace = Pace(self.ledger, wait)
         while True:
             self.ledger.restart()
@@ -12633,7 +12840,7 @@ class Mailbox:
                 return found
             if pace.left <= 0:
                 raise late()
-            pace.rest()
+            pace.rest(keys())
 
     def prefix_of(self, name: str) -> str:
         """Where the messages of a stream lie."""
@@ -12700,6 +12907,7 @@ class Mailbox:
         for name in channels_of(cursor.doc):
             boxes[name] = look(self.prefix_of(name),
                                floor=stream_of(cursor.doc, name)["floor"])
+        self.looked_at = list(map(self.prefix_of, boxes))
         return boxes, cursor
 
     def _whole(self, prefix: str, *, floor: float | None = None) -> Box:
@@ -12834,8 +13042,8 @@ class Mailbox:
                 return None
             return Batch(messages, truncated=len(wanted) > 1, count=len(wanted),
                          commit=lambda: self._heard(boxes))
-        return self.until(look, wait, lambda: TimedOut(f"no mail within {wait:g}s",
-                                                       hint="listen again"))
+        return self.until(look, wait, lambda: TimedOut(
+            f"no mail within {wait:g}s", hint="listen again"), lambda: self.looked_at)
 
     def _heard(self, boxes: dict) -> None:
         told = self.who.recall("heard")
@@ -12884,7 +13092,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 44. Mail ==========================================================
+# == 45. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -13072,7 +13280,8 @@ class Mail(Mailbox):
             return None
         return self.until(look, wait, lambda: TimedOut(
             f"no answer from {shown(to)} within {wait:g}s", id=again, question=question,
-            hint=f"go on waiting: the same ask with --id {again}"))
+            hint=f"go on waiting: the same ask with --id {again}"),
+            lambda: list(map(self.prefix_of, names)))
 
     def _since(self, name: str, since: float, seen: set) -> list:
         """Messages of a stream from a time on; their keys are added to `seen`, and
@@ -13104,7 +13313,8 @@ class Mail(Mailbox):
         return self.until(look, wait, lambda: TimedOut(
             f"{', '.join(map(shown, missing))} did not acknowledge within {wait:g}s",
             id=again, missing=missing,
-            hint=f"go on waiting: the same send with --id {again}"))
+            hint=f"go on waiting: the same send with --id {again}"),
+            lambda: [f"messages/{agent}/_acks/{leaf}" for agent in missing])
 
 
 def _same_text(sent: dict, text: str, op: str) -> dict:
@@ -13115,7 +13325,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 45. Channels and threads ==========================================
+# == 46. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -13345,7 +13555,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 46. Bytes =========================================================
+# == 47. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -13716,7 +13926,7 @@ class Bytes:
         return body
 
 
-# == 47. Artifact heads ================================================
+# == 48. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -14010,7 +14220,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 48. Artifacts =====================================================
+# == 49. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -14307,7 +14517,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 49. Reservations ==================================================
+# == 50. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -14340,7 +14550,8 @@ class Reservations:
                         " most", hint="send the rest as a message")
         wish = {"globs": kept, "mode": MODES[shared], "ttl": checked_ttl(ttl),
                 "reason": reason}
-        return waiting(self.ledger, wait, lambda: self._reserve(wish, op))
+        return waiting(self.ledger, wait, lambda: self._reserve(wish, op),
+                       keys=(RESERVATIONS,))
 
     def _reserve(self, wish: dict, op: str) -> dict:
         known = self._known()
@@ -14457,7 +14668,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 50. Runs ==========================================================
+# == 51. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -14919,7 +15130,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 51. Artifact trees ================================================
+# == 52. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -15318,7 +15529,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 52. Queue reader ==================================================
+# == 53. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -15528,7 +15739,7 @@ class QueueReader:
                 yield record
 
 
-# == 53. Queues ========================================================
+# == 54. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -15678,7 +15889,8 @@ class Queue:
         def once() -> Item:
             sweep = wait <= 0 or time.monotonic() >= self._sweep_at
             return self._pop(ttl, op=op.partition("@")[0], sweep=sweep)
-        return waiting(self.ledger, wait, once, outlast=(Empty,), pause=pause)
+        return waiting(self.ledger, wait, once, keys=(f"queues/{self.name}/ready/",),
+                       outlast=(Empty,), pause=pause)
 
     def _pop(self, ttl: int, *, op: str, sweep: bool) -> Item:
         item = self._popped_under(op) if op else None
@@ -15940,7 +16152,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 54. Project =======================================================
+# == 55. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -16352,7 +16564,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 55. Context =======================================================
+# == 56. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -16503,7 +16715,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 56. Views =========================================================
+# == 57. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -16853,7 +17065,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 57. Timeline ======================================================
+# == 58. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -17003,12 +17215,14 @@ class Watch:
     """Looks at a prefix again and again: look() gives each event once.
 
     What was there at first is not new, unless it happened after `since` (seconds).
+    keys: what the keys that can hold events begin with.
     """
 
     def __init__(self, project: Project, prefix: str = "", *,
                  since: float | None = None) -> None:
         self.ledger, self.prefix, self.since = project.ledger, prefix, since
         self.readers = Readers(secret=project.settings.key)
+        self.keys = [prefix] if prefix else self.readers.areas()
         self.begun = False
         self.marks, self.known, self.fresh = {}, {}, []
 
@@ -17058,12 +17272,13 @@ class Watch:
 
 
 class ValueWatch:
-    """Looks at one memory key again and again: look() gives its new value, if any."""
+    """Looks at one memory key again and again: look() gives its new value, if any.
+    keys: that one."""
 
     def __init__(self, project: Project, key: str) -> None:
         self.memory, self.ledger, self.key = project.memory, project.ledger, key
         self.path = f"memory/{memory_parts(key)}.json"
-        self.etag, self.begun = None, False
+        self.keys, self.etag, self.begun = [self.path], None, False
 
     def look(self, seconds: float) -> list:
         """[the document] when it was written since the last look, else []. One
@@ -17085,15 +17300,16 @@ class ValueWatch:
 
 
 def watching(ledger: Ledger, look: object, *, interval: float | None = None,
-             wait: float | None = None) -> object:
+             wait: float | None = None, keys: tuple = ()) -> object:
     """Yield what look(seconds) finds, one by one, until `wait` seconds are over.
 
-    Pauses of `interval`, else of 1, 2, 4 … 30 s with jitter while nothing happens. A
-    store that is away is told once and waited for. At the end raises TimedOut, or why
-    the store is away, when nothing came.
+    Pauses of `interval`, else of 1, 2, 4 … 30 s with jitter while nothing happens, and
+    see Pace.rest for `keys`. A store that is away is told once and waited for. At the
+    end raises TimedOut, or why the store is away, when nothing came.
     """
     usual = idle_pause if interval is None else lambda tries: interval
     pace, away, came = Pace(ledger, wait, usual=usual), None, False
+    pace.tries = 1  # the first look is an idle one
     while True:
         try:
             rows = look(max(1.0, min(LOOK, pace.left)))
@@ -17105,15 +17321,17 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
                 ledger.warn(f"{why.message}; still watching")
             rows, away = [], why
         yield from rows
-        came, pace.tries = came or bool(rows), 0 if rows else max(1, pace.tries)
+        if rows:
+            came = True
+            pace.found()
         if pace.left <= 0 and not came:
             raise away or TimedOut(f"nothing new within {wait:g}s", hint="watch again")
         if pace.left <= 0:
             return
-        pace.rest()
+        pace.rest(keys if interval is None else ())
 
 
-# == 58. Housekeeping ==================================================
+# == 59. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -17347,7 +17565,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 59. Archive =======================================================
+# == 60. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -17769,7 +17987,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 60. Doctor ========================================================
+# == 61. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -18118,7 +18336,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 61. Trials ========================================================
+# == 62. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -18653,7 +18871,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 62. Drill =========================================================
+# == 63. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -18917,7 +19135,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 63. Bench =========================================================
+# == 64. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -19288,7 +19506,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 64. Rows ==========================================================
+# == 65. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -19539,7 +19757,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 65. Commands under a lease ========================================
+# == 66. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -19745,7 +19963,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 66. Step commands =================================================
+# == 67. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -20035,7 +20253,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 67. Task commands =================================================
+# == 68. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -20207,7 +20425,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 68. Lock commands =================================================
+# == 69. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -20488,7 +20706,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 69. Memory commands ===============================================
+# == 70. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -20607,7 +20825,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 70. Artifact commands =============================================
+# == 71. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -20833,7 +21051,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 71. Reservation commands ==========================================
+# == 72. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -21065,7 +21283,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 72. Commands of presence, views and set-up ========================
+# == 73. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -21570,7 +21788,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 73. House commands ================================================
+# == 74. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -21630,16 +21848,17 @@ def interrupted_by_term() -> None:
     signal.signal(signal.SIGTERM, interrupted)
 
 
-def stream_out(project: object, options: object, look: object, line: object) -> None:
-    """Print what look() finds until --wait is over, or --limit lines were printed."""
+def stream_out(project: object, options: object, watch: object,
+               line: object) -> None:
+    """Print what `watch` finds until --wait is over, or --limit lines were printed."""
     if options.interval is not None and not options.interval > 0:
         raise Usage("--interval must be > 0", hint="without it, pauses adapt")
     if options.limit is not None and options.limit < 0:
         raise Usage("--limit cannot be negative", hint="0 never ends")
     interrupted_by_term()
     count = 0
-    for row in watching(project.ledger, look, interval=options.interval,
-                        wait=options.wait):
+    for row in watching(project.ledger, watch.look, interval=options.interval,
+                        wait=options.wait, keys=watch.keys):
         put_line(options, line(row), row)
         count += 1
         if count == options.limit:
@@ -21662,7 +21881,7 @@ def cmd_watch(project: object, options: object) -> None:
     begin = None if options.since is None else since(options.since,
                                                      project.ledger.now())
     watch = Watch(project, watched_prefix(options.prefix), since=begin)
-    stream_out(project, options, watch.look, event_line)
+    stream_out(project, options, watch, event_line)
 
 
 @command("memory watch", "each new value of a key", arg("key"), *WATCH_ARGS,
@@ -21673,7 +21892,7 @@ def cmd_memory_watch(project: object, options: object) -> None:
     def line(doc: dict) -> str:
         gone = doc.get("deleted_at")
         return "(deleted)" if gone else shown(str(doc.get("value", "")), indent="  ")
-    stream_out(project, options, ValueWatch(project, options.key).look, line)
+    stream_out(project, options, ValueWatch(project, options.key), line)
 
 
 @command("gc", "remove what nobody needs any more; never a record of a step or lock",
@@ -21746,7 +21965,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 74. Commands of mail ==============================================
+# == 75. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -22006,7 +22225,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 75. Run commands ==================================================
+# == 76. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -22461,7 +22680,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 76. Queue commands ================================================
+# == 77. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -22652,7 +22871,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 77. Command line ==================================================
+# == 78. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
