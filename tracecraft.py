@@ -39,7 +39,7 @@ Contents (grep -n '^# == ' prints them with line numbers):
   16 BLAKE3                  17 Xet                     18 HTTP
   19 Remote                  20 Stores                  21 S3
   22 S3 store                23 Hub answers             24 Hub
-  25 Hugging Face store      26 Gateway                 27 Hub events
+  25 Hub events              26 Hugging Face store      27 Gateway
   28 Probe                   29 Settings                30 Local state
   31 Command settings        32 Credentials             33 Ledger
   34 Waiting                 35 Leases                  36 Hints
@@ -7324,15 +7324,28 @@ class HubReader(Remote):
 
         path: below the endpoint, escaped. how: body, timeout, sink, limit.
         """
-        token, sent = self._token(), dict(headers or {})
-        if token:
-            sent["authorization"] = f"Bearer {token}"
-        target = self._base + path + (f"?{canonical_query(query)}" if query else "")
-        answer = self._ask(self._origin, method, target, doing=doing, headers=sent,
+        target, headers = self._request(path, query, headers or {})
+        answer = self._ask(self._origin, method, target, doing=doing, headers=headers,
                            **how)
         self._time.observe(answer)
         self._reached = True
         return answer
+
+    def _request(self, path: str, query: object, headers: dict) -> tuple:
+        """(target, headers with the token) of a request to the Hub."""
+        token = self._token()
+        signed = {"authorization": f"Bearer {token}"} if token else {}
+        target = self._base + path + (f"?{canonical_query(query)}" if query else "")
+        return target, {**headers, **signed}
+
+    def events(self, query: object, *, silence: float) -> Stream:
+        """The Stream of the bucket's feed (hf-buckets.md 4), whatever its status.
+
+        Not retried. NotSent, Lost. silence: see Http.stream.
+        """
+        target, headers = self._request(f"{self._api}/events", query,
+                                        {"accept": "text/event-stream"})
+        return self._link(self._origin).stream(target, headers, silence=silence)
 
     def _ask(self, origin: str, method: str, target: str, *, doing: str,
              **how: object) -> Answer:
@@ -7630,7 +7643,180 @@ class Hub(HubReader):
         return answer
 
 
-# == 25. Hugging Face store ============================================
+# == 25. Hub events ====================================================
+#
+# What the Hub tells of changes in a bucket, as a wake-up for those who wait: never the
+# truth, and dispensable. Knows a stream of events; must not know what the keys mean.
+
+SILENCE = 90  # seconds without a byte; the Hub sends one every 30 s (hf-buckets.md 4)
+FEED_SKEW = 60  # seconds that the clocks may differ where a feed begins at a time
+KEPT_NEWS = 4096  # keys whose last change is kept, for who looked before it
+
+
+class Feed:
+    """Wakes who waits for a change in a bucket. It says when to look, never what is so.
+
+    connect: callable(query) opening a Stream. prefix: what the keys of this project
+    begin with in the bucket. clock: callable, the store's time. unit: seconds of the
+    shortest pause between two streams. works: whether it can be relied on just now.
+
+    One daemon thread follows the feed from the first open(); a forked child has none
+    and begins anew. A feed that is refused or dead leaves everything to polling.
+    """
+
+    def __init__(self, connect: object, prefix: str, *, clock: object,
+                 unit: float = 1.0) -> None:
+        self._connect, self._prefix, self._clock = connect, prefix, clock
+        self._unit = unit
+        self._begin()
+
+    def _begin(self) -> None:
+        import threading
+        self._pid, self._told = os.getpid(), threading.Condition()
+        self.works, self._refused, self._stop, self._stream = False, False, None, None
+        self._count, self._floor, self._news = 0, 0, {}  # key: number of its change
+
+    # -- for those who wait
+
+    def mark(self) -> int:
+        """The number of the newest change: what wait() is to tell of comes after it."""
+        if self._pid != os.getpid():
+            self._begin()
+        return self._count
+
+    def open(self) -> None:
+        """Begin to follow, unless that is so already or was refused. Does not wait."""
+        import threading
+        self.mark()  # a forked child cannot rely on the lock of its parent
+        with self._told:
+            if self._stop is not None or self._refused:
+                return
+            self._stop = stop = threading.Event()
+            try:
+                threading.Thread(target=self._run, args=(stop,), daemon=True).start()
+            except RuntimeError:  # no more threads here
+                self._stop, self._refused = None, True
+
+    def wait(self, keys: tuple, mark: int, *, usual: float, calm: float,
+             least: float) -> bool:
+        """Sleep for `usual` seconds, or `calm` while the feed works, but only `least`
+        once a key that begins with one of `keys` has changed after `mark`; whether one
+        has."""
+        begun, news = time.monotonic(), False
+        mark = min(mark, self.mark())  # after a fork it is of another feed
+        with self._told:
+            while True:
+                news = news or self._changed(keys, mark)
+                ends = begun + (least if news else calm if self.works else usual)
+                left = ends - time.monotonic()
+                if left <= 0:
+                    return news
+                # In slices: Windows lets no Ctrl-C through while a lock is awaited.
+                self._told.wait(min(left, 1.0))
+
+    def _changed(self, keys: tuple, mark: int) -> bool:
+        return self._floor > mark or any(
+            at > mark and key.startswith(keys) for key, at in self._news.items())
+
+    def close(self) -> None:
+        """Stop following; who waits goes on polling. It can be opened again."""
+        if self._pid != os.getpid():
+            return  # the stream is the parent's
+        with self._told:
+            stop, stream, self._stop = self._stop, self._stream, None
+            self.works = False
+            self._told.notify_all()
+        if stop is not None:
+            stop.set()
+        if stream is not None:
+            stream.cut()
+
+    # -- the thread
+
+    def _run(self, stop: object) -> None:
+        import random
+        state, pause = feed_start(self._recently()), 0.0
+        try:
+            while pause is not None and not stop.wait(pause * self._unit):
+                state, status, after = self._session(feed_begun(state), stop)
+                state, pause = feed_ended(state, status, after=after,
+                                          roll=random.random())
+                if state["tries"]:  # else it is only a change of streams
+                    self._tell([], stop, works=False)
+        finally:
+            with self._told:
+                if self._stop is stop:  # nobody closed it: it has given up
+                    self._refused, self._stop, self.works = True, None, False
+                    self._told.notify_all()
+
+    def _recently(self) -> str:
+        return iso(self._clock() - FEED_SKEW)[:23] + "Z"
+
+    def _session(self, state: dict, stop: object) -> tuple:
+        """(state, status, seconds of Retry-After) after one stream."""
+        try:
+            stream = self._connect(feed_query(state))
+        except Error as why:  # 501: what will not go away, such as a missing token
+            return state, 0 if why.retryable else 501, 0.0
+        with self._told:  # closed meanwhile, perhaps opened again: then not followed
+            live = self._stop is stop
+            self._stream = stream if live else self._stream
+        try:
+            answer = stream.answer
+            kind = answer.headers.get("content-type", "").partition(";")[0].strip()
+            if answer.status == 200 and kind.lower() != "text/event-stream":
+                return state, 501, 0.0
+            if answer.status == 200 and live:
+                state = self._follow(stream, state, stop)
+            return state, answer.status, hub_wait(answer)
+        finally:
+            with self._told:
+                self._stream = None if self._stream is stream else self._stream
+            stream.close()
+
+    def _follow(self, stream: object, state: dict, stop: object) -> dict:
+        parser = EventParser()
+        try:
+            for piece in iter(stream.read, b""):
+                for event in parser.take(piece):
+                    state, paths = feed_told(state, event, at=self._recently())
+                    self._tell(paths, stop, works=state["ready"] or None)
+                    if state["over"]:
+                        return state
+        except Lost:
+            return state  # broken, or silent for too long
+        except Corrupt:
+            return {**state, "ready": False}
+        return state
+
+    def _tell(self, paths: list | None, stop: object, *, works: bool | None) -> None:
+        """Note what changed (None: perhaps everything), and whether the feed works
+        (None: as before), and wake those who wait."""
+        size = len(self._prefix)
+        keys = [path[size:] for path in paths or () if path.startswith(self._prefix)]
+        news = paths is None or bool(keys)
+        with self._told:
+            if self._stop is not stop:
+                return  # the stream was closed, and perhaps another opened
+            self.works = self.works if works is None else works
+            self._count += news
+            self._told.notify_all()
+            if len(self._news) + len(keys) > KEPT_NEWS:
+                self._news, self._floor = {}, self._count - 1
+            if paths is None or len(keys) > KEPT_NEWS:
+                self._news, self._floor = {}, self._count
+            else:
+                self._news.update(dict.fromkeys(keys, self._count))
+
+
+def hub_feed(hub: Hub, project: str, *, clock: object = None) -> Feed:
+    """The Feed of a project in the hub's bucket. No request is made. clock: callable,
+    the time of the store it is for; the Hub's unless given."""
+    return Feed(lambda query: hub.events(query, silence=SILENCE),
+                f"{project}/" if project else "", clock=clock or hub.clock)
+
+
+# == 26. Hugging Face store ============================================
 #
 # The interface of "Stores" over a Hub: what a token alone can do. Every write is an
 # overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
@@ -7669,6 +7855,7 @@ class NativeReader:
         self.verdict = {"atomic": False, "cas": False, "dialect": "quoted",
                         "why": NO_CAS, "hint": KEY_HINT, "at": iso(time.time())}
         self._prefix, self._times = f"{project}/" if project else "", {}
+        self.feed = hub_feed(hub, project)
         path = "/".join(filter(None, (hub.bucket, project)))
         self.url = f"hf://{url_path(path)}"
         if hub.endpoint:
@@ -7703,7 +7890,8 @@ class NativeReader:
         return self.hub.offset()
 
     def close(self) -> None:
-        """Close idle connections; the store stays usable."""
+        """Close idle connections and the feed; the store stays usable."""
+        self.feed.close()
         self.hub.close()
 
     def ensure(self, *, public: bool = False) -> bool:
@@ -8030,7 +8218,7 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
                        hint="upload it again when nobody writes to it")
 
 
-# == 26. Gateway =======================================================
+# == 27. Gateway =======================================================
 #
 # A Hugging Face bucket through its S3 gateway: the S3 store in another dialect. Every
 # conditional write is atomic here. The dialect (the gateway's documentation, and the
@@ -8158,168 +8346,6 @@ class GatewayStore(S3Store):
         """Close idle connections; the store stays usable."""
         super().close()
         self.native.close()
-
-
-# == 27. Hub events ====================================================
-#
-# What the Hub tells of changes in a bucket, as a wake-up for those who wait: never the
-# truth, and dispensable. Knows a stream of events; must not know what the keys mean.
-
-SILENCE = 90  # seconds without a byte; the Hub sends one every 30 s (hf-buckets.md 4)
-FEED_SKEW = 60  # seconds that the clocks may differ where a feed begins at a time
-KEPT_NEWS = 4096  # keys whose last change is kept, for who looked before it
-
-
-class Feed:
-    """Wakes who waits for a change in a bucket. It says when to look, never what is so.
-
-    connect: callable(query) opening a Stream. prefix: what the keys of this project
-    begin with in the bucket. clock: callable, the store's time. unit: seconds of the
-    shortest pause between two streams. works: whether it can be relied on just now.
-
-    One daemon thread follows the feed from the first open(); a forked child has none
-    and begins anew. A feed that is refused or dead leaves everything to polling.
-    """
-
-    def __init__(self, connect: object, prefix: str, *, clock: object,
-                 unit: float = 1.0) -> None:
-        self._connect, self._prefix, self._clock = connect, prefix, clock
-        self._unit = unit
-        self._begin()
-
-    def _begin(self) -> None:
-        import threading
-        self._pid, self._told = os.getpid(), threading.Condition()
-        self.works, self._refused, self._stop, self._stream = False, False, None, None
-        self._count, self._floor, self._news = 0, 0, {}  # key: number of its change
-
-    # -- for those who wait
-
-    def mark(self) -> int:
-        """The number of the newest change: what wait() is to tell of comes after it."""
-        if self._pid != os.getpid():
-            self._begin()
-        return self._count
-
-    def open(self) -> None:
-        """Begin to follow, unless that is so already or was refused. Does not wait."""
-        import threading
-        with self._told:
-            if self._stop is not None or self._refused:
-                return
-            self._stop = threading.Event()
-            threading.Thread(target=self._run, args=(self._stop,), daemon=True).start()
-
-    def wait(self, keys: tuple, mark: int, *, usual: float, calm: float,
-             least: float) -> bool:
-        """Sleep for `usual` seconds, or `calm` while the feed works, but only `least`
-        once a key that begins with one of `keys` has changed after `mark`; whether one
-        has."""
-        begun, news = time.monotonic(), False
-        mark = min(mark, self.mark())  # after a fork it is of another feed
-        with self._told:
-            while True:
-                news = news or self._changed(keys, mark)
-                ends = begun + (least if news else calm if self.works else usual)
-                left = ends - time.monotonic()
-                if left <= 0:
-                    return news
-                # In slices: Windows lets no Ctrl-C through while a lock is awaited.
-                self._told.wait(min(left, 1.0))
-
-    def _changed(self, keys: tuple, mark: int) -> bool:
-        return self._floor > mark or any(
-            at > mark and key.startswith(keys) for key, at in self._news.items())
-
-    def close(self) -> None:
-        """Stop following; who waits goes on polling. It can be opened again."""
-        if self._pid != os.getpid():
-            return  # the stream is the parent's
-        with self._told:
-            stop, stream, self._stop = self._stop, self._stream, None
-            self.works = False
-            self._told.notify_all()
-        if stop is not None:
-            stop.set()
-        if stream is not None:
-            stream.cut()
-
-    # -- the thread
-
-    def _run(self, stop: object) -> None:
-        import random
-        state, pause = feed_start(self._recently()), 0.0
-        try:
-            while pause is not None and not stop.wait(pause * self._unit):
-                state = feed_begun(state)
-                state, status, after = self._session(state, stop)
-                state, pause = feed_ended(state, status, after=after,
-                                          roll=random.random())
-                with self._told:
-                    failing = pause is None or state["tries"] or stop.is_set()
-                    self.works = self.works and not failing
-                    self._told.notify_all()
-        finally:
-            with self._told:
-                if self._stop is stop:  # nobody closed it: it has given up
-                    self.works, self._refused, self._stop = False, True, None
-                    self._told.notify_all()
-
-    def _recently(self) -> str:
-        return iso(self._clock() - FEED_SKEW)[:23] + "Z"
-
-    def _session(self, state: dict, stop: object) -> tuple:
-        """(state, status, seconds of Retry-After) after one stream."""
-        try:
-            stream = self._connect(feed_query(state))
-        except Error as why:  # 501: what will not go away, such as a missing token
-            return state, 0 if why.retryable else 501, 0.0
-        try:
-            with self._told:
-                self._stream = stream
-            answer = stream.answer
-            kind = answer.headers.get("content-type", "").partition(";")[0].strip()
-            if answer.status == 200 and kind.lower() != "text/event-stream":
-                return state, 501, 0.0
-            if answer.status == 200 and not stop.is_set():
-                state = self._follow(stream, state, stop)
-            return state, answer.status, retry_after(answer)
-        finally:
-            with self._told:
-                self._stream = None
-            stream.close()
-
-    def _follow(self, stream: object, state: dict, stop: object) -> dict:
-        parser = EventParser()
-        try:
-            for piece in iter(stream.read, b""):
-                for event in parser.take(piece):
-                    state, paths = feed_told(state, event, at=self._recently())
-                    self._tell(paths, ready=state["ready"] and not stop.is_set())
-                    if state["over"]:
-                        return state
-        except Lost:
-            return state  # broken, or silent for too long
-        except Corrupt:
-            return {**state, "ready": False}
-        return state
-
-    def _tell(self, paths: list | None, *, ready: bool) -> None:
-        """Note what changed (None: perhaps everything) and wake those who wait."""
-        size = len(self._prefix)
-        keys = [path[size:] for path in paths or () if path.startswith(self._prefix)]
-        with self._told:
-            self.works, before = ready, self.works
-            if paths is None or keys:
-                self._count += 1
-            if len(self._news) + len(keys) > KEPT_NEWS:
-                self._news, self._floor = {}, self._count - 1
-            if paths is None or len(keys) > KEPT_NEWS:
-                self._news, self._floor = {}, self._count
-            else:
-                self._news.update(dict.fromkeys(keys, self._count))
-            if paths is None or keys or ready is not before:
-                self._told.notify_all()
 
 
 # == 28. Probe =========================================================
@@ -10423,7 +10449,7 @@ class Pace:
                                calm=min(most, idle_pause(self._calm + 1)),
                                least=min(most, WAKE_GAP * 2 ** min(self._vain, 4)))
         self._mark = self._feed.mark()
-        self._calm = 0 if news else self._calm + 1
+        self._calm = 0 if news or not self._feed.works else self._calm + 1
         self._vain = self._vain + 1 if news else 0
 
 
