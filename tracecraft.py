@@ -8236,7 +8236,7 @@ class GatewayStore(S3Store):
     """A project in a Hugging Face bucket, over S3. bucket: "namespace/name".
 
     native: the NativeStore of the same project; it creates the bucket, tells who can
-    see it, and, with a token, looks at many keys in one request.
+    see it, and, with a token, looks at many keys in one request and at the feed.
     """
 
     kind = "hf"
@@ -8247,6 +8247,8 @@ class GatewayStore(S3Store):
         super().__init__(bucket, project, endpoint=gateway or GATEWAY_URL,
                          region="us-east-1", path_style=True, **how)
         self.url, self._dialect = native.url, "quoted"
+        if native.hub.trusted:
+            self.feed = hub_feed(native.hub, project, clock=self.clock)
 
     @property
     def deadline(self) -> float:
