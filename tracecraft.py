@@ -3642,7 +3642,7 @@ def xml_error(data: bytes) -> dict:
 # (whether this session resumes), ready (whether it is live), over (whether it is to be
 # left), poor (sessions in a row that never were live), tries (failures in a row).
 
-MAX_EVENT = 1 << 20  # bytes of an event; 1,000 changes of long keys are below 1 MiB
+MAX_EVENT = 4 << 20  # bytes of an event: some 20,000 changes; more is "everything"
 POOR_SESSIONS = 3  # without `ready`, after which a feed is given up (hf-buckets.md 4)
 FEED_PAUSES = 10, 80  # seconds: the first after a failure, and the longest
 FEED_EVENTS = ("ready", "changes", "reset", "reconnect")
@@ -3651,10 +3651,11 @@ FEED_EVENTS = ("ready", "changes", "reset", "reconnect")
 class EventParser:
     """The events in a text/event-stream, in whatever pieces its bytes arrive."""
 
-    __slots__ = ("_rest", "_name", "_data", "_size", "_cr", "_first")
+    __slots__ = ("_rest", "_long", "_name", "_data", "_size", "_cr", "_first")
 
     def __init__(self) -> None:
-        self._rest, self._name, self._data, self._size = b"", "", [], 0
+        self._rest, self._long = [], 0  # of the line that has no end yet
+        self._name, self._data, self._size = "", [], 0
         self._cr, self._first = False, True
 
     def take(self, piece: bytes) -> list:
@@ -3662,11 +3663,15 @@ class EventParser:
         # A line may end in CR, LF or both. A CR counts at once, and an LF that comes
         # next with it: waiting for that one would hold back an event that is complete.
         cr, self._cr = self._cr, piece.endswith(b"\r") or self._cr and not piece
-        lines = self._rest + (piece[1:] if cr and piece[:1] == b"\n" else piece)
-        lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self._rest = lines.pop()
-        events = [event for line in lines for event in self._line(line)]
-        if len(self._rest) + self._size > MAX_EVENT:
+        piece = piece[1:] if cr and piece[:1] == b"\n" else piece
+        piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        first, *others = piece.split(b"\n")
+        self._rest.append(first)
+        self._long, events = self._long + len(first), []
+        for part in others:
+            events += self._line(b"".join(self._rest))
+            self._rest, self._long = [part], len(part)
+        if self._long + self._size > MAX_EVENT:
             raise Corrupt(f"an event of more than {MAX_EVENT} bytes")
         return events
 
@@ -3714,8 +3719,8 @@ def feed_told(state: dict, event: tuple, *, at: str) -> tuple:
     try:
         doc = parse_record(data.encode(), f"event {name}")
         paths = _changed_paths(doc) if name == "changes" else []
-    except Corrupt:  # what it said is lost, and this session with it
-        return {**state, "ready": False, "over": True, "poor": state["poor"] + 1}, None
+    except Corrupt:
+        return feed_broken(state), None
     cursor = doc.get("cursor")
     sound = isinstance(cursor, str) and 0 < len(cursor) <= 4096
     new = {**state, "since": at, "cursor": cursor if sound else state["cursor"]}
@@ -3725,6 +3730,13 @@ def feed_told(state: dict, event: tuple, *, at: str) -> tuple:
         return {**new, "ready": True}, [] if state["asked"] else None
     new["over"] = True
     return ({**new, "cursor": ""}, None) if name == "reset" else (new, [])
+
+
+def feed_broken(state: dict) -> dict:
+    """The state after an event that cannot be read: this session is left, and none is
+    resumed where it would come again. What it said is made up for by looking."""
+    return {**state, "cursor": "", "since": "", "ready": False, "over": True,
+            "poor": state["poor"] + 1}
 
 
 def _changed_paths(doc: dict) -> list:
@@ -7786,7 +7798,7 @@ class Feed:
         except Lost:
             return state  # broken, or silent for too long
         except Corrupt:
-            return {**state, "ready": False}
+            return feed_broken(state)
         return state
 
     def _tell(self, paths: list | None, stop: object, *, works: bool | None) -> None:
@@ -10402,10 +10414,10 @@ class Pace:
     seconds, sleep) to rest in, where a signal must end a rest. tries: rests so far.
 
     Where the store has a feed, it ends a rest when what is awaited may have changed,
-    and the others become longer. Changes count from before the last look, or what came
-    during it would be missed. A look right after one may still see the old state: short
-    rests follow. Those that were for nothing in a row wait for ever longer, so that a
-    busy project does not cost more looks than polling.
+    and the other rests become longer. What came during the last look counts, or it
+    would be missed. The look may still see the old state: short rests follow. When one
+    wake-up after another was in vain, the next come later, so that a busy project does
+    not cost more looks than polling.
     """
 
     def __init__(self, ledger: Ledger, wait: float | None, *,
@@ -12855,9 +12867,11 @@ class Mailbox:
                 self._read_last(limit=limit, by=by, thread=thread, before=before)
             return batch if batch.messages or wait <= 0 else None
         return self.until(look, wait, lambda: TimedOut(
-            f"no mail within {wait:g}s", hint="wait again"), lambda: self.looked_at)
+            f"no mail within {wait:g}s", hint="wait again"),
+            keys=lambda: self.looked_at)
 
-    def until(self, look: object, wait: float, late: object, keys: object) -> object:
+    def until(self, look: object, wait: float, late: object, *,
+              keys: object) -> object:
         """What look() returns once that is not None; after `wait` seconds late() is
         raised. keys: callable giving what Pace.rest calls so."""
         pace = Pace(self.ledger, wait)
@@ -13071,7 +13085,8 @@ class Mailbox:
             return Batch(messages, truncated=len(wanted) > 1, count=len(wanted),
                          commit=lambda: self._heard(boxes))
         return self.until(look, wait, lambda: TimedOut(
-            f"no mail within {wait:g}s", hint="listen again"), lambda: self.looked_at)
+            f"no mail within {wait:g}s", hint="listen again"),
+            keys=lambda: self.looked_at)
 
     def _heard(self, boxes: dict) -> None:
         told = self.who.recall("heard")
@@ -13309,7 +13324,7 @@ class Mail(Mailbox):
         return self.until(look, wait, lambda: TimedOut(
             f"no answer from {shown(to)} within {wait:g}s", id=again, question=question,
             hint=f"go on waiting: the same ask with --id {again}"),
-            lambda: list(map(self.prefix_of, names)))
+            keys=lambda: list(map(self.prefix_of, names)))
 
     def _since(self, name: str, since: float, seen: set) -> list:
         """Messages of a stream from a time on; their keys are added to `seen`, and
@@ -13342,7 +13357,7 @@ class Mail(Mailbox):
             f"{', '.join(map(shown, missing))} did not acknowledge within {wait:g}s",
             id=again, missing=missing,
             hint=f"go on waiting: the same send with --id {again}"),
-            lambda: [f"messages/{agent}/_acks/{leaf}" for agent in missing])
+            keys=lambda: [f"messages/{agent}/_acks/{leaf}" for agent in missing])
 
 
 def _same_text(sent: dict, text: str, op: str) -> dict:
@@ -17337,7 +17352,7 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
     """
     usual = idle_pause if interval is None else lambda tries: interval
     pace, away, came = Pace(ledger, wait, usual=usual), None, False
-    pace.tries = 1  # the first look is an idle one
+    pace.tries = 1  # the first look tells what was there: it counts as an idle one
     while True:
         try:
             rows = look(max(1.0, min(LOOK, pace.left)))
