@@ -22873,7 +22873,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_written(hub_server, nativel
         natively.upload("f", str(tmp_path / "none"))
 
 
-def test_a_broken_download_goes_on_where_it_broke(hub_server, natively, tmp_path):
+def test_a_download_from_the_hub_goes_on_where_it_broke(hub_server, natively, tmp_path):
     data = random.Random(4).randbytes(300_000)
     natively.put("k", data)
     hub_server.fault("truncate", origin="bytes")
@@ -22974,73 +22974,69 @@ def test_the_hubs_own_client_reads_what_we_wrote_and_we_what_it_wrote(
 #
 # The gateway against the Hub of our own: what S3 is not there, what one request
 # settles, who sees the bucket, and where the token may go.
-# == The Hub of our own, tried =========================================
-#
-# First by hand, what it refuses above all; then by the real clients, whose view of
-# the service it must share. These run as processes with an environment of their own.
 
 
 @pytest.fixture
-def hub():
+def hfhub():
     with HubServer() as server:
         server.bucket("alice/b")
         yield server
 
 
-def hf_project(hub, agent="ada", *, url="hf://alice/b/p", native=True, gateway=True,
+def hf_project(hfhub, agent="ada", *, url="hf://alice/b/p", native=True, gateway=True,
                deadline=20, **environ):
     """A Project by the Hub's own API, by the gateway, or both."""
     warned = []
     project = tracecraft.connect(
         url, agent=agent, warn=warned.append, cwd="/", deadline=deadline,
-        environ={**hub.env(native=native, gateway=gateway), **environ})
+        environ={**hfhub.env(native=native, gateway=gateway), **environ})
     project.warned = warned
     project.store.verdict = project.store.verdict or {
         "atomic": True, "dialect": "quoted", "why": "", "at": ""}
     return project
 
 
-def hf_asked(hub):
+def hf_asked(hfhub):
     """["METHOD key"] since the last call; the bytes of the CDN as "bytes"."""
     asked = ["bytes" if req.origin == "bytes" else f"{req.method} {req.key}"
-             if req.origin == "gateway" else f"{req.method} {req.path}" for req in hub.log]
-    hub.log.clear()
+             if req.origin == "gateway" else f"{req.method} {req.path}" for req in hfhub.log]
+    hfhub.log.clear()
     return asked
 
 
-def test_commands_cost_a_gateway_few_requests(hub):
-    ada = hf_project(hub, native=False)
+def test_commands_cost_a_gateway_few_requests(hfhub):
+    ada = hf_project(hfhub, native=False)
     ada.claim("s")
-    assert len(hf_asked(hub)) == 2
-    refused(tracecraft.Held, hf_project(hub, "bob").claim, "s")
-    assert len(hf_asked(hub)) <= 5  # the answer comes from a CDN, the age from a HEAD
+    assert len(hf_asked(hfhub)) == 2
+    refused(tracecraft.Held, hf_project(hfhub, "bob").claim, "s")
+    assert len(hf_asked(hfhub)) <= 5  # the answer comes from a CDN, the age from a HEAD
     ada.memory.set("k", "v")
-    assert len(hf_asked(hub)) == 3
-    assert ada.memory.get("k")["value"] == "v" and len(hf_asked(hub)) == 2
+    assert len(hf_asked(hfhub)) == 3
+    assert ada.memory.get("k")["value"] == "v" and len(hf_asked(hfhub)) == 2
 
 
-def test_a_lost_answer_of_the_gateway_is_settled_by_one_head(hub):
-    ada = hf_project(hub)
-    hub.fault("lose", "PUT", "claim.json")
+def test_a_lost_answer_of_the_gateway_is_settled_by_one_head(hfhub):
+    ada = hf_project(hfhub)
+    hfhub.fault("lose", "PUT", "claim.json")
     assert ada.claim("s").token == 1
-    asked = [line for line in hf_asked(hub) if line.endswith("claim.json")]
+    asked = [line for line in hf_asked(hfhub) if line.endswith("claim.json")]
     assert asked == ["PUT p/steps/s/claim.json", "HEAD p/steps/s/claim.json"]
 
 
-def test_what_has_not_changed_costs_a_gateway_one_head(hub):
-    store = hf_project(hub).store
+def test_what_has_not_changed_costs_a_gateway_one_head(hfhub):
+    store = hf_project(hfhub).store
     etag = store.put("x", b"1").etag
-    hf_asked(hub)
+    hf_asked(hfhub)
     assert store.get("x", if_none_match=etag).body is None
-    assert hf_asked(hub) == ["HEAD p/x"]
+    assert hf_asked(hfhub) == ["HEAD p/x"]
     store.put("x", b"2")
     assert store.get("x", if_none_match=etag).body == b"2"
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_the_etag_of_a_gateway_never_is_the_one_of_a_cdn(hub, told):
-    hub.redirect_etag = told
-    store, body = hf_project(hub).store, b"some bytes"
+def test_the_etag_of_a_gateway_never_is_the_one_of_a_cdn(hfhub, told):
+    hfhub.redirect_etag = told
+    store, body = hf_project(hfhub).store, b"some bytes"
     etag = store.put("x", body).etag
     assert store.get("x").etag == store.head("x").etag == etag == store.etag_of(body)
     assert store.put("x", b"more", if_match=store.get("x").etag).etag
@@ -23049,36 +23045,49 @@ def test_the_etag_of_a_gateway_never_is_the_one_of_a_cdn(hub, told):
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_big_file_comes_back_through_the_cdn(hub, told, tmp_path):
-    hub.redirect_etag = told
-    store, data = hf_project(hub).store, os.urandom(300_000)
+def test_a_big_file_comes_back_through_the_cdn(hfhub, told, tmp_path):
+    hfhub.redirect_etag = told
+    store, data = hf_project(hfhub).store, os.urandom(300_000)
     (tmp_path / "a").write_bytes(data)
     store.upload("x", str(tmp_path / "a"))
-    hub.fault("truncate", "GET", "files", times=1)
+    hfhub.fault("truncate", "GET", "files", times=1)
     with open(tmp_path / "b", "w+b") as file:
         store.download("x", file, size=len(data))
     assert (tmp_path / "b").read_bytes() == data
 
 
-def test_a_gateway_copies_and_signs_urls(hub):
-    store = hf_project(hub).store
+def test_a_gateway_copies_and_signs_urls(hfhub):
+    store = hf_project(hfhub).store
     store.put("a b/%41.txt", b"bytes")
     store.copy("a b/%41.txt", "copy")
     assert store.get("copy").body == b"bytes"
     url = store.presigned("copy", 60)["url"]
-    assert url.startswith(hub.gateway + "/alice/b/p/copy?") and hub.token not in url
+    assert url.startswith(hfhub.gateway + "/alice/b/p/copy?") and hfhub.token not in url
 
 
-def test_one_of_eight_wins_a_claim_at_the_gateway(hub):
-    projects = [hf_project(hub, f"a{n}") for n in range(8)]
+def test_many_steps_are_polled_with_one_request(hfhub):
+    ada = hf_project(hfhub)
+    steps = [f"s{n}" for n in range(40)]
+    for step in steps[:2]:
+        ada.claim(step).complete()
+    hf_asked(hfhub)
+    refused(tracecraft.TimedOut, ada.wait_for, steps, timeout=0)
+    looked = [line for line in hf_asked(hfhub) if "paths-info" in line]
+    assert len(looked) == 1
+    assert ada.wait_for(steps[:2], timeout=0)[0]["state"] == "complete"
+    assert not [line for line in hf_asked(hfhub) if "list" in line]
+
+
+def test_one_of_eight_wins_a_claim_at_the_gateway(hfhub):
+    projects = [hf_project(hfhub, f"a{n}") for n in range(8)]
     for turn in range(3):
         won = together(*(lambda p=p: p.claim(f"s{turn}") for p in projects))
         assert [type(one).__name__ for one in won].count("Claim") == 1
         assert sum(isinstance(one, tracecraft.Held) for one in won) == 7
 
 
-def test_the_way_without_a_key_pair_sees_what_the_gateway_wrote(hub):
-    ada, bob = hf_project(hub), hf_project(hub, "bob", gateway=False)
+def test_the_way_without_a_key_pair_sees_what_the_gateway_wrote(hfhub):
+    ada, bob = hf_project(hfhub), hf_project(hfhub, "bob", gateway=False)
     ada.claim("s").complete(note="done", to="bob")
     ada.memory.set("k", "v")
     assert bob.handoff("s")["note"] == "done" and bob.memory.get("k")["value"] == "v"
@@ -23105,17 +23114,17 @@ def test_half_a_key_pair_is_refused_by_name():
     assert "secret key" in error.message and "HF_S3_ACCESS_KEY_ID" in error.message
 
 
-def test_a_token_is_not_sent_where_only_a_url_says(hub):
-    url = f"hf://alice/b/p?endpoint={hub.url}&gateway={hub.gateway}"
-    environ = {"HF_TOKEN": hub.token}
+def test_a_token_is_not_sent_where_only_a_url_says(hfhub):
+    url = f"hf://alice/b/p?endpoint={hfhub.url}&gateway={hfhub.gateway}"
+    environ = {"HF_TOKEN": hfhub.token}
     error = refused(tracecraft.Denied, lambda: tracecraft.connect(
         url, agent="ada", environ=environ, cwd="/"))
-    assert "HF_ENDPOINT" in error.hint and hub.token not in str(error) and not hub.log
-    environ.update(HF_S3_ACCESS_KEY_ID=hub.keys[0], HF_S3_SECRET_ACCESS_KEY=hub.keys[1])
+    assert "HF_ENDPOINT" in error.hint and hfhub.token not in str(error) and not hfhub.log
+    environ.update(HF_S3_ACCESS_KEY_ID=hfhub.keys[0], HF_S3_SECRET_ACCESS_KEY=hfhub.keys[1])
     project = tracecraft.connect(url, agent="ada", environ=environ, cwd="/")
     project.claim("s")
     assert project.store.visibility() == "private"
-    assert not any(hub.token in str(req.headers) for req in hub.log)
+    assert not any(hfhub.token in str(req.headers) for req in hfhub.log)
 
 
 def test_without_credentials_the_way_to_get_them_is_told():
@@ -23124,69 +23133,69 @@ def test_without_credentials_the_way_to_get_them_is_told():
     assert error.exit == 11 and "hf auth login" in error.hint
 
 
-def hf_shell(tmp_path, hub, **how):
+def hf_shell(tmp_path, hfhub, **how):
     shell = Shell(tmp_path)
-    shell.environ = hub.env(**how)
+    shell.environ = hfhub.env(**how)
     return shell
 
 
-def test_init_creates_a_private_bucket_and_tells_who_sees_it(tmp_path, hub):
-    shell = hf_shell(tmp_path, hub)
+def test_init_creates_a_private_bucket_and_tells_who_sees_it(tmp_path, hfhub):
+    shell = hf_shell(tmp_path, hfhub)
     said = shell.run("init", "--backend", "hf", "--bucket", "alice/new", "--project", "p")
     assert said.returncode == 0 and "alice/new (private)" in said.out, said.err
-    assert hub.buckets["alice/new"].private and "PUBLIC" not in said.err
-    assert hub.count(origin="gateway") < 400  # a probe that an account can afford
+    assert hfhub.buckets["alice/new"].private and "PUBLIC" not in said.err
+    assert hfhub.count(origin="gateway") < 400  # a probe that an account can afford
     assert shell.json("whoami")["agent"] == "ada"
     assert "private" in shell.ok("doctor")
 
 
 @pytest.mark.parametrize("words, warned", [((), True), (("--public",), False)])
-def test_a_public_bucket_is_shouted_about_unless_it_was_meant(tmp_path, hub, words, warned):
-    hub.bucket("alice/open", private=False)
-    shell = hf_shell(tmp_path, hub, gateway=False)
+def test_a_public_bucket_is_shouted_about_unless_it_was_meant(tmp_path, hfhub, words, warned):
+    hfhub.bucket("alice/open", private=False)
+    shell = hf_shell(tmp_path, hfhub, gateway=False)
     said = shell.run("init", "hf://alice/open/p", *words)
     assert said.returncode == 0 and "(PUBLIC)" in said.out
     assert ("WARNING" in said.err) == warned
 
 
-def test_init_with_a_token_alone_warns_and_claims_are_refused(tmp_path, hub):
-    shell = hf_shell(tmp_path, hub, gateway=False)
+def test_init_with_a_token_alone_warns_and_claims_are_refused(tmp_path, hfhub):
+    shell = hf_shell(tmp_path, hfhub, gateway=False)
     said = shell.run("init", "hf://alice/b/p")
     assert said.returncode == 0 and "HF_S3_ACCESS_KEY_ID" in said.err
     shell.ok("memory", "set", "k", "v")
     assert "plain overwrite" not in shell.run("memory", "set", "k", "w").err
     shell.refused(10, "claim", "s")
     assert "advisory" in shell.run("claim", "s", "--allow-advisory").err
-    assert hub.token not in said.out + said.err + str(shell.objects())
+    assert hfhub.token not in said.out + said.err + str(shell.objects())
 
 
-def test_a_token_given_as_a_flag_stays_in_the_config_only(tmp_path, hub):
+def test_a_token_given_as_a_flag_stays_in_the_config_only(tmp_path, hfhub):
     shell = Shell(tmp_path)
-    shell.environ = {"HF_ENDPOINT": hub.url}
-    said = shell.run("init", "hf://alice/b/p", "--hf-token", hub.token)
+    shell.environ = {"HF_ENDPOINT": hfhub.url}
+    said = shell.run("init", "hf://alice/b/p", "--hf-token", hfhub.token)
     assert said.returncode == 0 and "contains credentials" in said.err
     shell.ok("send", "bob", "hi")
-    stored = b"".join(hub.files("alice/b").values())
-    assert hub.token.encode() not in stored and hub.token not in shell.ok("config")
+    stored = b"".join(hfhub.files("alice/b").values())
+    assert hfhub.token.encode() not in stored and hfhub.token not in shell.ok("config")
 
 
 @pytest.mark.parametrize("words", [
     ("init", "s3://b/p", "--public"), ("init", "hf://alice/b/p", "--public", "--private"),
     ("init", "hf://alice"), ("init", "hf://alice/b/p?gateway=x")])
-def test_init_refuses_what_makes_no_sense_at_the_hub(tmp_path, hub, words):
-    hf_shell(tmp_path, hub).refused(2, *words)
-    assert not hub.log
+def test_init_refuses_what_makes_no_sense_at_the_hub(tmp_path, hfhub, words):
+    hf_shell(tmp_path, hfhub).refused(2, *words)
+    assert not hfhub.log
 
 
-def test_a_missing_bucket_is_not_created_without_a_token(tmp_path, hub):
-    said = hf_shell(tmp_path, hub, native=False).refused(2, "init", "hf://alice/none/p")
-    assert "HF_TOKEN" in said and "alice/none" not in hub.buckets
+def test_a_missing_bucket_is_not_created_without_a_token(tmp_path, hfhub):
+    said = hf_shell(tmp_path, hfhub, native=False).refused(2, "init", "hf://alice/none/p")
+    assert "HF_TOKEN" in said and "alice/none" not in hfhub.buckets
 
 
-def test_wrong_keys_are_told_where_others_come_from(hub):
-    hub.keys = ("HFAKWRONG", "x" * 20)
-    project = hf_project(hub, native=False)
-    hub.keys = ("HFAKOTHER", "y" * 20)
+def test_wrong_keys_are_told_where_others_come_from(hfhub):
+    hfhub.keys = ("HFAKWRONG", "x" * 20)
+    project = hf_project(hfhub, native=False)
+    hfhub.keys = ("HFAKOTHER", "y" * 20)
     error = refused(tracecraft.Denied, project.claim, "s")
     assert "HF_S3_ACCESS_KEY_ID" in error.hint and "x" * 20 not in str(vars(error))
 
@@ -23213,11 +23222,11 @@ FRAGILE = {
 
 
 @pytest.mark.parametrize("verb", FRAGILE)
-def test_a_crash_at_any_request_to_the_gateway_is_understood_afterwards(hub, verb):
+def test_a_crash_at_any_request_to_the_gateway_is_understood_afterwards(hfhub, verb):
     for number in range(1, 12):
         for when in ("before", "after") if verb == "claim" else ("after",):
             url = f"hf://alice/b/{verb}-{number}-{when}"
-            ada = hf_project(hub, url=url, TRACECRAFT_INSTANCE="one")
+            ada = hf_project(hfhub, url=url, TRACECRAFT_INSTANCE="one")
             ada.claim("t")
             ada.store.__class__ = FragileGateway
             ada.store.at, ada.store.when = number, when
@@ -23226,10 +23235,20 @@ def test_a_crash_at_any_request_to_the_gateway_is_understood_afterwards(hub, ver
                 return
             except Crash:
                 pass
-            again = hf_project(hub, url=url, TRACECRAFT_INSTANCE="one")
+            again = hf_project(hfhub, url=url, TRACECRAFT_INSTANCE="one")
             again.who.held.update(ada.who.held)
             FRAGILE[verb](again)
             assert tracecraft.diagnose(again, fix=True)["ok"], (number, when)
+
+
+# == The Hub of our own, tried =========================================
+#
+# First by hand, what it refuses above all; then by the real clients, whose view of
+# the service it must share. These run as processes with an environment of their own.
+
+
+@pytest.fixture
+def hub():
     with HubServer(page=2, ping=0.05, events="on") as hub:
         hub.bucket("alice/b")
         yield hub
@@ -24022,6 +24041,8 @@ def test_soak_the_book_agrees_with_hf_xet_on_anything(tmp_path):
         wanted.append(xet_of(body))
     with HubServer() as hub:
         assert client_of(hub, tmp_path, HASH_CLIENT, "hf-xet").split() == wanted
+
+
 # == BLAKE3 and Xet ====================================================
 #
 # Expected values: BLAKE3's test_vectors.json and reference library; hf_xet 1.8.0,
