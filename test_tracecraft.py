@@ -21065,7 +21065,8 @@ VOLATILE = (
     (r"\b\d+(s\b|m ago\b|h ago\b| ms\b)", "N\\1"),  # ages, time left, durations
     (r"--wait \d+", "--wait N"),
 )
-STANDINS = {"store": "https://s3.example.com", "here": "/home/ada/shop"}
+STANDINS = {"store": "https://s3.example.com", "here": "/home/ada/shop",
+            "token": "hf_yourtoken", "key": "HFAKYOURKEY", "secret": "yoursecret"}
 
 
 def readme():
@@ -21108,14 +21109,15 @@ class Shell_20:
     """Runs the commands of one block: PATH, HOME and nothing else in the environment,
     exports kept from one command to the next, $? as well."""
 
-    def __init__(self, root, endpoint, launcher):
+    def __init__(self, root, endpoint, launcher, hub):
         root = root.resolve()
         self.here, home = root / "shop", root / "home"
         for folder in (self.here, home):
             folder.mkdir()
         path = f"{os.path.dirname(launcher)}:{os.environ['PATH']}"
-        self.env = {"HOME": str(home), "PATH": path}
-        self.real = {"store": endpoint, "here": str(self.here)}
+        self.env = {"HOME": str(home), "PATH": path, **hub.env(False, False)}
+        self.real = {"store": endpoint, "here": str(self.here), "token": hub.token,
+                     "key": hub.keys[0], "secret": hub.keys[1]}
         self.before, self.code = "", 0
 
     def run(self, command):
@@ -21137,12 +21139,12 @@ class Shell_20:
 
 @pytest.fixture(scope="module")
 def readme_world(tmp_path_factory):
-    """(endpoint of an S3 server, launcher as `install` puts it on PATH)."""
+    """(endpoint of an S3 server, launcher as `install` puts it on PATH, a Hub)."""
     root = tmp_path_factory.mktemp("installed")
     launcher = str(root / "bin" / "tracecraft")
     tracecraft.install(launcher, str(root / "share" / "tracecraft.py"))
-    with S3Server() as server:
-        yield server.url, launcher
+    with S3Server() as server, HubServer(user="ada") as hub:
+        yield server.url, launcher, hub
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the transcripts are of a POSIX shell")
@@ -23167,6 +23169,14 @@ def test_init_with_a_token_alone_warns_and_claims_are_refused(tmp_path, hfhub):
     shell.refused(10, "claim", "s")
     assert "advisory" in shell.run("claim", "s", "--allow-advisory").err
     assert hfhub.token not in said.out + said.err + str(shell.objects())
+
+
+def test_a_key_made_after_init_is_used_at_once(tmp_path, hfhub):
+    shell = hf_shell(tmp_path, hfhub, gateway=False)
+    shell.ok("init", "hf://alice/b/p")
+    shell.refused(10, "claim", "s")
+    shell.environ = hfhub.env()
+    assert "Claimed" in shell.ok("claim", "s")
 
 
 def test_a_token_given_as_a_flag_stays_in_the_config_only(tmp_path, hfhub):

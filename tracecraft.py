@@ -9067,8 +9067,11 @@ class Verdicts:
         return verdict if isinstance(verdict, dict) and "atomic" in verdict else None
 
     def save(self, verdict: dict) -> None:
-        """Keep a verdict, where there is local state."""
-        if self._state:
+        """Keep a verdict, where there is local state.
+
+        Not that of a way without conditions: with a key the same bucket has them.
+        """
+        if self._state and verdict.get("cas") is not False:
             self._state.set(self._name, verdict)
 
 
@@ -16486,6 +16489,7 @@ class Project:
         The verdict; Unsafe when the store cannot arbitrate and that is not allowed.
         Keys: CAS _project.json, agents/<me>.json, _probe/…"""
         self.store.ensure(**({"public": True} if public else {}))
+        self.ledger.first("plain")  # who called this tells what the store lacks
         verdict = self.store.verdict
         if verdict is None or (probe and self.store.kind != "file"):
             verdict = probe_store(self.store, races=races)
