@@ -22107,6 +22107,18 @@ def test_throughput(s, record_property):
 # The Hub's own API has no compare-and-set: what has one writer goes on, what must have
 # one winner is refused, a repeated --id is still one message.
 
+B3_KEY = b"whats the Elvish word for friend"
+B3_PATTERN = bytes(range(251)) * 1600
+B3_HASHES = dict(pair.split(":") for pair in """
+0:92b2b75604ed3c76 1:6d7878dfff2f4856 2:5392ddae0e0a69d5 63:bb1eb5d4afa793c1
+64:ba8ced36f327700d 65:c0a4edefa2d2accb 127:c64200ae7dfaf355 128:b04fe15577457267
+129:d4a64dae6cdccbac 1023:c951ecdf03288d0f 1024:75c46f6f3d9eb4f5 1025:357dc55de0c7e382
+2047:0e872f791bb2e9be 2048:879cf1fa2ea0e791 2049:9f29700902f7c86e 3072:044a0e7b172a312d
+3073:68dede9bef00ba89 4096:befc660aea2f1718 4097:00df940cd36bb9fa 5120:2c493e48e9b9bf31
+5121:6ccf1c34753e7a04 6145:9ac301e9e39e45e3 7168:b42835e40e9d4a7f 7169:ed9b1a922c046fdb
+8192:dc9637c8845a770b 8193:954a2a75420c8d65 16384:9e9fc4eb7cf081ea
+31744:efa53b389ab67c59 65537:8f9e30b67fc0c4c1 102400:1c35d1a5811083fd
+400000:c7fe0f3e09d64c8a""".split())
 
 class PlainStore(MemoryStore):
     """A memory store whose every conditional write is refused without a request."""
@@ -24260,6 +24272,33 @@ def test_what_we_send_is_what_the_official_client_sends(rule, file, root, shard,
         assert tracecraft.xet_text(tracecraft.merkle_root(entries))[:16] == root
 
 
+def root_one_by_one(entries):
+    """The tree's rule, one entry after the other."""
+    while len(entries) > 1:
+        above, group = [], []
+        for number, (name, size) in enumerate(entries, 1):
+            group.append((name, size))
+            divisible = int.from_bytes(name[24:], "little") % 4 == 0
+            if len(group) >= 3 and divisible or len(group) == 9 or number == len(entries):
+                text = "".join(f"{tracecraft.xet_text(member)} : {size}\n"
+                               for member, size in group)
+                above.append((tracecraft.keyed_hash(tracecraft.NODE_KEY, text.encode()),
+                              sum(size for _, size in group)))
+                group = []
+        entries = above
+    return entries[0][0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_the_tree_end_where_a_hash_says_so(seed):
+    """Hashes that end a group are made rare: of 3 to 9 members, all sizes come up."""
+    dice = random.Random(seed)
+    for count in (1, 2, 3, 9, 10, 19, 60):
+        entries = [(dice.randbytes(24) + bytes([dice.choice(b"\0\1\2\3\5\6\7")]) +
+                    dice.randbytes(7), dice.randrange(131073)) for _ in range(count)]
+        assert tracecraft.merkle_root(entries) == root_one_by_one(entries)
+
+
 @pytest.mark.brief
 def test_the_etag_of_an_object_at_the_gateway_is_its_file_hash():
     """The one value that a live service gave; the rest of its log does not matter."""
@@ -24367,6 +24406,30 @@ def test_every_file_comes_back_from_xorbs_and_shards(seed):
         assert len(body) <= limit or len(xorb_chunks(body)) == 1
     chunks = [chunk for _, body in xorbs for chunk in xorb_chunks(body)]
     assert len(chunks) == len(set(chunks))
+
+
+def short_chunks(marks):
+    """Bytes that are cut into chunks of 8 KiB, one for each mark."""
+    return b"".join(bytes([mark]) * 8_000 + bytes(189) + bytes.fromhex("0692b7")
+                    for mark in marks)
+
+
+@pytest.mark.parametrize("limit, chunks", [(16_400, [2, 2]), (16_399, [1] * 4)])
+def test_a_xorb_takes_what_fits_and_not_a_byte_more(limit, chunks):
+    _, xorbs, _ = pack_all([short_chunks(b"abcd")], xorb_bytes=limit)
+    assert [len(xorb_chunks(body)) for _, body in xorbs] == chunks
+
+
+def test_runs_of_chunks_are_of_one_xorb_and_in_order():
+    """ad and ab: the second place follows the first by its number, not by its xorb."""
+    files = [short_chunks(marks) for marks in (b"abcd", b"ad", b"abc", b"ba", b"aa")]
+    pack, xorbs, shards = pack_all(files, xorb_bytes=16_400)
+    assert unpack_all(xorbs, shards) == dict(zip(pack.hashes, files))
+    records, _ = shard_records(shards[0])
+    runs = [[term[2:4] for term in records[tracecraft.xet_bytes(name)]]
+            for name in pack.hashes]
+    assert runs == [[(0, 2), (0, 2)], [(0, 1), (1, 2)], [(0, 2), (0, 1)],
+                    [(1, 2), (0, 1)], [(0, 1), (0, 1)]]
 
 
 @pytest.mark.brief

@@ -4165,7 +4165,7 @@ def _group_size(entries: list) -> int:
     8 bytes, as a number, are divisible by 4 ends the group; the ninth always does.
     """
     if len(entries) > 2:
-        for size, (name, _) in enumerate(entries[2:9], 3):
+        for size, (name, _) in enumerate(entries[2:8], 3):
             if name[24] & 3 == 0:
                 return size
     return min(len(entries), 9)
