@@ -18603,18 +18603,20 @@ def test_soak_histories_with_faults_keep_every_invariant():
     rng = random.Random(seed)
     while time.monotonic() < until:
         with S3Server() as server:
-            soak_round(server, rng)
+            soak_round(server, "s3://bucket/p?endpoint=" + server.url, rng)
+        with HubServer(redirect_etag=rng.random() < 0.5) as hub:
+            hub.bucket("alice/b")
+            soak_round(hub, "hf://alice/b/p", rng, origin="gateway")
 
 
-def soak_round(server, rng):
+def soak_round(server, url, rng, **where):
     """Three agents claim, count and write to each other while answers get lost."""
     kinds = ["refuse", "lose", "reset", "reset_after", 409, 429, 500, 503, "truncate"]
-    stores = [s3_store("s3://bucket/p?endpoint=" + server.url, server.env(), "p")
-              for _ in range(3)]
+    stores = [s3_store(url, server.env(), "p") for _ in range(3)]
     agents = [project_on(store, f"a{at}") for at, store in enumerate(stores)]
     for _ in range(25):
         server.fault(rng.choice(kinds), method=rng.choice(["PUT", "GET"]), key="p/",
-                     skip=rng.randrange(12))
+                     skip=rng.randrange(12), **where)
     wins, counts = [], []
 
     def work(project):
@@ -23220,6 +23222,28 @@ def test_wrong_keys_are_told_where_others_come_from(hfhub):
     hfhub.keys = ("HFAKOTHER", "y" * 20)
     error = refused(tracecraft.Denied, project.claim, "s")
     assert "HF_S3_ACCESS_KEY_ID" in error.hint and "x" * 20 not in str(vars(error))
+
+
+@pytest.mark.soak
+def test_soak_the_drill_holds_at_a_gateway_in_trouble(tmp_path, hfhub):
+    shell, rng, over = hf_shell(tmp_path, hfhub), random.Random(7), threading.Event()
+    shell.ok("init", "hf://alice/b/p")
+
+    def trouble():
+        while not over.wait(0.2):
+            hfhub.fault(rng.choice(["lose", "reset", "reset_after", 500, 503]),
+                        rng.choice(["GET", "PUT"]), origin="gateway")
+            while any(fault.times > 0 for fault in hfhub.faults) and not over.wait(0.05):
+                pass
+    thread = threading.Thread(target=trouble, daemon=True)
+    thread.start()
+    try:
+        done = shell.run("drill", "--store", "hf://alice/b/drill", "--agents", "4",
+                         "--rounds", "2")
+    finally:
+        over.set()
+        thread.join()
+    assert done.returncode == 0, done.out + done.err
 
 
 class FragileGateway(tracecraft.GatewayStore):
