@@ -50,14 +50,15 @@ Contents (grep -n '^# == ' prints them with line numbers):
   49 Artifacts               50 Reservations            51 Runs
   52 Artifact trees          53 Queue reader            54 Queues
   55 Project                 56 Context                 57 Views
-  58 Timeline                59 Housekeeping            60 Archive
-  61 Doctor                  62 Trials                  63 Drill
-  64 Bench                   65 Rows                    66 Commands under a lease
-  67 Step commands           68 Task commands           69 Lock commands
-  70 Memory commands         71 Artifact commands       72 Reservation commands
-  73 Commands of presence, views and set-up  74 House commands
-  75 Commands of mail        76 Run commands            77 Queue commands
-  78 Command line
+  58 Timeline                59 Digest                  60 Notes
+  61 Housekeeping            62 Archive                 63 Doctor
+  64 Trials                  65 Drill                   66 Bench
+  67 Rows                    68 Commands under a lease  69 Step commands
+  70 Task commands           71 Lock commands           72 Memory commands
+  73 Artifact commands       74 Reservation commands
+  75 Commands of presence, views and set-up  76 House commands
+  77 Commands of digest and notes  78 Commands of mail
+  79 Run commands            80 Queue commands          81 Command line
 """
 
 from __future__ import annotations
@@ -17396,7 +17397,494 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest(keys if interval is None else ())
 
 
-# == 59. Housekeeping ==================================================
+# == 59. Digest ========================================================
+#
+# What was done, decided, found, failed and is left open, as Markdown that a person or a
+# model can act on. Each line ends with the record it comes from, as [key@rev]; whoever
+# cites such a mark can be checked. Text of agents is quoted, never taken as Markdown.
+
+DIGEST_TITLES = ("Done", "Decided", "Found", "Failed, and what became of it",
+                 "Left open", "Agreed values", "Runs")
+QUOTED = 300  # characters of one text that a line of the digest repeats
+MAIL_READ = 500  # of the newest messages, those looked at for decisions and questions
+
+
+def quoted(text: object, limit: int = QUOTED) -> str:
+    """`text` on one line, with nothing in it that Markdown or a citation could be.
+
+    >>> quoted("see [x@1] <b>")
+    'see \\\\[x@1] &lt;b>'
+    """
+    line = shown(one_line(text, limit)).replace("\\", "\\\\")
+    for char in "[`*_":
+        line = line.replace(char, "\\" + char)
+    return line.replace("<", "&lt;")
+
+
+def citation(key: str, doc: dict) -> str:
+    """The mark of a record. What clients of 0.2 wrote has no rev: 0."""
+    return f"[{key}@{number(doc, 'rev')}]"
+
+
+def cited(text: str) -> dict:
+    """{key: {revs}} of the marks in `text`, in their order."""
+    import re
+    found: dict = {}
+    for key, rev in re.findall(r"(?<!\\)\[([^\[\]@\s\\]+)@(\d{1,18})\]", text):
+        found.setdefault(key, set()).add(int(rev))
+    return found
+
+
+def hand_off_lines(key: str, claim: dict) -> list:
+    """[(title, line)] of what the hand-offs of a claim found and warn of."""
+    out, mark = [], citation(key, claim)
+    for note in dicts(claim, "handoffs"):
+        by = quoted(word(note, "from_agent") or "unknown", 60)
+        for name, verb in (("findings", "found"), ("warnings", "warns")):
+            items = note.get(name) if isinstance(note.get(name), list) else ()
+            out += [("Found", f"{by} {verb}: {quoted(item_text(item))} {mark}")
+                    for item in items]
+    return out
+
+
+def step_line(sid: str, claim: dict, title: str) -> str:
+    """A step in words: its name, who had it, in which attempt, what the note says."""
+    notes = dicts(claim, "handoffs")
+    note = notes[-1] if notes else {}
+    tries = number(claim, "attempt", 1)
+    said = word(note, "note") or word(claim, "note")
+    return f"**{quoted(sid, 80)}**" + (f" ({quoted(title, 80)})" if title else "") \
+        + f" by {quoted(claim.get('agent') or 'unknown', 60)}" \
+        + (f", attempt {tries}" if tries > 1 else "") \
+        + (f": {quoted(said)}" if said else "")
+
+
+def step_lines(sid: str, claim: dict | None, spec: dict | None) -> list:
+    """[(title, line)] of one step: its state, and how its failures ended."""
+    key, title = f"steps/{sid}/claim.json", word(spec or {}, "title")
+    if claim is None:
+        mark = citation(f"steps/{sid}/spec.json", spec or {})
+        needs = ", ".join(quoted(need, 60) for need in texts(spec or {}, "needs"))
+        return [("Left open", f"**{quoted(sid, 80)}** is not begun"
+                 + (f" ({quoted(title, 80)})" if title else "")
+                 + (f"; needs {needs}" if needs else "") + f" {mark}")]
+    state, mark = state_of(claim), citation(key, claim)
+    line = step_line(sid, claim, title)
+    out = [("Done", f"{line} {mark}")] if state == "complete" else [
+        ("Left open", f"{line}; {state.replace('_', ' ')} {mark}")]
+    notes = dicts(claim, "handoffs")
+    if notes and word(notes[-1], "next_action"):
+        to = word(notes[-1], "next_agent")
+        out.append(("Left open", f"after {quoted(sid, 80)}"
+                    + (f", for {quoted(to, 60)}" if to else "")
+                    + f": {quoted(notes[-1]['next_action'])} {mark}"))
+    return out + trouble_lines(sid, claim) + judged_lines(sid, claim) \
+        + hand_off_lines(key, claim)
+
+
+def trouble_lines(sid: str, claim: dict) -> list:
+    """[(title, line)] for each failure and takeover, with what came of it."""
+    key, out = f"steps/{sid}/claim.json", []
+    rows = transitions("claim", sid, claim, step=sid)
+    for at, row in enumerate(rows):
+        bad = row["what"] in ("failed", "blocked", "rejected", "took over")
+        if not bad:
+            continue
+        later = [r for r in rows[at + 1:] if r["what"] in ("completed", "approved")]
+        became = f"solved by {quoted(later[-1]['agent'], 60)}" if later \
+            else f"now {state_of(claim).replace('_', ' ')}"
+        said = [word(note, "note") for note in dicts(claim, "handoffs")
+                if number(note, "token") == row.get("token")] or [row.get("why") or ""]
+        why = f" ({quoted(said[-1])})" if said[-1] not in ("", "ended") else ""
+        out.append(("Failed, and what became of it",
+                    f"{quoted(row['agent'], 60)} {row['what']} {quoted(sid, 80)}{why};"
+                    f" {became} {citation(key, claim)}"))
+    return out
+
+
+def judged_lines(sid: str, claim: dict) -> list:
+    """[(title, line)] of the verdicts of reviewers."""
+    return [("Decided", f"{quoted(row['agent'], 60)} {row['what']} {quoted(sid, 80)}"
+             f" {citation(f'steps/{sid}/claim.json', claim)}")
+            for row in transitions("claim", sid, claim, step=sid)
+            if row["what"] in ("approved", "rejected", "forced")]
+
+
+def memory_line(key: str, doc: dict) -> tuple:
+    """(title, line) of a memory key; one named a decision is one."""
+    name = key[len("memory/"):-len(".json")].replace("/", ".")
+    by = quoted(word(doc, "set_by") or "unknown", 60)
+    decided = any(part.startswith(("decision", "decided", "adr"))
+                  for part in name.lower().split("."))
+    return "Decided" if decided else "Agreed values", \
+        f"{quoted(name, 120)} = {quoted(doc.get('value'))} (by {by})" \
+        f" {citation(key, doc)}"
+
+
+def mail_line(key: str, doc: dict, *, answered: bool) -> tuple | None:
+    """(title, line) of a message that decides something or still wants an answer."""
+    who = f"{quoted(word(doc, 'from') or 'unknown', 60)} to" \
+        f" {quoted(key.split('/')[1], 60)}"
+    said = f"{quoted(word(doc, 'subject', 'message'))} {citation(key, doc)}"
+    if word(doc, "kind") == "decision":
+        return "Decided", f"{who}: {said}"
+    asks = doc.get("ack") is True or word(doc, "kind") in ("question", "ask")
+    return ("Left open", f"{who}, unanswered: {said}") if asks and not answered \
+        else None
+
+
+def run_line(key: str, doc: dict) -> tuple:
+    """(title, line) of a run: its state and last figures."""
+    run, last = key.split("/")[1], doc.get("summary")
+    figures = ", ".join(f"{quoted(name, 40)} {quoted(value, 40)}"
+                        for name, value in list(last.items())[:6]) \
+        if isinstance(last, dict) else ""
+    return "Runs", f"{quoted(run, 80)} by {quoted(word(doc, 'agent'), 60)}," \
+        f" {quoted(word(doc, 'status') or 'under way', 40)}" \
+        + (f": {figures}" if figures else "") + f" {citation(key, doc)}"
+
+
+class Digest:
+    """The lines of a digest under their titles. records: {key: rev} of what they cite.
+
+    since: seconds since 1970; what was not written since is left out, but open work
+    never is. step: only what belongs to this step, "" for all.
+    """
+
+    def __init__(self, project: object, *, since: float = 0.0, step: str = "") -> None:
+        self.ledger, self.name = project.ledger, project.settings.project
+        self.since, self.step, self.damaged = since, step, []
+        self.lines: dict = {title: [] for title in DIGEST_TITLES}
+
+    def gather(self) -> Digest:
+        """Read everything: a listing for each kind of record, the records at once."""
+        self._steps()
+        if not self.step:
+            self._take("memory/", lambda key, doc: [memory_line(key, doc)] if live(
+                doc, self.ledger.now()) and not doc.get("deleted_at") else [],
+                skip="memory/_")
+        self._mail()
+        self._take("runs/", lambda key, doc: [run_line(key, doc)] if self.step in (
+            "", word(doc, "step")) else [], leaf="meta.json")
+        return self
+
+    def add(self, rows: list, fresh: bool) -> None:
+        """Take (title, line) pairs; of what is not fresh only open work."""
+        for title, line in rows:
+            if fresh or title == "Left open":
+                self.lines[title].append(line)
+
+    def _fresh(self, entry: object) -> bool:
+        return entry.modified is None or entry.modified >= self.since
+
+    def _steps(self) -> None:
+        prefix = f"steps/{self.step}/" if self.step else "steps/"
+        files = step_files(self.ledger.list(prefix).entries)
+        names = ("claim.json", "spec.json", "status.json")
+        keys = [files[sid][leaf].key for sid in files for leaf in names
+                if leaf in files[sid]]
+        found, damaged = read_sound(self.ledger, keys)
+        self.damaged += damaged
+        for sid, leaves in files.items():
+            claim, spec, status = (found.get(f"steps/{sid}/{leaf}") for leaf in names)
+            doc = adopt(claim and claim.doc, status and status.doc,
+                        status and status.stamp)
+            if doc is not None or spec is not None:
+                fresh = any(self._fresh(leaves[leaf]) for leaf in names
+                            if leaf in leaves)
+                self.add(step_lines(sid, doc, spec and spec.doc), fresh)
+
+    def _take(self, prefix: str, lines: object, *, skip: str = "",
+              leaf: str = ".json") -> None:
+        """Add lines(key, doc) of every fresh record under `prefix`."""
+        keys = [e.key for e in self.ledger.list(prefix).entries if e.key.endswith(leaf)
+                and self._fresh(e) and not (skip and e.key.startswith(skip))]
+        found, damaged = read_sound(self.ledger, keys)
+        self.damaged += damaged
+        for key, record in found.items():
+            self.add(lines(key, record.doc), True)
+
+    def _mail(self) -> None:
+        entries = self.ledger.list("messages/").entries
+        answered = {e.key.rpartition("/")[2] for e in entries if "/_acks/" in e.key}
+        keys = [e.key for e in entries if self._fresh(e) and is_leaf(
+            e.key.partition("/")[2].partition("/")[2])]
+        keys.sort(key=lambda key: event_parts(key.rpartition("/")[2])[0] or 0)
+        found, damaged = read_sound(self.ledger, keys[-MAIL_READ:])
+        self.damaged += damaged
+        replied = {word(r.doc, "reply_to") for r in found.values()} - {""}
+        for key, record in found.items():
+            doc = record.doc
+            done = key.rpartition("/")[2] in answered or word(doc, "id") in replied
+            row = mail_line(key, doc, answered=done)
+            if row and self.step in ("", word(doc, "step")):
+                self.add([row], True)
+
+    def text(self) -> str:
+        """The digest as Markdown."""
+        head = f"# {quoted(self.name, 120)}: what happened"
+        head += f" at {quoted(self.step, 80)}" if self.step else ""
+        head += f", since {iso(self.since)[:19]}Z" if self.since else ""
+        out = [head, "", "Each line ends with the record it comes from: [key@rev]."]
+        for title, lines in self.lines.items():
+            if lines:
+                out += ["", f"## {title}", "", *(f"- {line}" for line in lines)]
+        out += ["", f"{len(self.damaged)} damaged records were left out: `doctor`"
+                " names them."] * bool(self.damaged)
+        return "\n".join(out if any(self.lines.values()) else
+                         [head, "", "Nothing happened."]) + "\n"
+
+
+def unknown_citations(ledger: Ledger, text: str) -> list:
+    """The marks in `text` whose record is not there, or never had that rev."""
+    marks, out = cited(text), []
+    for record in ledger.read_many(list(marks)):
+        newest = None if record.doc is None else number(record.doc, "rev")
+        out += [f"[{record.key}@{rev}]" for rev in sorted(marks[record.key])
+                if newest is None or rev > newest or (rev == 0) != (newest == 0)]
+    return out
+
+
+# == 60. Notes =========================================================
+#
+# Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
+# proposed by whoever promotes them, accepted by whoever reviews the change. Front matter
+# is a subset of YAML whose values are JSON, so that both can read it.
+
+NOTE_TYPES = ("rule", "decision", "fact", "skill", "howto")
+NOTE_STATES = ("proposed", "accepted", "rejected", "superseded")
+NOTE_FIELDS = ("type", "title", "status", "author", "date", "sources")
+NOTE_BYTES = 1 << 20  # a note longer than this is none of ours
+
+
+def source_text(key: str, doc: dict) -> str:
+    """What a record says, as Markdown: this is promoted, and its digest compared."""
+    if key.startswith("memory/"):
+        return str(doc.get("value", ""))
+    if key.startswith("messages/"):
+        return word(doc, "message")
+    notes = dicts(doc, "handoffs") or ([doc] if word(doc, "note") else [])
+    lines = []
+    for note in notes[-1:]:
+        lines += [word(note, "note"), word(note, "next_action")]
+        for name in ("findings", "warnings"):
+            items = note.get(name) if isinstance(note.get(name), list) else ()
+            lines += [f"- {item_text(item)}" for item in items]
+    return "\n".join(line for line in lines if line)
+
+
+def source_author(doc: dict) -> str:
+    """Who wrote what source_text() tells."""
+    notes = dicts(doc, "handoffs")
+    return word(notes[-1], "from_agent") if notes else \
+        word(doc, "set_by", "from", "from_agent", "agent") or "unknown"
+
+
+def text_sha256(text: str) -> str:
+    """The digest by which a note knows its source again."""
+    import hashlib
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def note_text(front: dict, body: str) -> bytes:
+    """A note as a file: front matter, title, body."""
+    import json
+    lines = ["---"]
+    for name, value in front.items():
+        if name != "sources":
+            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+            continue
+        lines.append("sources:")
+        lines += ["  - " + json.dumps(source, ensure_ascii=False) for source in value]
+    body = body.strip("\n")
+    return "\n".join([*lines, "---", "", f"# {front['title']}", "", body, ""]).encode(
+        "utf-8", "backslashreplace")
+
+
+def parse_note(data: bytes) -> tuple:
+    """(front matter, body) of a note; ({}, text) of a file without front matter.
+
+    Values are JSON, or plain words as people write them. Corrupt: it does not end.
+    """
+    text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+    if not text.startswith("---\n"):
+        return {}, text
+    head, end, body = text[4:].partition("\n---\n")
+    if not end:
+        raise Corrupt("its front matter does not end with a line '---'")
+    front, inside = {}, ""
+    for line in head.split("\n"):
+        if line.startswith("  - ") and inside:
+            front[inside].append(plain_value(line[4:]))
+        elif line.strip() and not line.startswith("#"):
+            name, colon, value = line.partition(":")
+            if not colon or name != name.strip() or not name:
+                raise Corrupt(f"front matter line {shown(line[:60])!r} is no 'name:"
+                              " value'")
+            inside = "" if value.strip() else name
+            front[name] = plain_value(value) if value.strip() else []
+    return front, body
+
+
+def plain_value(text: str) -> object:
+    """A JSON value, or the text itself where it is none."""
+    import json
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip()
+
+
+def note_faults(front: dict) -> list:
+    """What is wrong with the front matter of a note, in words."""
+    out = [f"{name} is missing" for name in NOTE_FIELDS if not front.get(name)]
+    for name, allowed in (("type", NOTE_TYPES), ("status", NOTE_STATES)):
+        if front.get(name) and front[name] not in allowed:
+            out.append(f"{name} {shown(str(front[name])[:40])!r} is none of"
+                       f" {', '.join(allowed)}")
+    when = front.get("date")
+    if when and (not isinstance(when, str) or parse_iso(f"{when}T00:00:00Z") is None):
+        out.append(f"date {shown(str(when)[:40])!r} is not YYYY-MM-DD")
+    sources = front.get("sources")
+    for source in sources if isinstance(sources, list) else ():
+        sound = isinstance(source, dict) and word(source, "key") \
+            and word(source, "sha256") and type(source.get("rev")) is int
+        if not sound:
+            out.append("a source has no key, rev or sha256")
+    if sources and not isinstance(sources, list):
+        out.append("sources is no list")
+    return out
+
+
+def broken_links(path: str, body: str) -> list:
+    """The relative links of a note that lead to no file."""
+    import re
+    out = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", body):
+        there = unescape(target.partition("#")[0])
+        outside = "://" in there or there.startswith(("mailto:", "/"))
+        if there and not outside and not os.path.exists(
+                os.path.join(os.path.dirname(path), there)):
+            out.append(f"the link to {shown(there[:80])!r} leads nowhere")
+    return out
+
+
+def slug(text: str) -> str:
+    """A file name of `text`: lower case, words joined by '-'.
+
+    >>> slug("Cache keys: v2!")
+    'cache-keys-v2'
+    """
+    words = "".join(char if char.isalnum() else " " for char in text.lower()).split()
+    return "-".join(words)[:60].strip("-") or "note"
+
+
+class Notes:
+    """The notes of one directory, against the records they were promoted from."""
+
+    def __init__(self, project: object, folder: str) -> None:
+        self.project, self.ledger = project, project.ledger
+        self.folder = os.path.abspath(folder)
+
+    def record(self, key: str) -> Record:
+        """The record that a user calls `key`: a full key, a memory key, or a step."""
+        places = [key] if "/" in key else [f"memory/{key.replace('.', '/')}.json"]
+        if "/" not in key:
+            places.append(f"steps/{step_id(key)}/claim.json")
+        for place in places:
+            record = self.ledger.read(place)
+            if record.doc is not None and not record.doc.get("deleted_at"):
+                if "blob" in record.doc:
+                    record.doc = self.project.memory.whole(key, record.doc)
+                return record
+        raise NotFound(f"nothing is stored as {shown(key[:120])!r}", hint="name a memory"
+                       " key, a step with a hand-off, or a key of the bucket")
+
+    def promote(self, keys: list, *, kind: str, title: str = "",
+                status: str = "proposed") -> dict:
+        """Write the note of these records: {path, changed, type, title, sources}.
+
+        The same records again are the same note. Conflict: another note has its name.
+        """
+        self.ledger.restart()
+        records = [self.record(key) for key in keys]
+        texts_of = [source_text(record.key, record.doc) for record in records]
+        for record, text in zip(records, texts_of):
+            if not text.strip():
+                raise Usage(f"{record.key} says nothing that a note could hold",
+                            hint="promote memory, messages, or steps with a hand-off")
+        sources = [{"key": record.key, "rev": number(record.doc, "rev"),
+                    "sha256": text_sha256(text)}
+                   for record, text in zip(records, texts_of)]
+        title = one_line(title or texts_of[0].strip().split("\n")[0], 80)
+        front = {"type": kind, "title": title, "status": status,
+                 "author": source_author(records[0].doc),
+                 "date": self.ledger.at()[:10],
+                 "project": self.project.settings.project, "sources": sources}
+        path = os.path.join(self.folder, f"{kind}-{slug(title)}.md")
+        changed = self._write(path, front, "\n\n".join(texts_of))
+        return {"path": path, "changed": changed, **front}
+
+    def _write(self, path: str, front: dict, body: str) -> bool:
+        with FileTrouble("write", path):
+            os.makedirs(self.folder, exist_ok=True)
+            if not os.path.exists(path):
+                write_private(path, note_text(front, body))
+                os.chmod(path, 0o644)  # it is meant for the others of the repository
+                return True
+        old, _ = parse_note(self._read(path))
+        if old.get("sources") == front["sources"]:
+            return False
+        raise Conflict(f"{shown(path)} is there, with other sources", path=path,
+                       hint="choose another --title, or remove the old note")
+
+    def _read(self, path: str) -> bytes:
+        with FileTrouble("read", path), open(path, "rb") as file:
+            return file.read(NOTE_BYTES)
+
+    def check(self) -> list:
+        """[{path, faults, stale}] of every note in the directory; other files pass.
+
+        stale: the sources that no longer say what the note was made of.
+        """
+        rows = []
+        for path in self._files():
+            data = self._read(path)
+            try:
+                front, body = parse_note(data)
+            except Corrupt as why:
+                rows.append({"path": path, "faults": [why.message], "stale": []})
+                continue
+            if front:
+                faults = note_faults(front) + broken_links(path, body)
+                stale = [] if faults else self._stale(front["sources"])
+                rows.append({"path": path, "faults": faults, "stale": stale})
+        return rows
+
+    def _files(self) -> list:
+        if not os.path.isdir(self.folder):
+            raise Usage(f"{shown(self.folder)} is no directory", hint="name the one that"
+                        " holds the notes")
+        return sorted(os.path.join(at, name) for at, _, names in os.walk(self.folder)
+                      for name in names if name.endswith(".md"))
+
+    def _stale(self, sources: list) -> list:
+        self.ledger.restart()
+        out = []
+        for source, record in zip(sources, self.ledger.read_many(
+                [source["key"] for source in sources])):
+            doc = record.doc
+            if doc is not None and "blob" in doc:
+                doc = self.project.memory.whole(record.key, doc)
+            if doc is None or doc.get("deleted_at"):
+                out.append(f"{source['key']} is gone")
+            elif text_sha256(source_text(record.key, doc)) != source["sha256"]:
+                out.append(f"{source['key']} says something else since rev"
+                           f" {source['rev']} (now {number(doc, 'rev')})")
+        return out
+
+
+# == 61. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -17630,7 +18118,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 60. Archive =======================================================
+# == 62. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -18052,7 +18540,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 61. Doctor ========================================================
+# == 63. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -18401,7 +18889,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 62. Trials ========================================================
+# == 64. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -18936,7 +19424,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 63. Drill =========================================================
+# == 65. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -19200,7 +19688,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 64. Bench =========================================================
+# == 66. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -19571,7 +20059,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 65. Rows ==========================================================
+# == 67. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -19822,7 +20310,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 66. Commands under a lease ========================================
+# == 68. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -20028,7 +20516,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 67. Step commands =================================================
+# == 69. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -20318,7 +20806,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 68. Task commands =================================================
+# == 70. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -20490,7 +20978,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 69. Lock commands =================================================
+# == 71. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -20771,7 +21259,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 70. Memory commands ===============================================
+# == 72. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -20890,7 +21378,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 71. Artifact commands =============================================
+# == 73. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -21116,7 +21604,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 72. Reservation commands ==========================================
+# == 74. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -21348,7 +21836,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 73. Commands of presence, views and set-up ========================
+# == 75. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -21853,7 +22341,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 74. House commands ================================================
+# == 76. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -22030,7 +22518,100 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 75. Commands of mail ==============================================
+# == 77. Commands of digest and notes ==================================
+#
+# For a person or a model: what happened in short, and what deserves to be kept.
+
+
+@command(
+    "digest", "what was done, decided, failed and is open, with its sources",
+    arg("--step", metavar="STEP", help="only of this step"), SINCE_ARG,
+    examples=("digest --since 1d", "digest -- llm 'What is left to do? Cite.'"),
+    exits="0 2 7 8", after="CMD…")
+def cmd_digest(project: object, options: object) -> int:
+    begin = since(options.since, project.ledger.now()) if options.since else 0.0
+    digest = Digest(project, since=begin,
+                    step=step_id(options.step) if options.step else "").gather()
+    text = digest.text()
+    if options.rest is not None:
+        check_command(options.rest)
+        return digest_through(project, options, text)
+    answer(options, text.rstrip("\n"), {
+        "markdown": text, "sections": digest.lines, "damaged": digest.damaged})
+    return 0
+
+
+def digest_through(project: object, options: object, text: str) -> int:
+    """Print what CMD makes of the digest; its exit code. Corrupt: it cites nothing."""
+    import subprocess
+    words = options.rest
+    try:
+        made = subprocess.run(words, input=text.encode("utf-8", "backslashreplace"),
+                              stdout=subprocess.PIPE, check=False)
+    except OSError as why:
+        raise Usage(f"cannot run {shown(words[0])}: {why.strerror}",
+                    hint="what follows -- is a command and its words") from why
+    said = made.stdout.decode("utf-8", "replace")
+    project.ledger.restart()
+    wrong = unknown_citations(project.ledger, said)
+    answer(options, shown(said.rstrip("\n"), indent="") if options.as_json
+           else said.rstrip("\n"), {"text": said, "unknown": wrong,
+                                    "exit": made.returncode})
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise Corrupt(f"{shown(words[0])} cites what does not exist:"
+                      f" {shown(', '.join(wrong[:5]))}{more}",
+                      hint="do not trust the lines that cite it")
+    return made.returncode if made.returncode >= 0 else 128 - made.returncode
+
+
+@command(
+    "promote", "turn records into reviewed notes of a git checkout",
+    arg("keys", nargs="*", metavar="KEY", help="a memory key, a step, or a full key"),
+    arg("--type", choices=NOTE_TYPES, help="of the note"),
+    arg("--to", metavar="DIR", help="where notes are kept"),
+    arg("--title", metavar="TEXT", help="default: the first line"),
+    arg("--status", choices=NOTE_STATES, help="default proposed"),
+    arg("--check", metavar="DIR", help="validate the notes there; list stale ones"),
+    examples=("promote cache.rule --type rule --to docs/notes",
+              "promote --check docs/notes"),
+    exits="0 1 2 3 8")
+def cmd_promote(project: object, options: object) -> int:
+    if options.check:
+        if options.keys or options.to or options.type:
+            raise Usage("--check takes a directory and nothing else",
+                        hint="promote --check DIR")
+        return check_notes(Notes(project, options.check), options)
+    if not (options.keys and options.type and options.to):
+        raise Usage("promote needs keys, --type and --to",
+                    hint="promote KEY --type rule --to DIR")
+    made = Notes(project, options.to).promote(
+        options.keys, kind=options.type, title=options.title or "",
+        status=options.status or "proposed")
+    if find_repository(options.to) is None:
+        remark(options, f"{shown(options.to)} is in no git checkout: nobody reviews it")
+    done = "Wrote" if made["changed"] else "Unchanged:"
+    answer(options, f"{done} {shown(os.path.relpath(made['path']))}"
+           f" ({made['type']}, {made['status']})", made)
+    return 0
+
+
+def check_notes(notes: Notes, options: object) -> int:
+    """Print what is wrong with notes. 8: some are invalid, 3: some are stale, 0."""
+    rows = notes.check()
+    lines = []
+    for row in rows:
+        name = shown(os.path.relpath(row["path"]))
+        lines += [f"invalid  {name}: {fault}" for fault in row["faults"]]
+        lines += [f"stale    {name}: {shown(text)}" for text in row["stale"]]
+    bad = sum(1 for row in rows if row["faults"])
+    stale = sum(1 for row in rows if row["stale"])
+    lines.append(f"{len(rows)} notes: {bad} invalid, {stale} stale")
+    answer(options, "\n".join(lines), {"items": rows, "invalid": bad, "stale": stale})
+    return 8 if bad else 3 if stale else 0
+
+
+# == 78. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -22290,7 +22871,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 76. Run commands ==================================================
+# == 79. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -22745,7 +23326,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 77. Queue commands ================================================
+# == 80. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -22936,7 +23517,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 78. Command line ==================================================
+# == 81. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -22964,7 +23545,8 @@ GROUPS = (
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify, cmd_artifact_lineage,
                    cmd_artifact_url, cmd_artifact_delete)),
-    ("house", (cmd_timeline, cmd_watch, cmd_gc, cmd_export, cmd_import)),
+    ("house", (cmd_timeline, cmd_watch, cmd_digest, cmd_promote, cmd_gc, cmd_export,
+               cmd_import)),
     ("runs", (cmd_run_start, cmd_run_log, cmd_run_note, cmd_run_artifact, cmd_run_end,
               cmd_run_list, cmd_run_show, cmd_run_compare)),
     ("queues", (cmd_queue_push, cmd_queue_pop, cmd_queue_ack, cmd_queue_nack,
@@ -22989,7 +23571,7 @@ TOP_HELP = (
     ("artifact", "upload / download / list / show / verify / lineage / url / …"),
     ("queue", "push / pop / ack / nack / extend / peek / len / dead / requeue"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
-    ("timeline", "what happened; watch: what happens  (gc, export, import)"),
+    ("timeline", "what happened; watch: what happens  (digest, promote, gc, export, import)"),
     ("doctor", "check store and objects; --fix  (config, install, completion)"),
     ("demo", "real processes, two of them crash   (drill, bench)"),
 )
