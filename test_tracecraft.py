@@ -25359,6 +25359,153 @@ def test_a_store_without_a_feed_is_asked_nothing_more_while_one_waits():
         assert threading.active_count() <= threads and len(server.log) - before < 9
 
 
+# == Digest and notes ==================================================
+#
+# Every line of a digest can be traced; a note knows whether its sources still hold.
+
+
+@pytest.fixture
+def story(ada, bob):
+    """A small run: one step done, one failed and then solved, a decision, a question."""
+    ada.add_step("design", title="Design it")
+    ada.claim("design").complete(note="see [fake@1] <b>x</b>", to="bob",
+                                 next_action="build it", findings=("cache is slow",))
+    ada.add_step("build")
+    claim = bob.claim("build")
+    claim.complete(state="failed", note="disk full")
+    bob.claim("build", reopen=True).complete(note="bigger disk")
+    ada.memory.set("decisions.db", "sqlite")
+    ada.memory.set("port", "8080")
+    bob.presence.beat()
+    ada.send("bob", "which port?", ack=True)
+    return ada
+
+
+def digest_of(project, **how):
+    return tracecraft.Summary(project, **how).gather()
+
+
+def test_a_digest_tells_what_was_done_decided_failed_and_left_open(story):
+    lines = digest_of(story).lines
+    assert [line.partition("**")[2].partition("**")[0] for line in lines["Done"]] \
+        == ["build", "design"]
+    assert "sqlite" in lines["Decided"][0] and "8080" in lines["Agreed values"][0]
+    assert "cache is slow" in lines["Found"][0]
+    assert "disk full" in lines["Failed, and what became of it"][0]
+    assert "solved by bob" in lines["Failed, and what became of it"][0]
+    assert any("which port?" in line for line in lines["Left open"])
+    assert any("build it" in line for line in lines["Left open"])
+
+
+def test_every_line_of_a_digest_cites_a_record_that_is_there(story):
+    digest = digest_of(story)
+    for line in sum(digest.lines.values(), []):
+        assert len(tracecraft.cited(line)) == 1, line
+    assert tracecraft.unknown_citations(story.ledger, digest.text()) == []
+
+
+def test_text_of_an_agent_cannot_cite_or_be_markup(story):
+    done = "\n".join(digest_of(story).lines["Done"])
+    assert "fake" in done and "fake" not in tracecraft.cited(done)
+    assert "<b>" not in done
+
+
+@pytest.mark.parametrize("mark, wrong", [
+    ("[memory/port.json@1]", False), ("[memory/port.json@2]", True),
+    ("[memory/port.json@0]", True), ("[memory/nothing.json@1]", True),
+    ("[https://x@1]", True), ("\\[memory/nothing.json@1]", False), ("a@1", False)])
+def test_a_citation_is_known_when_its_record_had_that_revision(story, mark, wrong):
+    text = f"as {mark} says"
+    assert bool(tracecraft.unknown_citations(story.ledger, text)) is wrong
+
+
+def test_what_is_old_is_left_out_but_open_work_is_not(story, bucket):
+    bucket.clock_at += 7200
+    lines = digest_of(story, since=bucket.clock_at - 60).lines
+    assert not lines["Done"] and not lines["Decided"]
+    assert any("build it" in line for line in lines["Left open"])
+
+
+def test_a_digest_of_one_step_holds_nothing_else(story):
+    text = digest_of(story, step="design").text()
+    assert "design" in text and "bigger disk" not in text and "8080" not in text
+
+
+def test_damage_is_counted_in_a_digest(story, bucket):
+    bucket.place("memory/bad.json", b"{")
+    assert "1 damaged records" in digest_of(story).text()
+
+
+def test_an_answer_that_cites_nothing_real_exits_8(sh):
+    sh.ok("memory", "set", "k", "v")
+    assert "memory/k.json@1" in sh.ok("digest")
+    assert "memory/k.json@1" in sh.ok("digest", "--", "cat")
+    said = sh.run("digest", "--", "echo", "so says [memory/q.json@4]")
+    assert said.returncode == 8 and "so says" in said.out
+    assert "memory/q.json@4" in said.err
+    assert sh.run("digest", "--", "false").returncode == 1
+    sh.refused(2, "digest", "--", "no-such-program")
+
+
+def test_a_promoted_note_is_checked_against_its_sources(sh, tmp_path):
+    sh.ok("memory", "set", "rule.cache", "never cache secrets")
+    notes = str(tmp_path / "notes")
+    promote = ("promote", "rule.cache", "--type", "rule", "--to", notes)
+    made = sh.json(*promote)
+    assert made["changed"] and made["sources"][0]["rev"] == 1
+    assert sh.ok(*promote).startswith("Unchanged")
+    sh.ok("promote", "--check", notes)
+    sh.ok("memory", "set", "rule.cache", "cache all")
+    stale = sh.run("promote", "--check", notes)
+    assert stale.returncode == 3 and "memory/rule/cache.json" in stale.out
+    sh.refused(3, *promote, "--title", "never cache secrets")
+
+
+def test_a_lease_renewed_since_does_not_make_a_note_stale(story, tmp_path):
+    notes = tracecraft.Notes(story, str(tmp_path))
+    notes.promote(["design"], kind="howto", title="t")
+    story.ledger.change("steps/design/claim.json",
+                        lambda record: {**record.doc, "renewed_at": "now"})
+    assert [row["stale"] for row in notes.check()] == [[]]
+
+
+NOTES = [
+    ("---\ntype: rule\n", "does not end"), ("---\nno colon\n---\n", "no 'name:"),
+    ("---\ntype: law\n---\n", "none of rule"), ("---\ntype: rule\n---\n", "title is missing"),
+    ("---\nsources:\n  - 3\ntitle: x\n---\n", "a source has no key"),
+    ("---\ndate: 3rd of May\n---\n", "is not YYYY-MM-DD"),
+    ("---\nstatus: maybe\n---\n", "none of proposed"),
+    ("---\ntitle: x\n---\n[a](gone.md)", "leads nowhere")]
+
+
+@pytest.mark.parametrize("text, fault", NOTES)
+def test_a_faulty_note_is_told_what_is_wrong(ada, tmp_path, text, fault):
+    (tmp_path / "n.md").write_text(text)
+    row, = tracecraft.Notes(ada, str(tmp_path)).check()
+    assert any(fault in said for said in row["faults"]), row
+
+
+def test_other_markdown_beside_notes_passes(ada, tmp_path):
+    (tmp_path / "README.md").write_text("# hello\n[x](nowhere.md)\n")
+    assert tracecraft.Notes(ada, str(tmp_path)).check() == []
+
+
+def test_a_note_survives_its_own_front_matter(story, tmp_path):
+    story.memory.set("odd", 'a: "b"\n---\ntype: skill\n---\n# x')
+    made = tracecraft.Notes(story, str(tmp_path)).promote(["odd"], kind="fact")
+    front, body = tracecraft.parse_note(open(made["path"], "rb").read())
+    assert front["type"] == "fact" and front["sources"] == made["sources"]
+    assert "type: skill" in body
+
+
+def test_what_says_nothing_is_not_promoted(story, tmp_path):
+    notes = tracecraft.Notes(story, str(tmp_path))
+    story.claim("bare", ignore_needs=True)
+    for key, kind in (("nothing", tracecraft.NotFound), ("bare", tracecraft.Usage)):
+        refused(kind, lambda: notes.promote([key], kind="rule"))
+    assert not list(tmp_path.iterdir())
+
+
 # == What an attack found ==============================================
 
 

@@ -17409,10 +17409,10 @@ QUOTED = 300  # characters of one text that a line of the digest repeats
 MAIL_READ = 500  # of the newest messages, those looked at for decisions and questions
 
 
-def quoted(text: object, limit: int = QUOTED) -> str:
+def prose(text: object, limit: int = QUOTED) -> str:
     """`text` on one line, with nothing in it that Markdown or a citation could be.
 
-    >>> quoted("see [x@1] <b>")
+    >>> prose("see [x@1] <b>")
     'see \\\\[x@1] &lt;b>'
     """
     line = shown(one_line(text, limit)).replace("\\", "\\\\")
@@ -17439,24 +17439,24 @@ def hand_off_lines(key: str, claim: dict) -> list:
     """[(title, line)] of what the hand-offs of a claim found and warn of."""
     out, mark = [], citation(key, claim)
     for note in dicts(claim, "handoffs"):
-        by = quoted(word(note, "from_agent") or "unknown", 60)
+        by = prose(word(note, "from_agent") or "unknown", 60)
         for name, verb in (("findings", "found"), ("warnings", "warns")):
             items = note.get(name) if isinstance(note.get(name), list) else ()
-            out += [("Found", f"{by} {verb}: {quoted(item_text(item))} {mark}")
+            out += [("Found", f"{by} {verb}: {prose(item_text(item))} {mark}")
                     for item in items]
     return out
 
 
-def step_line(sid: str, claim: dict, title: str) -> str:
+def told_step(sid: str, claim: dict, title: str) -> str:
     """A step in words: its name, who had it, in which attempt, what the note says."""
     notes = dicts(claim, "handoffs")
     note = notes[-1] if notes else {}
     tries = number(claim, "attempt", 1)
     said = word(note, "note") or word(claim, "note")
-    return f"**{quoted(sid, 80)}**" + (f" ({quoted(title, 80)})" if title else "") \
-        + f" by {quoted(claim.get('agent') or 'unknown', 60)}" \
+    return f"**{prose(sid, 80)}**" + (f" ({prose(title, 80)})" if title else "") \
+        + f" by {prose(claim.get('agent') or 'unknown', 60)}" \
         + (f", attempt {tries}" if tries > 1 else "") \
-        + (f": {quoted(said)}" if said else "")
+        + (f": {prose(said)}" if said else "")
 
 
 def step_lines(sid: str, claim: dict | None, spec: dict | None) -> list:
@@ -17464,20 +17464,20 @@ def step_lines(sid: str, claim: dict | None, spec: dict | None) -> list:
     key, title = f"steps/{sid}/claim.json", word(spec or {}, "title")
     if claim is None:
         mark = citation(f"steps/{sid}/spec.json", spec or {})
-        needs = ", ".join(quoted(need, 60) for need in texts(spec or {}, "needs"))
-        return [("Left open", f"**{quoted(sid, 80)}** is not begun"
-                 + (f" ({quoted(title, 80)})" if title else "")
+        needs = ", ".join(prose(need, 60) for need in texts(spec or {}, "needs"))
+        return [("Left open", f"**{prose(sid, 80)}** is not begun"
+                 + (f" ({prose(title, 80)})" if title else "")
                  + (f"; needs {needs}" if needs else "") + f" {mark}")]
     state, mark = state_of(claim), citation(key, claim)
-    line = step_line(sid, claim, title)
+    line = told_step(sid, claim, title)
     out = [("Done", f"{line} {mark}")] if state == "complete" else [
         ("Left open", f"{line}; {state.replace('_', ' ')} {mark}")]
     notes = dicts(claim, "handoffs")
     if notes and word(notes[-1], "next_action"):
         to = word(notes[-1], "next_agent")
-        out.append(("Left open", f"after {quoted(sid, 80)}"
-                    + (f", for {quoted(to, 60)}" if to else "")
-                    + f": {quoted(notes[-1]['next_action'])} {mark}"))
+        out.append(("Left open", f"after {prose(sid, 80)}"
+                    + (f", for {prose(to, 60)}" if to else "")
+                    + f": {prose(notes[-1]['next_action'])} {mark}"))
     return out + trouble_lines(sid, claim) + judged_lines(sid, claim) \
         + hand_off_lines(key, claim)
 
@@ -17491,20 +17491,20 @@ def trouble_lines(sid: str, claim: dict) -> list:
         if not bad:
             continue
         later = [r for r in rows[at + 1:] if r["what"] in ("completed", "approved")]
-        became = f"solved by {quoted(later[-1]['agent'], 60)}" if later \
+        became = f"solved by {prose(later[-1]['agent'], 60)}" if later \
             else f"now {state_of(claim).replace('_', ' ')}"
         said = [word(note, "note") for note in dicts(claim, "handoffs")
                 if number(note, "token") == row.get("token")] or [row.get("why") or ""]
-        why = f" ({quoted(said[-1])})" if said[-1] not in ("", "ended") else ""
+        why = f" ({prose(said[-1])})" if said[-1] not in ("", "ended") else ""
         out.append(("Failed, and what became of it",
-                    f"{quoted(row['agent'], 60)} {row['what']} {quoted(sid, 80)}{why};"
+                    f"{prose(row['agent'], 60)} {row['what']} {prose(sid, 80)}{why};"
                     f" {became} {citation(key, claim)}"))
     return out
 
 
 def judged_lines(sid: str, claim: dict) -> list:
     """[(title, line)] of the verdicts of reviewers."""
-    return [("Decided", f"{quoted(row['agent'], 60)} {row['what']} {quoted(sid, 80)}"
+    return [("Decided", f"{prose(row['agent'], 60)} {row['what']} {prose(sid, 80)}"
              f" {citation(f'steps/{sid}/claim.json', claim)}")
             for row in transitions("claim", sid, claim, step=sid)
             if row["what"] in ("approved", "rejected", "forced")]
@@ -17513,19 +17513,19 @@ def judged_lines(sid: str, claim: dict) -> list:
 def memory_line(key: str, doc: dict) -> tuple:
     """(title, line) of a memory key; one named a decision is one."""
     name = key[len("memory/"):-len(".json")].replace("/", ".")
-    by = quoted(word(doc, "set_by") or "unknown", 60)
+    by = prose(word(doc, "set_by") or "unknown", 60)
     decided = any(part.startswith(("decision", "decided", "adr"))
                   for part in name.lower().split("."))
     return "Decided" if decided else "Agreed values", \
-        f"{quoted(name, 120)} = {quoted(doc.get('value'))} (by {by})" \
+        f"{prose(name, 120)} = {prose(doc.get('value'))} (by {by})" \
         f" {citation(key, doc)}"
 
 
 def mail_line(key: str, doc: dict, *, answered: bool) -> tuple | None:
     """(title, line) of a message that decides something or still wants an answer."""
-    who = f"{quoted(word(doc, 'from') or 'unknown', 60)} to" \
-        f" {quoted(key.split('/')[1], 60)}"
-    said = f"{quoted(word(doc, 'subject', 'message'))} {citation(key, doc)}"
+    who = f"{prose(word(doc, 'from') or 'unknown', 60)} to" \
+        f" {prose(key.split('/')[1], 60)}"
+    said = f"{prose(word(doc, 'subject', 'message'))} {citation(key, doc)}"
     if word(doc, "kind") == "decision":
         return "Decided", f"{who}: {said}"
     asks = doc.get("ack") is True or word(doc, "kind") in ("question", "ask")
@@ -17533,18 +17533,18 @@ def mail_line(key: str, doc: dict, *, answered: bool) -> tuple | None:
         else None
 
 
-def run_line(key: str, doc: dict) -> tuple:
+def told_run(key: str, doc: dict) -> tuple:
     """(title, line) of a run: its state and last figures."""
     run, last = key.split("/")[1], doc.get("summary")
-    figures = ", ".join(f"{quoted(name, 40)} {quoted(value, 40)}"
+    figures = ", ".join(f"{prose(name, 40)} {prose(value, 40)}"
                         for name, value in list(last.items())[:6]) \
         if isinstance(last, dict) else ""
-    return "Runs", f"{quoted(run, 80)} by {quoted(word(doc, 'agent'), 60)}," \
-        f" {quoted(word(doc, 'status') or 'under way', 40)}" \
+    return "Runs", f"{prose(run, 80)} by {prose(word(doc, 'agent'), 60)}," \
+        f" {prose(word(doc, 'status') or 'under way', 40)}" \
         + (f": {figures}" if figures else "") + f" {citation(key, doc)}"
 
 
-class Digest:
+class Summary:
     """The lines of a digest under their titles. records: {key: rev} of what they cite.
 
     since: seconds since 1970; what was not written since is left out, but open work
@@ -17556,7 +17556,7 @@ class Digest:
         self.since, self.step, self.damaged = since, step, []
         self.lines: dict = {title: [] for title in DIGEST_TITLES}
 
-    def gather(self) -> Digest:
+    def gather(self) -> Summary:
         """Read everything: a listing for each kind of record, the records at once."""
         self._steps()
         if not self.step:
@@ -17564,7 +17564,7 @@ class Digest:
                 doc, self.ledger.now()) and not doc.get("deleted_at") else [],
                 skip="memory/_")
         self._mail()
-        self._take("runs/", lambda key, doc: [run_line(key, doc)] if self.step in (
+        self._take("runs/", lambda key, doc: [told_run(key, doc)] if self.step in (
             "", word(doc, "step")) else [], leaf="meta.json")
         return self
 
@@ -17622,8 +17622,8 @@ class Digest:
 
     def text(self) -> str:
         """The digest as Markdown."""
-        head = f"# {quoted(self.name, 120)}: what happened"
-        head += f" at {quoted(self.step, 80)}" if self.step else ""
+        head = f"# {prose(self.name, 120)}: what happened"
+        head += f" at {prose(self.step, 80)}" if self.step else ""
         head += f", since {iso(self.since)[:19]}Z" if self.since else ""
         out = [head, "", "Each line ends with the record it comes from: [key@rev]."]
         for title, lines in self.lines.items():
@@ -17648,8 +17648,8 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
 # == 60. Notes =========================================================
 #
 # Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
-# proposed by whoever promotes them, accepted by whoever reviews the change. Front matter
-# is a subset of YAML whose values are JSON, so that both can read it.
+# proposed by whoever promotes them, accepted by whoever reviews the change. Their front
+# matter is a subset of YAML whose values are JSON, so that both can read it.
 
 NOTE_TYPES = ("rule", "decision", "fact", "skill", "howto")
 NOTE_STATES = ("proposed", "accepted", "rejected", "superseded")
@@ -17797,8 +17797,8 @@ class Notes:
                 if "blob" in record.doc:
                     record.doc = self.project.memory.whole(key, record.doc)
                 return record
-        raise NotFound(f"nothing is stored as {shown(key[:120])!r}", hint="name a memory"
-                       " key, a step with a hand-off, or a key of the bucket")
+        raise NotFound(f"nothing is stored as {shown(key[:120])!r}", hint="name a"
+                       " memory key, a step with a hand-off, or a key of the bucket")
 
     def promote(self, keys: list, *, kind: str, title: str = "",
                 status: str = "proposed") -> dict:
@@ -17863,8 +17863,8 @@ class Notes:
 
     def _files(self) -> list:
         if not os.path.isdir(self.folder):
-            raise Usage(f"{shown(self.folder)} is no directory", hint="name the one that"
-                        " holds the notes")
+            raise Usage(f"{shown(self.folder)} is no directory",
+                        hint="name the one that holds the notes")
         return sorted(os.path.join(at, name) for at, _, names in os.walk(self.folder)
                       for name in names if name.endswith(".md"))
 
@@ -22530,8 +22530,8 @@ def opened_archive(path: str) -> object:
     exits="0 2 7 8", after="CMD…")
 def cmd_digest(project: object, options: object) -> int:
     begin = since(options.since, project.ledger.now()) if options.since else 0.0
-    digest = Digest(project, since=begin,
-                    step=step_id(options.step) if options.step else "").gather()
+    digest = Summary(project, since=begin,
+                     step=step_id(options.step) if options.step else "").gather()
     text = digest.text()
     if options.rest is not None:
         check_command(options.rest)
@@ -23571,7 +23571,7 @@ TOP_HELP = (
     ("artifact", "upload / download / list / show / verify / lineage / url / …"),
     ("queue", "push / pop / ack / nack / extend / peek / len / dead / requeue"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
-    ("timeline", "what happened; watch: what happens  (digest, promote, gc, export, import)"),
+    ("timeline", "what happened  (watch, digest, promote, gc, export, import)"),
     ("doctor", "check store and objects; --fix  (config, install, completion)"),
     ("demo", "real processes, two of them crash   (drill, bench)"),
 )
