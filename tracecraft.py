@@ -8296,7 +8296,8 @@ class GatewayStore(S3Store):
         digest = answer.headers.get("x-xet-hash", "")
         if digest:
             answer.headers.setdefault("etag", f'"{digest}"')
-        told, whole = "etag" in answer.headers, not ("range" in headers or how.get("sink"))
+        told = "etag" in answer.headers
+        whole = not ("range" in headers or how.get("sink"))
         if not (told or whole):
             answer.headers["etag"] = self.call("HEAD", path, doing=doing).headers.get(
                 "etag", "")
