@@ -25512,6 +25512,502 @@ def test_what_says_nothing_is_not_promoted(story, tmp_path):
     for key, kind in (("nothing", tracecraft.NotFound), ("bare", tracecraft.Usage)):
         refused(kind, lambda: notes.promote([key], kind="rule"))
     assert not list(tmp_path.iterdir())
+# == Turns and transcripts =============================================
+#
+# Real transcripts where they lie beside the project, small made ones elsewhere.
+
+SAMPLES = os.path.join(HERE, "..", "shared", "samples", "sessions")
+SAMPLE_FILES = [  # (harness, file, turns of user / assistant / tool, what usage adds up to)
+    ("claude-code", "claude-code/v2.0.28-small.jsonl",
+     {"input": 74, "output": 844, "cache_read": 93553, "cache_write": 5158}),
+    ("claude-code", "claude-code/growing/2-late.jsonl", None),
+    ("claude-code", "claude-code/v2.1.x-record-zoo.jsonl", None),
+    ("codex", "codex/rollout-v0.66-cli.jsonl",
+     {"input": 3828, "output": 408, "cache_read": 22912}),
+    ("codex", "codex/v0.146-record-zoo.jsonl", None),
+    ("openclaw", "openclaw/large.jsonl", {}),
+    ("gemini", "gemini/v0.40-update-semantics.jsonl",
+     {"input": 12422, "output": 228, "cache_read": 11502}),
+    ("copilot", "copilot/v1.0.77-record-zoo.jsonl", {"output": 15}),
+    ("pi", "pi/v3-small.jsonl", {"input": 24, "output": 14}),
+    ("qwen", "qwen/019f0000-0000-7000-8000-000000000004.jsonl",
+     {"input": 12, "output": 4}),
+    ("jsonl", "cursor/small.jsonl", {}),
+]
+
+
+def turns_of(harness, records, **known):
+    """All turns of records (objects or lines)."""
+    reader = t.Turns(harness, **known)
+    return [made for record in records for made in (
+        reader.of_line(record) if isinstance(record, bytes) else reader.of(record))]
+
+
+def usage_of(turns):
+    return functools.reduce(t.add_usage, (made["usage"] for made in turns), {})
+
+
+def said(turns):
+    """(role, the first thing a turn tells) of each."""
+    return [(made["role"], next(made[name] for name in (
+        "error", "mark", "text", "thinking", "calls", "results", "title", "usage")
+        if made[name])) for made in turns]
+
+
+def sample_lines(name):
+    path = os.path.join(SAMPLES, name)
+    if not os.path.exists(path):
+        pytest.skip("no samples beside the project")
+    with open(path, "rb") as file:
+        return file.readlines()
+
+
+@pytest.mark.parametrize("harness, name, usage", SAMPLE_FILES,
+                         ids=[row[1] for row in SAMPLE_FILES])
+def test_a_real_transcript_reads_as_turns(harness, name, usage):
+    turns = turns_of(harness, sample_lines(name))
+    assert {made["role"] for made in turns} >= {"user", "assistant"}
+    assert all(set(made) == set(t.turn("")) for made in turns)
+    calls = [call["id"] for made in turns for call in made["calls"] if call["id"]]
+    assert len(calls) == len(set(calls))
+    if usage is not None:
+        assert usage_of(turns) == usage
+
+
+def test_the_usage_of_a_codex_session_is_its_last_total():
+    lines = sample_lines("codex/rollout-v0.66-cli.jsonl")
+    totals = [json.loads(line)["payload"]["info"]["total_token_usage"]
+              for line in lines if b'"total_token_usage"' in line]
+    usage = usage_of(turns_of("codex", lines))
+    assert usage["input"] + usage["cache_read"] == totals[-1]["input_tokens"]
+    assert usage["output"] == totals[-1]["output_tokens"]
+
+
+CLAUDE = {"sessionId": "s-1", "cwd": "/w/p", "isSidechain": False, "version": "2.1.240"}
+JAN = "2026-01-02T03:04:%02d.000Z"
+
+
+def claude_records():
+    """A small session: a prompt, an answer in three records, a result, a compaction."""
+    answer = {"id": "msg_1", "model": "claude-sonnet-5", "role": "assistant"}
+
+    def part(at, block, out):
+        usage = {"input_tokens": 10, "cache_read_input_tokens": 100,
+                 "cache_creation_input_tokens": 20, "output_tokens": out,
+                 "cache_creation": {"ephemeral_1h_input_tokens": 5}}
+        return {**CLAUDE, "type": "assistant", "uuid": f"a{at}", "timestamp": JAN % at,
+                "message": {**answer, "content": [block], "usage": usage}}
+    return [
+        {"type": "summary", "summary": "of another session", "leafUuid": "x"},
+        {**CLAUDE, "type": "user", "uuid": "u1", "timestamp": JAN % 1,
+         "message": {"role": "user", "content": "write a.py"}},
+        part(2, {"type": "thinking", "thinking": "simple", "signature": "sig"}, 1),
+        part(3, {"type": "text", "text": "I write it."}, 1),
+        part(4, {"type": "tool_use", "id": "t1", "name": "Write",
+                 "input": {"file_path": "/w/p/a.py", "content": "x"}}, 30),
+        {**CLAUDE, "type": "user", "uuid": "u2", "timestamp": JAN % 5, "message": {
+            "role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1",
+                                         "content": [{"type": "text", "text": "no"}],
+                                         "is_error": True}]}},
+        {**CLAUDE, "type": "system", "subtype": "compact_boundary", "uuid": "c1",
+         "timestamp": JAN % 6, "content": "Conversation compacted"},
+        {"type": "ai-title", "aiTitle": "Writing", "sessionId": "s-1"},
+        {"type": "custom-title", "customTitle": "My a.py", "sessionId": "s-1"},
+        {"type": "ai-title", "aiTitle": "Writing again", "sessionId": "s-1"},
+    ]
+
+
+def test_an_answer_in_three_records_is_counted_once():
+    turns = turns_of("claude-code", claude_records())
+    assert usage_of(turns) == {"input": 10, "output": 30, "cache_read": 100,
+                               "cache_write": 20, "cache_write_1h": 5}
+    assert said(turns) == [
+        ("user", "write a.py"), ("assistant", "simple"), ("assistant", "I write it."),
+        ("assistant", turns[3]["calls"]), ("tool", turns[4]["results"]),
+        ("system", "compaction"), ("system", "Writing"), ("system", "My a.py")]
+    assert turns[3]["calls"] == [{"id": "t1", "name": "Write", "input": {
+        "file_path": "/w/p/a.py", "content": "x"}}]
+    assert turns[3]["files"] == ["/w/p/a.py"]
+    assert turns[4]["results"] == [{"id": "t1", "text": "no", "is_error": True}]
+
+
+def test_what_a_session_is_called_is_what_a_person_called_it():
+    reader = t.Turns("claude-code")
+    for record in claude_records():
+        reader.of(record)
+    assert (reader.session, reader.cwd, reader.title, reader.model) == (
+        "s-1", "/w/p", "My a.py", "claude-sonnet-5")
+
+
+def test_a_transcript_that_comes_again_tells_nothing_new():
+    records = claude_records()
+    reader = t.Turns("claude-code")
+    first = [made for record in records for made in reader.of(record)]
+    again = [made for record in records + records[:4] for made in reader.of(record)]
+    assert len(first) == 8 and again == []
+
+
+def test_a_fork_with_the_same_history_costs_nothing_again():
+    counted = {}
+    usage_of(turns_of("claude-code", claude_records(), counted=counted))
+    fork = [{**record, "sessionId": "s-2"} for record in claude_records()]
+    turns = turns_of("claude-code", fork, counted=counted)
+    assert usage_of(turns) == {} and ("user", "write a.py") in said(turns)
+
+
+def test_sub_agents_and_hidden_prompts_are_told_apart():
+    side = {**CLAUDE, "isSidechain": True, "agentId": "a9", "type": "user", "uuid": "1",
+            "message": {"content": "search"}}
+    meta = {**CLAUDE, "isMeta": True, "type": "user", "uuid": "2",
+            "message": {"content": "caveat"}}
+    failed = {**CLAUDE, "type": "assistant", "uuid": "3", "isApiErrorMessage": True,
+              "message": {"model": "<synthetic>", "content": "Overloaded"}}
+    one, two, three = turns_of("claude-code", [side, meta, failed])
+    assert (one["side"], one["agent"], one["role"]) == (True, "a9", "user")
+    assert two["role"] == "system" and two["side"] is False
+    assert (three["error"], three["model"]) == ("Overloaded", "")
+
+
+def codex(kind, _type, at=1, **payload):
+    payload = {"type": _type, **payload} if _type else payload
+    return {"timestamp": JAN % at, "type": kind, "payload": payload}
+
+
+def codex_records(cwd="/w/p", ident="019b04ae-b1c6-7c72-a134-a4c2de66058c", **meta):
+    """The prompt both for the model and for the terminal; tokens told twice."""
+    def used(at, total, last):
+        return codex("event_msg", "token_count", at, info={
+            "total_token_usage": {"input_tokens": total, "output_tokens": 9},
+            "last_token_usage": {"input_tokens": last, "cached_input_tokens": 4,
+                                 "output_tokens": 3}})
+    return [
+        codex("session_meta", "", id=ident, cwd=cwd, source="cli", **meta),
+        codex("response_item", "message", role="user", content=[
+            {"type": "input_text", "text": "<environment_context>x"}]),
+        codex("response_item", "message", 2, role="user", content=[
+            {"type": "input_text", "text": "fix it"}]),
+        codex("event_msg", "user_message", 2, message="fix it"),
+        codex("turn_context", "", 2, cwd=cwd, model="gpt-5.2-codex", turn_id="t1"),
+        codex("response_item", "reasoning", 3, summary=[
+            {"type": "summary_text", "text": "think"}], encrypted_content="zz"),
+        codex("event_msg", "agent_reasoning", 3, text="think"),
+        codex("response_item", "function_call", 4, name="shell", call_id="c1",
+              arguments='{"command": "make", "workdir": "%s"}' % cwd),
+        used(5, 10, 10), used(6, 10, 10),
+        codex("event_msg", "exec_command_end", 7, call_id="c1", exit_code=2),
+        codex("response_item", "function_call_output", 7, call_id="c1", output="boom"),
+        codex("response_item", "custom_tool_call", 8, name="apply_patch", call_id="c2",
+              input="*** Begin Patch\n*** Update File: a.py\n+x\n*** End Patch"),
+        codex("response_item", "custom_tool_call_output", 8, call_id="c2",
+              output='{"output": "done", "metadata": {"exit_code": 0}}'),
+        used(9, 25, 15),
+        codex("event_msg", "thread_name_updated", 9, thread_name="Fixing"),
+        codex("compacted", "", 9, message="so far"),
+    ]
+
+
+def test_codex_tells_model_and_terminal_the_same_and_is_read_once():
+    turns = turns_of("codex", codex_records())
+    results = [made["results"][0] for made in turns if made["results"]]
+    assert said(turns)[:3] == [("system", "<environment_context>x"), ("user", "fix it"),
+                               ("assistant", "think")]
+    assert turns[3]["calls"] == [{"id": "c1", "name": "shell", "input": {
+        "command": "make", "workdir": "/w/p"}}]
+    assert [r["is_error"] for r in results] == [True, False]
+    assert [r["text"] for r in results] == ["boom", "done"]
+    assert usage_of(turns) == {"input": 17, "output": 6, "cache_read": 8}
+    assert [made["files"] for made in turns if made["files"]] == [["a.py"]]
+    assert said(turns)[-2:] == [("system", "Fixing"), ("system", "compaction")]
+    assert {m["model"] for m in turns if m["role"] == "assistant"} == {"gpt-5.2-codex"}
+
+
+@pytest.mark.parametrize("text, failed", [
+    ("Exit code: 0\nOutput:\nfine", False), ("Exit code: 1\nOutput:\n", True),
+    ("Wall time: 1 s\nProcess exited with code 7\nOutput:", True),
+    ("the log says\nExit code: unknown", False), ("Exit code: 10 of 20", False),
+    ('{"output": "x", "metadata": {"exit_code": 3}}', True), ("{broken", False)])
+def test_a_failed_command_of_codex_is_an_error(text, failed):
+    turns = turns_of("codex", [codex("response_item", "function_call_output",
+                                     call_id="c", output=text)])
+    assert turns[0]["results"][0]["is_error"] is failed
+
+
+def test_a_codex_fork_is_known_by_its_own_first_record_only():
+    reader = t.Turns("codex")
+    for record in codex_records(ident="own") + codex_records(ident="parents"):
+        reader.of(record)
+    assert reader.session == "own"
+
+
+def gemini_lines(project="/w/p"):
+    digest = hashlib.sha256(project.encode()).hexdigest()
+    call = {"id": "g1", "name": "write_file", "args": {"file_path": "b.txt"},
+            "status": "error", "result": [{"functionResponse": {
+                "id": "g1", "name": "write_file", "response": {"error": "denied"}}}]}
+    message = {"id": "m2", "timestamp": JAN % 2, "type": "gemini", "content": "Writing.",
+               "model": "gemini-3-flash-preview", "thoughts": [
+                   {"subject": "Plan", "description": "short"}],
+               "tokens": {"input": 100, "cached": 60, "output": 5, "thoughts": 7,
+                          "tool": 0, "total": 112}}
+    return [{"sessionId": "gem-1", "projectHash": digest, "startTime": JAN % 0},
+            {"id": "m1", "timestamp": JAN % 1, "type": "user", "content": "write b"},
+            message, {**message, "toolCalls": [call]},
+            {"$set": {"lastUpdated": JAN % 3, "summary": "About b"}},
+            {"$rewindTo": "m1"}]
+
+
+def test_a_gemini_message_that_comes_again_grown_adds_what_is_new():
+    turns = turns_of("gemini", gemini_lines())
+    assert said(turns) == [
+        ("user", "write b"), ("assistant", "Writing."), ("assistant", turns[2]["calls"]),
+        ("tool", turns[3]["results"]), ("system", "About b"), ("system", "rewind")]
+    assert turns[1]["thinking"] == "Plan: short" and turns[2]["files"] == ["b.txt"]
+    assert turns[3]["results"] == [{"id": "g1", "text": "denied", "is_error": True}]
+    assert usage_of(turns) == {"input": 40, "cache_read": 60, "output": 12}
+
+
+def copilot_events(cwd="/w/p"):
+    def event(kind, at, **data):
+        return {"type": kind, "id": f"e{at}", "timestamp": JAN % at, "data": data}
+    metrics = {"claude-sonnet-4.5": {"usage": {"inputTokens": 100, "outputTokens": 4,
+                                               "cacheReadTokens": 70}}}
+    return [
+        event("session.start", 1, sessionId="cop-1", context={"cwd": cwd}),
+        event("session.model_change", 2, newModel="claude-sonnet-4.5"),
+        event("user.message", 3, content="", transformedContent="list"),
+        event("assistant.message", 4, messageId="m1", content="", outputTokens=4,
+              toolRequests=[{"toolCallId": "k1", "name": "bash",
+                             "arguments": '{"command": "ls"}'}]),
+        event("tool.execution_start", 5, toolCallId="k1", toolName="bash", arguments={}),
+        event("tool.execution_complete", 6, toolCallId="k1", success=False,
+              error={"message": "no shell"}),
+        event("session.compaction_complete", 7), event("session.error", 8, message="bad"),
+        event("session.shutdown", 9, modelMetrics=metrics)]
+
+
+def test_copilot_reads_its_input_tokens_from_the_end_of_a_run():
+    turns = turns_of("copilot", copilot_events())
+    assert said(turns)[0] == ("user", "list")
+    assert turns[1]["calls"] == [{"id": "k1", "name": "bash", "input": {
+        "command": "ls"}}] and turns[1]["model"] == "claude-sonnet-4.5"
+    assert turns[2]["results"] == [{"id": "k1", "text": "no shell", "is_error": True}]
+    assert [made["mark"] or made["error"] for made in turns[3:5]] == ["compaction", "bad"]
+    assert usage_of(turns) == {"output": 4, "input": 30, "cache_read": 70}
+    resumed = copilot_events() + [{**copilot_events()[-1], "id": "e99"}]
+    assert usage_of(turns_of("copilot", resumed))["input"] == 60
+
+
+def pi_entries(cwd="/w/p", ident="0199-pi"):
+    def entry(number, **message):
+        return {"type": "message", "id": f"0000000{number}", "timestamp": JAN % number,
+                "message": message}
+    return [
+        {"type": "session", "version": 3, "id": ident, "timestamp": JAN % 0, "cwd": cwd},
+        entry(1, role="user", content=[{"type": "text", "text": "run it"}]),
+        entry(2, role="assistant", model="m-1", usage={
+            "input": 3, "output": 2, "cacheRead": 1, "cacheWrite": 4}, content=[
+                {"type": "thinking", "thinking": "hm"},
+                {"type": "toolCall", "id": "p1", "name": "edit",
+                 "arguments": {"path": "c.py"}}]),
+        entry(3, role="toolResult", toolCallId="p1", toolName="edit", isError=True,
+              content=[{"type": "text", "text": "no such file"}]),
+        entry(4, role="bashExecution", command="false", output="", exitCode=1),
+        entry(5, role="assistant", provider="openclaw", model="delivery-mirror",
+              content="copy"),
+        {"type": "session_info", "id": "00000006", "timestamp": JAN % 6, "name": "Runs"},
+        {"type": "compaction", "id": "00000007", "timestamp": JAN % 7, "summary": "ran"}]
+
+
+@pytest.mark.parametrize("harness", ["pi", "openclaw", "jsonl"])
+def test_pi_and_openclaw_write_the_same(harness):
+    turns = turns_of(harness, pi_entries())
+    assert said(turns)[0] == ("user", "run it") and turns[1]["thinking"] == "hm"
+    assert turns[1]["files"] == ["c.py"]
+    assert turns[2]["results"] == [{"id": "p1", "text": "no such file",
+                                    "is_error": True}]
+    assert turns[3]["calls"][0]["input"] == {"command": "false"}
+    assert turns[3]["results"][0]["is_error"] is True
+    assert said(turns)[4:] == [("system", "Runs"), ("system", "compaction")]
+    assert usage_of(turns) == {"input": 3, "output": 2, "cache_read": 1,
+                               "cache_write": 4}
+
+
+def qwen_records(cwd="/w/p"):
+    base = {"sessionId": "q-1", "cwd": cwd, "version": "0.21"}
+    usage = {"promptTokenCount": 50, "candidatesTokenCount": 9, "thoughtsTokenCount": 4,
+             "cachedContentTokenCount": 20, "totalTokenCount": 59}
+    return [
+        {**base, "uuid": "1", "parentUuid": None, "type": "user", "timestamp": JAN % 1,
+         "message": {"role": "user", "parts": [{"text": "read"}]}},
+        {**base, "uuid": "2", "parentUuid": "1", "type": "assistant",
+         "timestamp": JAN % 2, "message": {"parts": [{"text": "hm", "thought": True}]}},
+        {**base, "uuid": "2", "parentUuid": "1", "type": "assistant",
+         "timestamp": JAN % 3, "model": "qwen3-coder", "usageMetadata": usage,
+         "message": {"parts": [{"text": "Reading."}, {"functionCall": {
+             "id": "f1", "name": "read_file", "args": {"path": "d"}}}]}},
+        {**base, "uuid": "3", "type": "tool_result", "timestamp": JAN % 4,
+         "toolCallResult": {"callId": "f1", "status": "error"},
+         "message": {"parts": [{"functionResponse": {
+             "id": "f1", "name": "read_file", "response": {"output": "gone"}}}]}},
+        {**base, "uuid": "4", "type": "system", "subtype": "custom_title",
+         "systemPayload": {"customTitle": "Reads", "titleSource": "manual"}},
+        {**base, "uuid": "5", "type": "system", "subtype": "chat_compression"}]
+
+
+@pytest.mark.parametrize("harness", ["qwen", "jsonl"])
+def test_qwen_answers_in_parts_that_share_an_id(harness):
+    turns = turns_of(harness, qwen_records())
+    assert [made["thinking"] for made in turns[1:3]] == ["hm", ""]
+    assert turns[2]["text"] == "Reading." and turns[2]["calls"][0]["id"] == "f1"
+    assert turns[3]["results"] == [{"id": "f1", "text": "gone", "is_error": True}]
+    assert usage_of(turns) == {"input": 30, "cache_read": 20, "output": 9}
+    assert said(turns)[4:] == [("system", "Reads"), ("system", "compaction")][:2]
+
+
+def test_hermes_rows_carry_calls_as_json_in_a_text():
+    calls = json.dumps([{"id": "h1", "type": "function", "function": {
+        "name": "shell", "arguments": '{"command": "pwd"}'}}])
+    rows = [
+        {"type": "session", "id": "20260429_x", "model": "gpt-5.2", "cwd": "/w/p",
+         "title": "Where", "input_tokens": 100, "output_tokens": 5},
+        {"id": 1, "role": "user", "content": "where?", "timestamp": 1778547747.5},
+        {"id": 2, "role": "assistant", "content": "", "reasoning_content": "look",
+         "tool_calls": calls, "timestamp": 1778547748.5},
+        {"id": 3, "role": "tool", "tool_call_id": "h1", "timestamp": 1778547749.5,
+         "content": '{"output": "/w/p", "exit_code": 1}'},
+        {"id": 4, "role": "session_meta"},
+        {"type": "session", "id": "20260429_x", "input_tokens": 150, "output_tokens": 9}]
+    turns = turns_of("hermes", rows)
+    assert usage_of(turns) == {"input": 150, "output": 9}
+    assert said(turns)[1] == ("user", "where?") and turns[2]["thinking"] == "look"
+    assert turns[2]["calls"] == [{"id": "h1", "name": "shell",
+                                  "input": {"command": "pwd"}}]
+    assert turns[3]["results"] == [{"id": "h1", "text": "/w/p", "is_error": True}]
+    assert turns[1]["at"] == "2026-05-12T01:02:27.500000+00:00"
+
+
+def test_an_opencode_part_that_changes_is_told_once():
+    def part(data, **more):
+        return {"table": "part", "id": "prt_1", "message_id": "msg_1",
+                "role": "assistant", "time_created": 1778547747671, "data": data, **more}
+    tool = {"type": "tool", "callID": "o1", "tool": "bash", "state": {
+        "status": "running", "input": {"command": "ls"}}}
+    done = {**tool, "state": {**tool["state"], "status": "completed", "output": "a",
+                              "metadata": {"exit": 1}}}
+    message = {"table": "message", "id": "msg_1", "data": {
+        "role": "assistant", "modelID": "big", "tokens": {
+            "input": 5, "output": 2, "reasoning": 1, "cache": {"read": 3, "write": 0}}}}
+    turns = turns_of("opencode", [
+        {"table": "session", "id": "ses_1", "directory": "/w/p", "title": "List",
+         "parent_id": "ses_0"}, part(tool), part(done), message, message,
+        part({"type": "text", "text": "one"}, id="prt_2"),
+        part({"type": "text", "text": "hint", "synthetic": True}, id="prt_3"),
+        part({"type": "compaction"}, id="prt_4")])
+    assert [len(made["calls"]) for made in turns[1:3]] == [1, 0]
+    assert turns[2]["results"] == [{"id": "o1", "text": "a", "is_error": True}]
+    assert usage_of(turns) == {"input": 5, "output": 3, "cache_read": 3}
+    assert said(turns)[-3:] == [("assistant", "one"), ("system", "hint"),
+                                ("assistant", "compaction")]
+    assert turns[0]["spawned_by"] == "ses_0"
+
+
+def test_any_file_of_messages_reads_as_turns():
+    turns = turns_of("jsonl", [
+        b'{"role": "human", "content": "hi"}\n', b"not json\n", b"[1]\n", b"\n",
+        b'{"role": "assistant", "content": null, "tool_calls": [{"id": "1",'
+        b' "function": {"name": "f", "arguments": "{}"}}]}\n',
+        b'{"role": "tool", "tool_call_id": "1", "content": "out"}\n',
+        b'{"role": "user", "message": {"content": [{"type": "image"}]}}\n'])
+    assert said(turns) == [("user", "hi"), ("assistant", turns[1]["calls"]),
+                           ("tool", turns[2]["results"]), ("user", "[image]")]
+
+
+def hostile_values():
+    deep = []
+    for _ in range(500):
+        deep = [deep]
+    return [None, True, 0, -1, 1e308, float("nan"), 10**400, "", "\0", "\ud800", [], [1],
+            [[]], {}, {"type": "text"}, {"text": {"text": []}}, deep, "{", "[" * 5000]
+
+
+def spoiled(record, value, path=()):
+    """Copies of a record with one thing in it, at any depth, replaced by `value`."""
+    if isinstance(record, dict):
+        for key, inner in record.items():
+            yield {**record, key: value}
+            for other in spoiled(inner, value):
+                yield {**record, key: other}
+    elif isinstance(record, list):
+        for at, inner in enumerate(record):
+            for other in spoiled(inner, value):
+                yield record[:at] + [other] + record[at + 1:]
+
+
+MADE = {"claude-code": claude_records, "codex": codex_records, "gemini": gemini_lines,
+        "copilot": copilot_events, "pi": pi_entries, "openclaw": pi_entries,
+        "qwen": qwen_records}
+
+
+@pytest.mark.parametrize("harness", sorted(MADE))
+def test_records_with_wrong_types_anywhere_are_read_without_harm(harness):
+    values = hostile_values()
+    for record in MADE[harness]():
+        for at, changed in enumerate(c for v in values for c in spoiled(record, v)):
+            for name in (harness, "jsonl") if at % 5 == 0 else (harness,):
+                for made in t.Turns(name).of(changed):
+                    assert isinstance(made["text"], str) and isinstance(made["id"], str)
+                    assert all(type(n) is int for n in made["usage"].values())
+
+
+def test_a_record_that_is_nested_without_end_says_nothing():
+    line = b'{"type":"user","timestamp":"2026-01-01T00:00:00Z","message":' \
+        + b'{"content":' * 90000 + b"1" + b"}" * 90001
+    assert [t.Turns(name).of_line(line) for name in t.TURNS] == [[]] * len(t.TURNS)
+
+
+@pytest.mark.parametrize("model, usage, dollars", [
+    ("claude-sonnet-5", {"input": 10**6, "output": 10**6}, 12),
+    ("claude-sonnet-4-5-20250929", {"output": 10**6}, 15),
+    ("us.anthropic.claude-opus-4-1-20250805-v1:0", {"input": 10**6}, 15),
+    ("anthropic/claude-haiku-4.5", {"cache_read": 10**6}, 0.1),
+    ("claude-opus-5", {"cache_write": 10**6, "cache_write_1h": 4 * 10**5}, 7.75),
+    ("gpt-5.1-codex-max", {"input": 10**6}, 1.25), ("gpt-5-2025-08-07", {"input": 4}, 5e-6),
+    ("gemini-3-flash-preview", {"output": 10**6}, 3), ("gpt-5.6-luna", {"input": 10**6}, 0.2),
+    ("gpt-5.9", {"input": 1}, None), ("gpt-5.4-nano", {"input": 1}, None),
+    ("claude-opus-9", {"input": 1}, None), ("", {"input": 1}, None), ("x", {}, 0),
+    ("my-model", {"input": 10**6, "cache_read": 10**6, "cache_write": 10**6}, 6)])
+def test_a_cost_is_that_of_the_price_list(model, usage, dollars):
+    prices = t.price_table({"my-model": [2, 3]})
+    cost = t.cost_of(usage, model, prices=prices)
+    assert cost == dollars if dollars is None else cost == pytest.approx(dollars)
+
+
+@pytest.mark.parametrize("setting", [[], {"m": 1}, {"m": [1]}, {"m": [1, "2"]},
+                                     {"m": [1, -1]}, {"m": [1, 2, 3, 4, 5]}, {"m": [True, 1]}])
+def test_prices_that_are_none_are_refused(setting):
+    with pytest.raises(t.Usage):
+        t.price_table(setting)
+
+
+def test_a_record_moves_to_another_directory_as_a_whole():
+    record = {"cwd": "/old/p", "message": {"content": [
+        {"type": "text", "text": "see /old/p/a.py, /old/p. Not /old/p2, /x/old/p"},
+        {"type": "thinking", "thinking": "in /old/p", "signature": "s"}]},
+        "changes": {"/old/p/a.py": 1}, "arguments": '{"workdir": "/old/p"}'}
+    moved = t.moved(record, "/old/p/", new=r"/new\1")
+    assert moved["cwd"] == r"/new\1" and moved["changes"] == {r"/new\1/a.py": 1}
+    text, thought = moved["message"]["content"]
+    assert text["text"] == r"see /new\1/a.py, /new\1. Not /old/p2, /x/old/p"
+    assert thought["thinking"] == "in /old/p"
+    assert moved["arguments"] == r'{"workdir": "/new\1"}'
+    assert t.moved({"cwd": "~/p"}, "~/p", new="/home/b/p") == {"cwd": "/home/b/p"}
+
+
+def test_a_record_with_nothing_to_move_is_the_same_object():
+    record = claude_records()[4]
+    assert t.moved(record, "/w/elsewhere", new="/n") is record
+    assert t.moved(record, "/", new="/n") is record
+    assert t.moved(record, "/w/p", new="/w/p") is record
 
 
 # == What an attack found ==============================================

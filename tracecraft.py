@@ -35,30 +35,31 @@ Contents (grep -n '^# == ' prints them with line numbers):
   4 Artifact records         5 Slots and arrivals       6 Messages
   7 Plans                    8 Patterns                 9 Events
   10 Leftovers               11 Reservation records     12 Run records
-  13 Queue items             14 Wire                    15 Server-sent events
-  16 BLAKE3                  17 Xet                     18 HTTP
-  19 Remote                  20 Stores                  21 S3
-  22 S3 store                23 Hub answers             24 Hub
-  25 Hub events              26 Hugging Face store      27 Gateway
-  28 Probe                   29 Settings                30 Local state
-  31 Command settings        32 Credentials             33 Ledger
-  34 Waiting                 35 Leases                  36 Hints
-  37 Step records            38 Frontier                39 Steps
-  40 Tasks                   41 Locks                   42 Barriers
-  43 Memory                  44 Mailboxes               45 Mail
-  46 Channels and threads    47 Bytes                   48 Artifact heads
-  49 Artifacts               50 Reservations            51 Runs
-  52 Artifact trees          53 Queue reader            54 Queues
-  55 Project                 56 Context                 57 Views
-  58 Timeline                59 Digest                  60 Notes
-  61 Housekeeping            62 Archive                 63 Doctor
-  64 Trials                  65 Drill                   66 Bench
-  67 Rows                    68 Commands under a lease  69 Step commands
-  70 Task commands           71 Lock commands           72 Memory commands
-  73 Artifact commands       74 Reservation commands
-  75 Commands of presence, views and set-up  76 House commands
-  77 Commands of digest and notes  78 Commands of mail
-  79 Run commands            80 Queue commands          81 Command line
+  13 Queue items             14 Turns                   15 Transcripts
+  16 Sessions as turns       17 Wire                    18 Server-sent events
+  19 BLAKE3                  20 Xet                     21 HTTP
+  22 Remote                  23 Stores                  24 S3
+  25 S3 store                26 Hub answers             27 Hub
+  28 Hub events              29 Hugging Face store      30 Gateway
+  31 Probe                   32 Settings                33 Local state
+  34 Command settings        35 Credentials             36 Ledger
+  37 Waiting                 38 Leases                  39 Hints
+  40 Step records            41 Frontier                42 Steps
+  43 Tasks                   44 Locks                   45 Barriers
+  46 Memory                  47 Mailboxes               48 Mail
+  49 Channels and threads    50 Bytes                   51 Artifact heads
+  52 Artifacts               53 Reservations            54 Runs
+  55 Artifact trees          56 Queue reader            57 Queues
+  58 Project                 59 Context                 60 Views
+  61 Timeline                62 Digest                  63 Notes
+  64 Housekeeping            65 Archive                 66 Doctor
+  67 Trials                  68 Drill                   69 Bench
+  70 Rows                    71 Commands under a lease  72 Step commands
+  73 Task commands           74 Lock commands           75 Memory commands
+  76 Artifact commands       77 Reservation commands
+  78 Commands of presence, views and set-up  79 House commands
+  80 Commands of digest and notes  81 Commands of mail
+  82 Run commands            83 Queue commands          84 Command line
 """
 
 from __future__ import annotations
@@ -3408,7 +3409,1005 @@ def lease_is_past(token: int, item: dict | None) -> bool:
         token == item["token"] and item["state"] != "leased"))
 
 
-# == 14. Wire ==========================================================
+# == 14. Turns =========================================================
+#
+# Pure: what was said and done in a coding agent's session, in one shape for all
+# harnesses, and what it cost. `session show`, `stats` and `search`, the replay and the
+# digest read turns, never records.
+#
+# A turn is a dict that always has these keys, "", [] or {} where nothing is known:
+#
+#   at                  the record's time, ISO 8601
+#   role                user, assistant, tool, or system: the harness itself
+#   text, thinking      what was said, and what was thought before
+#   calls               [{id, name, input}], tools called; input is any JSON value
+#   results             [{id, text, is_error}]; id is the call's
+#   files               paths that the calls write
+#   model               of an assistant's turn
+#   usage               tokens: input (not from a cache), output (thinking included),
+#                       cache_read, cache_write, and cache_write_1h, a part of it
+#   usage_id            what the tokens are those of; see class Turns
+#   title, named        a title of the session; whether a person gave it
+#   mark                compaction or rewind: the model forgot something here
+#   error               why the harness or the model's server failed
+#   side                True where a sub-agent speaks
+#   id, parent          of the record
+#   session, cwd        of the session, if the record says
+#   agent, spawned_by   the sub-agent, and the session that started it
+
+CALLS = frozenset("tool_use server_tool_use mcp_tool_use toolCall tool-call"
+                  " function_call custom_tool_call".split())
+RESULTS = frozenset("tool_result toolResult tool-result web_search_tool_result"
+                    " function_call_output custom_tool_call_output".split())
+ATTACHED = frozenset("image input_image image_url document file audio".split())
+WRITES = ("write", "edit", "patch", "create", "replace", "insert", "delete", "rename",
+          "move", "apply")  # in the name of a tool that changes files
+PATH_NAMES = ("file_path", "path", "filePath", "absolute_path", "notebook_path",
+              "filename", "file", "target_file", "new_path")
+VARIANTS = ("mini", "nano", "lite", "flash", "pro", "fast")  # have their own prices
+NESTED = 8  # levels of content that are followed; real ones have three
+
+
+def turn(role: str, **facts: object) -> dict:
+    """A turn with these facts, and nothing else known."""
+    return {"at": "", "role": role, "text": "", "thinking": "", "calls": [],
+            "results": [], "files": [], "model": "", "usage": {}, "usage_id": "",
+            "title": "", "named": False, "mark": "", "error": "", "side": False,
+            "id": "", "parent": "", "session": "", "cwd": "", "agent": "",
+            "spawned_by": "", **facts}
+
+
+def mapping(doc: dict, name: str) -> dict:
+    """The object doc[name]; {} when it is none."""
+    value = doc.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def clock_text(value: object) -> str:
+    """A time of any harness as ISO text: ISO, seconds or milliseconds since 1970.
+
+    >>> clock_text(1778547747671)
+    '2026-05-12T01:02:27.671000+00:00'
+    """
+    if isinstance(value, str):
+        return value if parse_iso(value) is not None else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) \
+            or not 0 < value < YEAR_9999 * 1000:
+        return ""
+    # 1e11 seconds are the year 5138, as many milliseconds were in 1973.
+    seconds = value / 1000 if value > 1e11 else value
+    return iso(seconds)
+
+
+def compact_json(doc: object) -> str:
+    """`doc` as JSON on one line; a record of ours in a transcript."""
+    import json
+    return json.dumps(doc, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def parsed(text: object) -> object:
+    """The JSON value in a text that looks like an object, else `text` as it is."""
+    import json
+    if not isinstance(text, str) or text[:1] != "{":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+# -- content -----------------------------------------------------------
+
+
+def fill(made: dict, content: object, *, level: int = 0) -> dict:
+    """Put `content`, in the notation of any harness, into the turn `made`: a text, a
+    block, or a list of such. What is not understood is left out."""
+    if isinstance(content, str):
+        add_text(made, content)
+    elif isinstance(content, list) and level < NESTED:
+        for block in content:
+            fill(made, block, level=level + 1)
+    elif isinstance(content, dict) and level < NESTED:
+        _fill_block(made, content, level=level)
+    return made
+
+
+def _fill_block(made: dict, block: dict, *, level: int) -> None:
+    kind = block_kind(block)
+    if kind == "call":
+        call = mapping(block, "functionCall") or block
+        add_call(made, call, name=word(call, "name", "toolName"))
+    elif kind == "result":
+        add_result(made, mapping(block, "functionResponse") or block)
+    elif kind == "thought":
+        add_thought(made, word(block, "thinking", "text"))
+        for part in dicts(block, "summary"):
+            add_thought(made, word(part, "text"))
+    elif kind == "attachment":
+        # Never the data itself: it would be megabytes of base64 on a terminal.
+        add_text(made, f"[{word(block, 'type') or 'attachment'}]")
+    else:
+        fill(made, block.get("text", block.get("content")), level=level + 1)
+
+
+def block_kind(block: dict) -> str:
+    """call, result, thought, attachment or text: what a block of content is."""
+    kind = word(block, "type")
+    # Google's parts have no type; the name of their one member tells.
+    if kind in CALLS or "functionCall" in block:
+        return "call"
+    if kind in RESULTS or "functionResponse" in block:
+        return "result"
+    if kind in ("thinking", "reasoning") or block.get("thought") is True:
+        return "thought"
+    return "attachment" if kind in ATTACHED or "inlineData" in block else "text"
+
+
+def add_text(made: dict, text: str) -> None:
+    """Add a paragraph to what the turn says."""
+    if text:
+        made["text"] += ("\n" if made["text"] else "") + text
+
+
+def add_thought(made: dict, text: str) -> None:
+    """Add a paragraph to what was thought."""
+    if text:
+        made["thinking"] += ("\n" if made["thinking"] else "") + text
+
+
+def add_call(made: dict, call: dict, *, name: str) -> None:
+    """A tool was called. Arguments that are JSON in a string are parsed (Codex)."""
+    given = next((call[key] for key in ("input", "arguments", "args", "action")
+                  if call.get(key) is not None), {})
+    given = parsed(given)
+    ident = word(call, "call_id", "toolCallId", "callID", "id")
+    made["calls"].append({"id": ident, "name": name or "tool", "input": given})
+    made["files"] += files_of(name, given)
+
+
+def add_result(made: dict, result: dict, *, failed: bool = False) -> None:
+    """A tool has answered."""
+    ident = word(result, "tool_use_id", "toolCallId", "tool_call_id", "call_id",
+                 "callID", "id")
+    said = next((result[key] for key in ("content", "output", "response", "result")
+                 if result.get(key) is not None), "")
+    wrong = failed or result.get("is_error") is True or result.get("isError") is True
+    made["results"].append({"id": ident, "text": answer_text(said), "is_error": wrong})
+
+
+def answer_text(content: object) -> str:
+    """The text in a tool's answer, whatever its shape."""
+    made = fill(turn(""), content)
+    if made["text"] or not isinstance(content, dict):
+        return made["text"]
+    return word(content, "output", "error", "message", "stdout") \
+        or (compact_json(content) if content else "")
+
+
+def files_of(name: str, given: object) -> list:
+    """The paths a tool call writes, as far as its arguments tell.
+
+    >>> files_of("Edit", {"file_path": "/a.py"})
+    ['/a.py']
+    >>> files_of("apply_patch", "*** Begin Patch\\n*** Add File: b.py\\n+x")
+    ['b.py']
+    """
+    # A patch may be the argument, one of them, or a word of a command line.
+    patched = [path for text in _words_of(given) for path in _patched(text)]
+    writes = any(verb in name.lower() for verb in WRITES)
+    if patched or not writes or not isinstance(given, dict):
+        return patched
+    return [path for path in (word(given, key) for key in PATH_NAMES) if path]
+
+
+def _words_of(given: object) -> list:
+    values = list(given.values()) if isinstance(given, dict) else [given]
+    return [text for value in values
+            for text in (value if isinstance(value, list) else [value])
+            if isinstance(text, str)]
+
+
+def _patched(text: str) -> list:
+    """The files named in a patch of Codex's apply_patch."""
+    import re
+    if "*** Begin Patch" not in text:
+        return []
+    return re.findall(r"^\*\*\* (?:(?:Add|Update|Delete) File|Move to): (.+?)\s*$",
+                      text, re.M)
+
+
+# -- tokens and money --------------------------------------------------
+
+
+def tokens(doc: dict, fresh: str, *, out: str, read: str = "", write: str = "",
+           inside: bool = False) -> dict:
+    """Usage from the counts doc[fresh], doc[out], ...; those that are 0 left out.
+
+    inside: what came from the cache is counted in doc[fresh] as well (all but
+    Anthropic's API)."""
+    names = {"input": fresh, "output": out, "cache_read": read, "cache_write": write}
+    counts = {name: number(doc, field) if field else 0
+              for name, field in names.items()}
+    if inside:
+        cached = counts["cache_read"] + counts["cache_write"]
+        counts["input"] = max(0, counts["input"] - cached)
+    return {name: count for name, count in counts.items() if count}
+
+
+def google_tokens(doc: dict, names: tuple) -> dict:
+    """Usage in Google's counts, given the names of prompt, cached, answer, thoughts,
+    tools, total. Some servers count thoughts in the answer: the total tells."""
+    prompt, cached, answer, thoughts, tools, total = names
+    usage = tokens(doc, prompt, out=answer, read=cached, inside=True)
+    apart = number(doc, total) == 0 or number(doc, total) >= sum(
+        number(doc, name) for name in (prompt, answer, thoughts))
+    more = {"input": number(doc, tools),
+            "output": number(doc, thoughts) if apart else 0}
+    return add_usage(usage, more)
+
+
+def add_usage(a: dict, b: dict) -> dict:
+    """The sum of two usages.
+
+    >>> add_usage({"input": 1}, {"input": 2, "output": 3})
+    {'input': 3, 'output': 3}
+    """
+    both = {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
+    return {name: count for name, count in both.items() if count}
+
+
+# US dollars per million tokens: input, output, cache read, cache write (5 minutes; an
+# hour costs twice the input). List prices as published in October and November 2026,
+# for prompts of ordinary length: platform.claude.com/docs/en/about-claude/pricing,
+# developers.openai.com/api/docs/pricing, ai.google.dev/gemini-api/docs/pricing.
+PRICES = (
+    ("claude-fable-5-1 claude-mythos-5-1", 10, 50, 0.25, 12.5),
+    ("claude-fable-5 claude-mythos-5", 10, 50, 1, 12.5),
+    ("claude-opus-5-5", 4, 20, 0.2, 5),
+    ("claude-opus-5 claude-opus-4-5 claude-opus-4-6 claude-opus-4-7 claude-opus-4-8",
+     5, 25, 0.5, 6.25),
+    ("claude-opus-4 claude-opus-4-0 claude-opus-4-1", 15, 75, 1.5, 18.75),
+    ("claude-sonnet-5-5", 2, 10, 0.1, 2.5),
+    ("claude-sonnet-5", 2, 10, 0.2, 2.5),
+    ("claude-sonnet-4 claude-sonnet-4-0 claude-sonnet-4-5 claude-sonnet-4-6"
+     " claude-3-7-sonnet claude-3-5-sonnet", 3, 15, 0.3, 3.75),
+    ("claude-haiku-5-5", 0.1, 0.5, 0.01, 0.125),
+    ("claude-haiku-4-5", 1, 5, 0.1, 1.25),
+    ("claude-3-5-haiku", 0.8, 4, 0.08, 1),
+    ("gpt-6-1-sol", 2, 10, 0.1, 2.5),
+    ("gpt-6-sol", 2, 10, 0.2, 2.5),
+    ("gpt-6-luna", 0.1, 0.5, 0.01, 0.125),
+    ("gpt-6-astra", 10, 50, 1, 10),
+    ("gpt-5-6 gpt-5-6-sol gpt-5-5", 5, 30, 0.5, 5),
+    ("gpt-5-6-terra", 2, 12, 0.2, 2),
+    ("gpt-5-6-luna", 0.2, 1.2, 0.02, 0.2),
+    ("gpt-5-5-pro gpt-5-4-pro", 30, 180, 30, 30),
+    ("gpt-5-4", 2.5, 15, 0.25, 2.5),
+    ("gpt-5-4-mini", 0.75, 4.5, 0.075, 0.75),
+    ("gpt-5-3 gpt-5-2", 1.75, 14, 0.175, 1.75),
+    ("gpt-5 gpt-5-1", 1.25, 10, 0.125, 1.25),
+    ("gpt-5-mini gpt-5-1-codex-mini", 0.25, 2, 0.025, 0.25),
+    ("gpt-5-nano", 0.05, 0.4, 0.005, 0.05),
+    ("gemini-3-8-flash gemini-3-7-flash gemini-3-6-flash", 0.75, 3.75, 0.075, 0.75),
+    ("gemini-3-5-flash", 1.5, 9, 0.15, 1.5),
+    ("gemini-3-5-flash-lite", 0.3, 2.5, 0.03, 0.3),
+    ("gemini-3-1-pro gemini-3-pro", 2, 12, 0.2, 2),
+    ("gemini-3-1-flash-lite", 0.25, 1.5, 0.025, 0.25),
+    ("gemini-3-flash", 0.5, 3, 0.05, 0.5),
+    ("gemini-2-5-pro", 1.25, 10, 0.125, 1.25),
+    ("gemini-2-5-flash", 0.3, 2.5, 0.03, 0.3),
+    ("gemini-2-5-flash-lite", 0.1, 0.4, 0.01, 0.1),
+)
+
+
+def model_key(model: str) -> str:
+    """A model's name without vendor and punctuation, as prices are kept.
+
+    >>> model_key("anthropic/claude-haiku-4.5")
+    'claude-haiku-4-5'
+    """
+    name = model.lower().rpartition("/")[2].rpartition("anthropic.")[2]
+    return name.replace(".", "-").replace("_", "-").replace("@", "-")
+
+
+def price_table(ours: object = None) -> dict:
+    """{model: (input, output, cache read, cache write)}, with `ours`, the setting
+    `prices`, on top: {"model": [input, output, cache read, cache write]}; the last two
+    may be left out. Usage names what is wrong with it."""
+    table = {name: tuple(row) for names, *row in PRICES for name in names.split()}
+    if ours is not None and not isinstance(ours, dict):
+        raise Usage("the setting `prices` is no object",
+                    hint='e.g. {"my-model": [1.25, 10, 0.125, 1.25]}')
+    for model, row in (ours or {}).items():
+        if not are_prices(row):
+            raise Usage(f"prices: {shown(str(model)[:80])!r} has no list of two to four"
+                        " numbers", hint="US dollars per million tokens: input, output,"
+                        " cache read, cache write")
+        table[model_key(model)] = (*row, *(row[0],) * (4 - len(row)))
+    return table
+
+
+def are_prices(row: object) -> bool:
+    """Whether it is a list of two to four sums of money."""
+    return isinstance(row, list) and 2 <= len(row) <= 4 and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool)
+        and 0 <= value < 1e6 for value in row)
+
+
+def cost_of(usage: dict, model: str, *, prices: dict) -> float | None:
+    """US dollars of `usage` by `prices` from price_table(); None for an unknown model.
+
+    A name goes with the longest known one it begins with, unless what follows names
+    another model: gpt-5.9 and gpt-5-pro are not priced as gpt-5."""
+    import re
+    if not any(usage.values()):
+        return 0.0
+    key = re.sub(r"-(\d{4}-\d\d-\d\d|preview|latest)\b.*", "", model_key(model))
+    while key and key not in prices:
+        key, _, last = key.rpartition("-")
+        if last in VARIANTS or re.fullmatch(r"\d{1,2}", last):
+            return None
+    if not key:
+        return None
+    fresh, out, read, write = prices[key]
+    long = usage.get("cache_write_1h", 0)
+    return (usage.get("input", 0) * fresh + usage.get("output", 0) * out
+            + usage.get("cache_read", 0) * read + long * 2 * fresh
+            + max(0, usage.get("cache_write", 0) - long) * write) / 1e6
+
+
+# == 15. Transcripts ===================================================
+#
+# Pure: what a record of each harness means, as turns. Formats: each vendor calls its
+# own internal, so what is unknown or has the wrong type says nothing, and never fails.
+#
+# A row of TURNS is a function (record, notes) -> turns. notes: a dict in which it may
+# keep what later records of the same session need. Everything repeated is told again;
+# class Turns drops it.
+
+
+def spoken(record: dict, role: str, *, id: str = "id", parent: str = "parentId",
+         at: str = "timestamp", **facts: object) -> dict:
+    """A turn with id, parent and time from the fields of these names."""
+    return turn(role, at=clock_text(record.get(at)), id=word(record, id),
+                parent=word(record, parent), **facts)
+
+
+def settled_role(made: dict) -> dict:
+    """`made`, spoken by the tool if it only brings answers of tools."""
+    if made["results"] and not made["text"] and made["role"] in ("user", "system"):
+        made["role"] = "tool"
+    return made
+
+
+# -- Claude Code -------------------------------------------------------
+
+
+def claude_turns(record: dict, notes: dict) -> list:
+    """Claude Code 1 and 2, sub-agents too. One message of the model is several records
+    that share message.id; the usage in them grows."""
+    kind, message = word(record, "type"), mapping(record, "message")
+    made = spoken(record, "system", id="uuid", parent="parentUuid",
+                session=word(record, "sessionId"), cwd=word(record, "cwd"),
+                agent=word(record, "agentId"), side=record.get("isSidechain") is True)
+    if kind == "user":
+        hidden = record.get("isMeta") is True or record.get("isCompactSummary") is True
+        made["role"] = "system" if hidden else "user"
+        settled_role(fill(made, message.get("content")))
+    elif kind == "assistant":
+        _claude_answer(made, message, failed=record.get("isApiErrorMessage") is True)
+    elif kind == "system":
+        _claude_note(made, record)
+    else:
+        made["title"] = word(record, "customTitle", "aiTitle", "agentName")
+        made["named"] = kind == "custom-title"
+    return [made]
+
+
+def _claude_answer(made: dict, message: dict, *, failed: bool) -> None:
+    made["role"], model = "assistant", word(message, "model")
+    made["model"] = "" if model.startswith("<") else model  # <synthetic>
+    fill(made, message.get("content"))
+    made["error"] = made["text"] if failed else ""
+    usage = mapping(message, "usage")
+    made["usage"] = tokens(usage, "input_tokens", out="output_tokens",
+                           read="cache_read_input_tokens",
+                           write="cache_creation_input_tokens")
+    hour = number(mapping(usage, "cache_creation"), "ephemeral_1h_input_tokens")
+    if hour:
+        made["usage"]["cache_write_1h"] = hour
+    made["usage_id"] = word(message, "id")
+
+
+def _claude_note(made: dict, record: dict) -> None:
+    error = mapping(record, "error")
+    if word(record, "subtype") == "compact_boundary":
+        made["mark"] = "compaction"
+    elif error:
+        made["error"] = word(error, "message", "formatted") \
+            or f"status {number(error, 'status')}"
+    fill(made, record.get("content"))
+
+
+# -- Codex -------------------------------------------------------------
+
+SCAFFOLDING = ("<environment_context>", "<user_instructions>", "<permissions",
+               "# AGENTS.md", "<INSTRUCTIONS>", "<turn_aborted>", "<skills",
+               "<collaboration_mode>", "<apps_instructions>", "<model_switch>")
+
+
+def codex_turns(record: dict, notes: dict) -> list:
+    """Codex. What the model saw (response_item) is told; what the terminal showed
+    (event_msg) repeats it, but for tokens, titles and errors."""
+    kind, body = word(record, "type"), mapping(record, "payload")
+    if not body:  # before autumn 2025 items stood alone
+        kind, body = "response_item" if kind else "session_meta", record
+    made = spoken(record, "system")
+    made["id"] = word(body, "id") if kind == "response_item" else ""
+    if kind == "session_meta":
+        _codex_start(made, body, notes)
+    elif kind == "turn_context":
+        made["cwd"], made["model"] = word(body, "cwd"), word(body, "model")
+        notes["exchange"] = word(body, "turn_id")
+    elif kind == "response_item":
+        _codex_item(made, body, notes)
+    elif kind == "event_msg":
+        _codex_event(made, body, notes)
+    elif kind == "compacted":
+        made["mark"], made["text"] = "compaction", word(body, "message")
+    return [made]
+
+
+def _codex_start(made: dict, body: dict, notes: dict) -> None:
+    if notes.get("session"):
+        return  # a fork repeats its parent's history, this record included
+    notes["session"] = made["session"] = word(body, "id", "session_id")
+    made["cwd"] = word(body, "cwd")
+    spawn = mapping(mapping(body, "source"), "subagent")
+    if spawn:
+        parent = word(mapping(spawn, "thread_spawn"), "parent_thread_id")
+        made["spawned_by"] = parent or word(body, "parent_thread_id")
+        made["agent"], made["side"] = word(body, "agent_nickname", "agent_role"), True
+
+
+def _codex_item(made: dict, body: dict, notes: dict) -> None:
+    kind = word(body, "type")
+    if kind in ("message", "agent_message"):
+        fill(made, body.get("content"))
+        role = word(body, "role") or "user"
+        hidden = made["text"].startswith(SCAFFOLDING) or role not in ("user",
+                                                                      "assistant")
+        made["role"] = "system" if hidden else role
+        made["agent"] = word(body, "author")
+    elif kind == "reasoning":
+        made["role"] = "assistant"
+        for part in dicts(body, "summary") + dicts(body, "content"):
+            add_thought(made, word(part, "text"))
+    elif kind.endswith("_output"):
+        made["role"], call = "tool", word(body, "call_id")
+        add_result(made, body, failed=call in notes.get("failed", ()))
+        _codex_verdict(made["results"][0])
+    elif kind.endswith("_call"):
+        made["role"] = "assistant"
+        add_call(made, body, name=word(body, "name") or kind[:-len("_call")])
+
+
+def _codex_verdict(result: dict) -> None:
+    """Find the exit status in a tool's answer: JSON around it, or a line in its head.
+    """
+    import re
+    inner = parsed(result["text"])
+    if isinstance(inner, dict) and "output" in inner:
+        result["text"] = answer_text(inner["output"])
+        status = number(mapping(inner, "metadata"), "exit_code")
+    else:
+        found = re.search(r"^(?:Exit code:|Process exited with code) (\d{1,9})$",
+                          result["text"][:1000], re.M)
+        status = int(found[1]) if found else 0
+    result["is_error"] = result["is_error"] or status != 0
+
+
+def _codex_event(made: dict, body: dict, notes: dict) -> None:
+    kind = word(body, "type")
+    if kind == "token_count":
+        _codex_tokens(made, mapping(body, "info"), notes)
+    elif kind == "task_started":
+        notes["exchange"] = word(body, "turn_id")
+    elif kind == "thread_name_updated":
+        made["title"], made["named"] = word(body, "thread_name"), True
+    elif kind == "thread_rolled_back":
+        made["mark"] = "rewind"
+    elif kind == "turn_aborted":
+        made["text"] = f"aborted: {word(body, 'reason') or 'no reason given'}"
+    elif kind in ("error", "stream_error", "task_complete"):
+        made["error"] = word(mapping(body, "error") or body, "message")
+    elif kind.endswith("_end") and _codex_failed(body):
+        # The end of a command, patch or MCP call; its answer to the model follows.
+        notes.setdefault("failed", set()).add(word(body, "call_id"))
+
+
+def _codex_failed(body: dict) -> bool:
+    return number(body, "exit_code") != 0 or body.get("success") is False \
+        or "Err" in mapping(body, "result")
+
+
+def _codex_tokens(made: dict, info: dict, notes: dict) -> None:
+    """Tokens of the last request. The event comes again with the same totals whenever
+    the limits are told, so the totals are what identifies the request."""
+    total, last = mapping(info, "total_token_usage"), mapping(info, "last_token_usage")
+    made["role"] = "assistant"
+    made["usage"] = tokens(last, "input_tokens", out="output_tokens", inside=True,
+                           read="cached_input_tokens", write="cache_write_input_tokens")
+    owner = notes.get("exchange") or notes.get("session", "")
+    made["usage_id"] = f"{owner} {number(total, 'input_tokens')}" \
+                       f" {number(total, 'output_tokens')}"
+
+
+# -- Pi and OpenClaw ---------------------------------------------------
+
+PI_ROLES = {"user": "user", "assistant": "assistant", "toolResult": "tool",
+            "bashExecution": "tool"}
+
+
+def pi_turns(record: dict, notes: dict) -> list:
+    """Pi, and OpenClaw, which writes Pi's format."""
+    kind = word(record, "type")
+    made = spoken(record, "system")
+    if kind == "session":
+        made["session"], made["id"] = word(record, "id"), ""
+        made["cwd"] = word(record, "cwd")
+    elif kind == "message":
+        _pi_message(made, mapping(record, "message"))
+    elif kind == "model_change":
+        made["model"] = word(record, "modelId")
+    elif kind == "session_info":
+        made["title"], made["named"] = word(record, "name"), True
+    elif kind in ("compaction", "branch_summary"):
+        made["mark"] = "compaction" if kind == "compaction" else "rewind"
+        made["text"] = word(record, "summary")
+    elif kind == "custom_message":
+        fill(made, record.get("content"))
+    return [made]
+
+
+def _pi_message(made: dict, message: dict) -> None:
+    role = word(message, "role")
+    if word(message, "model") == "delivery-mirror":
+        return  # OpenClaw: a copy of what was sent to a chat
+    made["role"] = PI_ROLES.get(role, "system")
+    made["at"] = made["at"] or clock_text(message.get("timestamp"))
+    if role == "toolResult":
+        add_result(made, message)
+    elif role == "bashExecution":
+        made["calls"].append({"id": made["id"], "name": "bash",
+                              "input": {"command": word(message, "command")}})
+        add_result(made, {"id": made["id"], "output": message.get("output")},
+                   failed=number(message, "exitCode") != 0)
+    else:
+        fill(made, message.get("content"))
+    made["model"] = word(message, "model")
+    made["error"] = word(message, "errorMessage")
+    made["usage"] = tokens(mapping(message, "usage"), "input", out="output",
+                           read="cacheRead", write="cacheWrite")
+    made["usage_id"] = made["id"]
+
+
+# -- Gemini and Qwen ---------------------------------------------------
+
+
+def gemini_turns(record: dict, notes: dict) -> list:
+    """Gemini CLI: the lines of its JSONL, which are also what we make of its older
+    JSON. A line with the id of an earlier one takes its place."""
+    change = mapping(record, "$set")
+    if "$rewindTo" in record:
+        return [turn("system", mark="rewind", text=word(record, "$rewindTo"))]
+    if change:
+        return [made for message in dicts(change, "messages")
+                for made in gemini_turns(message, notes)] \
+            + [turn("system", title=word(change, "summary"))]
+    if "sessionId" in record:
+        return [spoken(record, "system", id="", at="startTime",
+                     session=word(record, "sessionId"), title=word(record, "summary"))]
+    return _gemini_message(record)
+
+
+def _gemini_message(record: dict) -> list:
+    kind = word(record, "type")
+    made = spoken(record, {"user": "user", "gemini": "assistant"}.get(kind, "system"))
+    fill(made, record.get("content"))
+    for thought in dicts(record, "thoughts"):
+        add_thought(made, ": ".join(filter(None, (word(thought, "subject"),
+                                            word(thought, "description")))))
+    made["error"] = made["text"] if kind == "error" else ""
+    made["model"] = word(record, "model")
+    made["usage"] = google_tokens(mapping(record, "tokens"), (
+        "input", "cached", "output", "thoughts", "tool", "total"))
+    made["usage_id"] = made["id"]
+    calls = dicts(record, "toolCalls")
+    for call in calls:
+        add_call(made, call, name=word(call, "name"))
+    return [made] + [_gemini_result(made, call) for call in calls
+                     if call.get("result") is not None]
+
+
+def _gemini_result(made: dict, call: dict) -> dict:
+    answer = turn("tool", id=made["id"], at=clock_text(call.get("timestamp")))
+    inner = fill(turn(""), call.get("result"))["results"]
+    text = "\n".join(result["text"] for result in inner) \
+        or answer_text(call.get("result"))
+    add_result(answer, {"id": word(call, "id"), "content": text},
+               failed=word(call, "status") == "error")
+    return answer
+
+
+def qwen_turns(record: dict, notes: dict) -> list:
+    """Qwen Code. One answer may be several records with one uuid."""
+    kind, payload = word(record, "type"), mapping(record, "systemPayload")
+    made = spoken(record, "system", id="uuid", parent="parentUuid",
+                session=word(record, "sessionId"), cwd=word(record, "cwd"),
+                agent=word(record, "agentId"), side=record.get("isSidechain") is True)
+    if kind in ("user", "assistant", "tool_result"):
+        made["role"] = "tool" if kind == "tool_result" else kind
+        fill(made, mapping(record, "message").get("parts"))
+        made["model"] = word(record, "model")
+        failed = word(mapping(record, "toolCallResult"), "status") == "error"
+        for result in made["results"]:
+            result["is_error"] = failed or result["is_error"]
+        made["usage"] = google_tokens(mapping(record, "usageMetadata"), (
+            "promptTokenCount", "cachedContentTokenCount", "candidatesTokenCount",
+            "thoughtsTokenCount", "toolUsePromptTokenCount", "totalTokenCount"))
+        made["usage_id"] = made["id"]
+        return [settled_role(made)]
+    made["mark"] = {"chat_compression": "compaction", "rewind": "rewind"}.get(
+        word(record, "subtype"), "")
+    made["title"] = word(payload, "customTitle")
+    made["named"] = word(payload, "titleSource") == "manual"
+    return [made]
+
+
+# -- Copilot -----------------------------------------------------------
+
+
+def copilot_turns(record: dict, notes: dict) -> list:
+    """Copilot CLI: events. A sub-agent's carry the id of the call that started it."""
+    kind, data = word(record, "type"), mapping(record, "data")
+    made = spoken(record, "system", side=bool(word(data, "parentToolCallId")),
+                model=word(data, "model"))
+    if kind.startswith("session."):
+        return _copilot_session(made, kind[len("session."):], data)
+    if kind == "user.message":
+        made["role"] = "user"
+        fill(made, word(data, "content", "transformedContent"))
+    elif kind == "system.message":
+        fill(made, data.get("content"))
+    elif kind == "assistant.message":
+        made["role"] = "assistant"
+        fill(made, data.get("content"))
+        add_thought(made, word(data, "reasoningText"))
+        for call in dicts(data, "toolRequests"):
+            add_call(made, call, name=word(call, "name"))
+        made["usage"] = tokens(data, "", out="outputTokens")
+        made["usage_id"] = word(data, "messageId")
+    elif kind == "tool.execution_start":
+        made["role"] = "assistant"
+        add_call(made, data, name=word(data, "toolName"))
+    elif kind == "tool.execution_complete":
+        made["role"] = "tool"
+        answer = data.get("result") or data.get("error")
+        add_result(made, {**data, "content": answer, "result": None},
+                   failed=data.get("success") is False)
+    return [made]
+
+
+def _copilot_session(made: dict, kind: str, data: dict) -> list:
+    made["session"] = word(data, "sessionId")
+    made["cwd"] = word(mapping(data, "context"), "cwd")
+    made["model"] = word(data, "newModel", "selectedModel")
+    if kind in ("compaction_complete", "truncation", "context_cleared"):
+        made["mark"] = "compaction"
+    elif kind == "snapshot_rewind":
+        made["mark"] = "rewind"
+    elif kind == "error":
+        made["error"] = word(data, "message")
+    elif kind == "title_changed":
+        made["title"] = word(data, "title")
+    if kind != "shutdown":
+        return [made]
+    return [made] + [_copilot_input(made, model, data)
+                     for model in mapping(data, "modelMetrics")]
+
+
+def _copilot_input(made: dict, model: str, data: dict) -> dict:
+    """What one run of the program read with one model, told only at its end. What it
+    wrote was told by its messages."""
+    metrics = mapping(mapping(mapping(data, "modelMetrics"), model), "usage")
+    usage = tokens(metrics, "inputTokens", out="", read="cacheReadTokens",
+                   write="cacheWriteTokens", inside=True)
+    return turn("assistant", at=made["at"], model=model, usage=usage,
+                usage_id=f"{made['id']} {model}")
+
+
+# -- Hermes and OpenCode -----------------------------------------------
+
+
+def hermes_turns(record: dict, notes: dict) -> list:
+    """Hermes: rows of `messages`, one of `sessions` (type: session), or the messages
+    of its older JSON."""
+    if word(record, "type") == "session" or "session_start" in record:
+        return [_hermes_session(record)]
+    role, made = word(record, "role"), spoken(record, "system")
+    number_id = number(record, "id")
+    made["id"] = str(number_id) if number_id else ""
+    if role == "tool":
+        made["role"] = "tool"
+        inner = parsed(record.get("content"))
+        failed = isinstance(inner, dict) and bool(number(inner, "exit_code")
+                                                  or inner.get("error"))
+        add_result(made, {**record, "content": inner}, failed=failed)
+    elif role in ("user", "assistant", "system"):
+        made["role"] = role
+        fill(made, record.get("content"))
+        add_thought(made, word(record, "reasoning_content", "reasoning"))
+        for call in chat_calls(record):
+            add_call(made, {**mapping(call, "function"), "id": word(call, "id")},
+                     name=word(mapping(call, "function"), "name"))
+    return [made]
+
+
+def _hermes_session(record: dict) -> dict:
+    made = spoken(record, "system", at="started_at", session=word(
+        record, "id", "session_id"), title=word(record, "title"), model=word(
+        record, "model"), spawned_by=word(record, "parent_session_id"))
+    made["cwd"] = word(record, "cwd") or word(mapping(record, "model_config"), "cwd")
+    made["usage"] = tokens(record, "input_tokens", out="output_tokens",
+                           read="cache_read_tokens", write="cache_write_tokens")
+    made["usage_id"], made["id"] = f"session {made['session']}", ""
+    return made
+
+
+def chat_calls(message: dict) -> list:
+    """The tool calls of a message in the form of OpenAI's chat API, perhaps as JSON in
+    a string."""
+    import json
+    calls = message.get("tool_calls")
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except (ValueError, RecursionError):
+            calls = None
+    return dicts({"calls": calls}, "calls")
+
+
+def opencode_turns(record: dict, notes: dict) -> list:
+    """OpenCode: rows of `session`, `message` and `part`; see the section Sources."""
+    data, table = mapping(record, "data"), word(record, "table")
+    made = spoken(record, "system", at="time_created")
+    if table == "session":
+        return [spoken(record, "system", id="", at="time_created", session=made["id"],
+                     cwd=word(record, "directory"), title=word(record, "title"),
+                     spawned_by=word(record, "parent_id"))]
+    if table == "message":
+        used, cache = mapping(data, "tokens"), mapping(mapping(data, "tokens"), "cache")
+        made["role"] = word(data, "role") or "system"
+        made["usage"] = add_usage(tokens(used, "input", out="output"), {
+            "output": number(used, "reasoning"), "cache_read": number(cache, "read"),
+            "cache_write": number(cache, "write")})
+        made["usage_id"], made["model"] = made["id"], word(data, "modelID")
+        error = mapping(data, "error")
+        made["error"] = word(mapping(error, "data"), "message") or word(error, "name")
+    elif table == "part":
+        _opencode_part(made, data, role=word(record, "role"))
+    return [made]
+
+
+def _opencode_part(made: dict, data: dict, *, role: str) -> None:
+    kind, state = word(data, "type"), mapping(data, "state")
+    hidden = data.get("synthetic") is True or role not in ("user", "assistant")
+    made["role"] = "system" if hidden else role
+    if kind == "compaction":
+        made["mark"] = "compaction"
+    elif kind in ("text", "reasoning", "file"):
+        fill(made, data)
+    elif kind == "tool":
+        add_call(made, {"id": word(data, "callID"), "input": state.get("input")},
+                 name=word(data, "tool"))
+        if word(state, "status") in ("completed", "error"):
+            failed = word(state, "status") == "error" \
+                or number(mapping(state, "metadata"), "exit") != 0
+            add_result(made, {"id": word(data, "callID"), "content": word(
+                state, "output", "error")}, failed=failed)
+
+
+# -- any ---------------------------------------------------------------
+
+GEMINI_ONLY = frozenset(("$set", "$rewindTo", "projectHash"))
+
+
+def any_turns(record: dict, notes: dict) -> list:
+    """A JSONL file of unknown origin: by the harness it looks like, else as a message
+    with `role` and `content`, itself or in `message`."""
+    known = notes.get("looks like") or _likely(record)
+    if known:
+        notes["looks like"] = known
+        return known(record, notes)
+    message = mapping(record, "message") or record
+    role = word(message, "role") or word(record, "role")
+    made = spoken(record, {"human": "user", "model": "assistant"}.get(role, role))
+    if role == "tool":
+        add_result(made, message)
+    else:
+        fill(made, message.get("content", message.get("parts", message.get("text"))))
+    for call in chat_calls(message):
+        add_call(made, {**mapping(call, "function"), "id": word(call, "id")},
+                 name=word(mapping(call, "function"), "name"))
+    if made["role"] not in ("user", "assistant", "tool"):
+        made["role"] = "system"
+    return [settled_role(made)]
+
+
+def _likely(record: dict) -> object:
+    """The row of TURNS for a record by its shape, or None."""
+    kind, message = word(record, "type"), mapping(record, "message")
+    looks = (
+        (isinstance(record.get("payload"), dict), codex_turns),
+        ("uuid" in record and ("systemPayload" in record or "parts" in message),
+         qwen_turns),
+        ("parentUuid" in record or ("sessionId" in record and kind), claude_turns),
+        (isinstance(record.get("data"), dict) and "." in kind, copilot_turns),
+        (kind == "session" and "cwd" in record, pi_turns),
+        (kind == "message" and message, pi_turns),
+        (not GEMINI_ONLY.isdisjoint(record) or kind == "gemini", gemini_turns))
+    return next((turns for fits, turns in looks if fits), None)
+
+
+TURNS = {"claude-code": claude_turns, "codex": codex_turns, "openclaw": pi_turns,
+         "hermes": hermes_turns, "gemini": gemini_turns, "copilot": copilot_turns,
+         "opencode": opencode_turns, "pi": pi_turns, "qwen": qwen_turns,
+         "jsonl": any_turns}
+
+
+# == 16. Sessions as turns =============================================
+#
+# Pure: the records of one session one after the other, everything told once; and
+# records moved to another place.
+
+
+class Turns:
+    """The turns of one session, record by record in order, each thing told once.
+
+    Harnesses repeat themselves: usage in each record of a message, messages again when
+    they grow, whole histories after a rewrite (the next generation of a mirrored
+    session). What was told already is left out, and the usage of a turn is what it adds
+    to the usage told before. So whoever adds up, adds up everything.
+
+    counted: what usage was told, by usage_id. Give sessions that may be copies of each
+    other (forks) one dict, then theirs is counted once. session, cwd, title, model: the
+    latest known.
+    """
+
+    __slots__ = ("session", "cwd", "title", "model", "counted", "_tell", "_notes",
+                 "_told", "_named")
+
+    def __init__(self, harness: str, *, counted: dict | None = None) -> None:
+        self.session = self.cwd = self.title = self.model = ""
+        self.counted = {} if counted is None else counted
+        self._tell = TURNS.get(harness, any_turns)
+        self._notes, self._told, self._named = {}, set(), False
+
+    def of_line(self, line: bytes) -> list:
+        """of() for a line of a transcript; [] for what is not JSON."""
+        import json
+        try:
+            return self.of(json.loads(line))
+        except (ValueError, RecursionError):
+            return []
+
+    def of(self, record: object) -> list:
+        """What a parsed record has to tell, in order; mostly one turn or none."""
+        if not isinstance(record, dict):
+            return []
+        try:
+            told = self._tell(record, self._notes)
+            again = any(made["at"] for made in told) \
+                and not self._first("record", repr(record))
+        except RecursionError:  # nested deeper than any harness nests
+            return []
+        return [] if again else [made for made in told if self._news(made)]
+
+    def _news(self, made: dict) -> bool:
+        """Note what `made` says of the session; strip what was told; is there more?"""
+        self.session = self.session or made["session"]
+        self.cwd = self.cwd or made["cwd"]
+        self.model = made["model"] or self.model
+        if made["role"] == "assistant":
+            made["model"] = made["model"] or self.model
+        self._retitle(made)
+        self._strip(made)
+        made["usage"] = self._uncounted(made["usage"], made["usage_id"])
+        return any(made[name] for name in ("text", "thinking", "calls", "results",
+                                           "usage", "title", "mark", "error"))
+
+    def _strip(self, made: dict) -> None:
+        """Take out what was told: calls and answers by their ids, other things if this
+        very record, by its id, has told the same."""
+        for name in ("calls", "results"):
+            made[name] = [item for item in made[name] if not item["id"]
+                          or self._first(name, item["id"])]
+        if not made["calls"]:
+            made["files"] = []
+        for name in ("text", "thinking", "error", "mark") if made["id"] else ():
+            if made[name] and not self._first(made["id"], name, made[name]):
+                made[name] = ""
+
+    def _retitle(self, made: dict) -> None:
+        """A title that a person gave stays until a person gives another."""
+        if made["title"] == self.title or (self._named and not made["named"]):
+            made["title"] = ""
+        elif made["title"]:
+            self.title, self._named = made["title"], made["named"]
+
+    def _uncounted(self, usage: dict, owner: str) -> dict:
+        if not usage or not owner:
+            return usage
+        before = self.counted.get(owner, {})
+        more = {name: count - before.get(name, 0) for name, count in usage.items()
+                if count > before.get(name, 0)}
+        if more:
+            self.counted[owner] = add_usage(before, more)
+        return more
+
+    def _first(self, *words: str) -> bool:
+        """Whether these words come for the first time; only hashes are kept."""
+        mark = hash(words)
+        if mark in self._told:
+            return False
+        self._told.add(mark)
+        return True
+
+
+# -- another place -----------------------------------------------------
+
+SIGNED = frozenset(("signature", "thoughtSignature", "encrypted_content"))
+
+def moved(record: object, old: str, *, new: str) -> object:
+    """`record` with the directory `old` replaced by `new` in every text, also inside of
+    longer ones; the very same object where there is nothing to replace.
+
+    Thoughts that carry a signature stay: the model's server refuses changed ones.
+    """
+    import re
+    old = old.rstrip("/\\") if len(old) > 1 else old
+    if not old or old == new or old == "/":
+        return record
+    # Not within a longer path or name: /x/old, /old-2 and /old.bak are other places.
+    place = re.compile(r"(?<![\w./~-])" + re.escape(old) + r"(?![\w-]|\.\w)")
+    try:
+        return _moved(record, place, new=new)
+    except RecursionError as why:
+        raise Corrupt("a record of the transcript is nested too deeply",
+                      hint="restore it as it is, without other paths") from why
+
+
+def _moved(value: object, place: object, *, new: str) -> object:
+    if isinstance(value, str):
+        return place.sub(lambda _: new, value) if place.search(value) else value
+    if isinstance(value, list):
+        changed = [_moved(item, place, new=new) for item in value]
+        same = all(a is b for a, b in zip(changed, value))
+        return value if same else changed
+    return _moved_object(value, place, new=new) if isinstance(value, dict) else value
+
+
+def _moved_object(value: dict, place: object, *, new: str) -> dict:
+    kept = (*SIGNED, "thinking") if not SIGNED.isdisjoint(value) else ()
+    pairs = [(_moved(key, place, new=new),
+              item if key in kept else _moved(item, place, new=new))
+             for key, item in value.items()]
+    same = all(key in value and value[key] is item for key, item in pairs)
+    return value if same else dict(pairs)
+
+
+# == 17. Wire ==========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -3634,7 +4633,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 15. Server-sent events ============================================
+# == 18. Server-sent events ============================================
 #
 # Pure: bytes of a text/event-stream -> events (WHATWG HTML 9.2), and what those of a
 # bucket's feed mean for who follows it (hf-buckets.md 4). Knows no socket, no clock.
@@ -3769,7 +4768,7 @@ def feed_ended(state: dict, status: int, *, after: float = 0.0,
     return new, after or min(longest, first * 2 ** (new["tries"] - 1)) * (1 + roll / 4)
 
 
-# == 16. BLAKE3 ========================================================
+# == 19. BLAKE3 ========================================================
 #
 # Pure: the keyed hash of BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs), which
 # the standard library lacks. Only what Xet needs: keyed, 32 bytes.
@@ -3935,7 +4934,7 @@ def keyed_hash(key: bytes, data: bytes) -> bytes:
     return keyed_hashes(key, [data])[0]
 
 
-# == 17. Xet ===========================================================
+# == 20. Xet ===========================================================
 #
 # Pure: bytes in; hashes, xorbs and shards out. Knows no file, network or Hub.
 #
@@ -4363,7 +5362,7 @@ class XetPack:
             for xorb, first, end in terms]) for text, terms in files]
 
 
-# == 18. HTTP ==========================================================
+# == 21. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -5072,7 +6071,7 @@ def open_http(origin: str, *, timeout: float = REQUEST_TIMEOUT, trace: object = 
     return kind(origin, timeout=timeout, trace=trace, environ=environ)
 
 
-# == 19. Remote ========================================================
+# == 22. Remote ========================================================
 #
 # What clients of network stores share: connections by origin, the store's clock,
 # retries. Knows no store's protocol.
@@ -5186,7 +6185,7 @@ class Remote:
             link.close()
 
 
-# == 20. Stores ========================================================
+# == 23. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -6038,7 +7037,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 21. S3 ============================================================
+# == 24. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -6689,7 +7688,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 22. S3 store ======================================================
+# == 25. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -7071,7 +8070,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 23. Hub answers ===================================================
+# == 26. Hub answers ===================================================
 #
 # Pure: what the Hugging Face Hub says in its own API - errors, limits, entries, pages,
 # batches - in words and classes of ours. Whatever it says may be anything.
@@ -7292,7 +8291,7 @@ class XetGrant:
         self.base, self.token, self.ends_at = parts.path.rstrip("/"), token, ends_at
 
 
-# == 24. Hub ===========================================================
+# == 27. Hub ===========================================================
 #
 # One bucket at the Hub by its own API: a token, JSON, and bytes by way of Xet. Knows
 # its verbs; must not know what files mean. The Hub's token goes to the Hub alone, that
@@ -7656,7 +8655,7 @@ class Hub(HubReader):
         return answer
 
 
-# == 25. Hub events ====================================================
+# == 28. Hub events ====================================================
 #
 # What the Hub tells of changes in a bucket, as a wake-up for those who wait: never the
 # truth, and dispensable. Knows a stream of events; must not know what the keys mean.
@@ -7829,7 +8828,7 @@ def hub_feed(hub: Hub, project: str, *, clock: object = None) -> Feed:
                 f"{project}/" if project else "", clock=clock or hub.clock)
 
 
-# == 26. Hugging Face store ============================================
+# == 29. Hugging Face store ============================================
 #
 # The interface of "Stores" over a Hub: what a token alone can do. Every write is an
 # overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
@@ -8231,7 +9230,7 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
                        hint="upload it again when nobody writes to it")
 
 
-# == 27. Gateway =======================================================
+# == 30. Gateway =======================================================
 #
 # A Hugging Face bucket through its S3 gateway: the S3 store in another dialect. Every
 # conditional write is atomic here. The dialect (the gateway's documentation, and the
@@ -8368,7 +9367,7 @@ class GatewayStore(S3Store):
         self.native.close()
 
 
-# == 28. Probe =========================================================
+# == 31. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -8581,7 +9580,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 29. Settings ======================================================
+# == 32. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -8956,7 +9955,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 30. Local state ===================================================
+# == 33. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -9154,7 +10153,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 31. Command settings ==============================================
+# == 34. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -9376,7 +10375,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 32. Credentials ===================================================
+# == 35. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -9850,7 +10849,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 33. Ledger ========================================================
+# == 36. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -10400,7 +11399,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 34. Waiting =======================================================
+# == 37. Waiting =======================================================
 #
 # Looking again until what is awaited is there: how long the rests between two looks
 # are. Knows no record; the looks come in as functions.
@@ -10507,7 +11506,7 @@ def waiting(ledger: Ledger, wait: float, act: object, *, keys: object,
                       float("inf") if expires is None else expires + 1)
 
 
-# == 35. Leases ========================================================
+# == 38. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, being told that it
 # went to another. The decisions are those of "Records".
@@ -10738,7 +11737,7 @@ class Leases:
             raise
 
 
-# == 36. Hints =========================================================
+# == 39. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -10867,7 +11866,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 37. Step records ==================================================
+# == 40. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -11136,7 +12135,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 38. Frontier ======================================================
+# == 41. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -11222,7 +12221,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 39. Steps =========================================================
+# == 42. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -11608,7 +12607,7 @@ class Steps:
             pace.rest([f"steps/{step_id(step)}/" for step in steps])
 
 
-# == 40. Tasks =========================================================
+# == 43. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -11944,7 +12943,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 41. Locks =========================================================
+# == 44. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -12287,7 +13286,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 42. Barriers ======================================================
+# == 45. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -12508,7 +13507,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 43. Memory ========================================================
+# == 46. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -12728,7 +13727,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 44. Mailboxes =====================================================
+# == 47. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -13158,7 +14157,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 45. Mail ==========================================================
+# == 48. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -13391,7 +14390,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 46. Channels and threads ==========================================
+# == 49. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -13621,7 +14620,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 47. Bytes =========================================================
+# == 50. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -13992,7 +14991,7 @@ class Bytes:
         return body
 
 
-# == 48. Artifact heads ================================================
+# == 51. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -14286,7 +15285,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 49. Artifacts =====================================================
+# == 52. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -14583,7 +15582,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 50. Reservations ==================================================
+# == 53. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -14734,7 +15733,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 51. Runs ==========================================================
+# == 54. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -15196,7 +16195,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 52. Artifact trees ================================================
+# == 55. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -15595,7 +16594,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 53. Queue reader ==================================================
+# == 56. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -15805,7 +16804,7 @@ class QueueReader:
                 yield record
 
 
-# == 54. Queues ========================================================
+# == 57. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -16218,7 +17217,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 55. Project =======================================================
+# == 58. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -16631,7 +17630,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 56. Context =======================================================
+# == 59. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -16782,7 +17781,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 57. Views =========================================================
+# == 60. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -17132,7 +18131,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 58. Timeline ======================================================
+# == 61. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -17398,7 +18397,7 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest(keys if interval is None else ())
 
 
-# == 59. Digest ========================================================
+# == 62. Digest ========================================================
 #
 # What was done, decided, found, failed and is left open, as Markdown that a person or a
 # model can act on. Each line ends with the record it comes from, as [key@rev]; whoever
@@ -17646,7 +18645,7 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
     return out
 
 
-# == 60. Notes =========================================================
+# == 63. Notes =========================================================
 #
 # Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
 # proposed by whoever promotes them, accepted by whoever reviews the change. Their front
@@ -17885,7 +18884,7 @@ class Notes:
         return out
 
 
-# == 61. Housekeeping ==================================================
+# == 64. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -18119,7 +19118,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 62. Archive =======================================================
+# == 65. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -18541,7 +19540,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 63. Doctor ========================================================
+# == 66. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -18890,7 +19889,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 64. Trials ========================================================
+# == 67. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -19425,7 +20424,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 65. Drill =========================================================
+# == 68. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -19689,7 +20688,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 66. Bench =========================================================
+# == 69. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -20060,7 +21059,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 67. Rows ==========================================================
+# == 70. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -20311,7 +21310,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 68. Commands under a lease ========================================
+# == 71. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -20517,7 +21516,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 69. Step commands =================================================
+# == 72. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -20807,7 +21806,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 70. Task commands =================================================
+# == 73. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -20979,7 +21978,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 71. Lock commands =================================================
+# == 74. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -21260,7 +22259,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 72. Memory commands ===============================================
+# == 75. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -21379,7 +22378,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 73. Artifact commands =============================================
+# == 76. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -21605,7 +22604,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 74. Reservation commands ==========================================
+# == 77. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -21837,7 +22836,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 75. Commands of presence, views and set-up ========================
+# == 78. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -22342,7 +23341,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 76. House commands ================================================
+# == 79. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -22519,7 +23518,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 77. Commands of digest and notes ==================================
+# == 80. Commands of digest and notes ==================================
 #
 # For a person or a model: what happened in short, and what deserves to be kept.
 
@@ -22612,7 +23611,7 @@ def check_notes(notes: Notes, options: object) -> int:
     return 8 if bad else 3 if stale else 0
 
 
-# == 78. Commands of mail ==============================================
+# == 81. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -22872,7 +23871,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 79. Run commands ==================================================
+# == 82. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -23327,7 +24326,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 80. Queue commands ================================================
+# == 83. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -23518,7 +24517,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 81. Command line ==================================================
+# == 84. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
