@@ -25681,7 +25681,7 @@ def codex_records(cwd="/w/p", ident="019b04ae-b1c6-7c72-a134-a4c2de66058c", **me
             "last_token_usage": {"input_tokens": last, "cached_input_tokens": 4,
                                  "output_tokens": 3}})
     return [
-        codex("session_meta", "", id=ident, cwd=cwd, source="cli", **meta),
+        codex("session_meta", "", id=ident, cwd=cwd, **{"source": "cli", **meta}),
         codex("response_item", "message", role="user", content=[
             {"type": "input_text", "text": "<environment_context>x"}]),
         codex("response_item", "message", 2, role="user", content=[
@@ -26008,6 +26008,756 @@ def test_a_record_with_nothing_to_move_is_the_same_object():
     assert t.moved(record, "/w/elsewhere", new="/n") is record
     assert t.moved(record, "/", new="/n") is record
     assert t.moved(record, "/w/p", new="/w/p") is record
+
+
+# == Sources of sessions ===============================================
+#
+# Files that grow, are rewritten, cut or swapped; databases that are written meanwhile.
+
+
+def growing(tmp_path, data=b"", name="s.jsonl"):
+    (tmp_path / name).write_bytes(data)
+    return t.GrowingFile("jsonl", "s", path=str(tmp_path / name))
+
+
+def read_all(source, position=None, **how):
+    """(all bytes beyond a position, the last position, whether any came anew)."""
+    data, fresh = [], False
+    while True:
+        lines = source.read(position, **how)
+        position, fresh = lines.position, fresh or lines.fresh
+        assert json.loads(json.dumps(position)) == position
+        if not lines.data:
+            return b"".join(data), position, fresh
+        assert lines.data.endswith(b"\n")
+        data.append(lines.data)
+
+
+def test_only_whole_records_of_a_growing_file_are_read(tmp_path):
+    source = growing(tmp_path, b'{"a":1}\n{"b"')
+    data, position, _ = read_all(source)
+    assert (data, position["at"]) == (b'{"a":1}\n', 8)
+    with open(source.path, "ab") as file:
+        file.write(b":2}\n{")
+    assert read_all(source, position)[0] == b'{"b":2}\n'
+    assert source.read(position).fresh is False
+
+
+def test_the_last_record_of_an_ended_session_needs_no_newline(tmp_path):
+    source = growing(tmp_path, b"1\n2")
+    data, position, _ = read_all(source, ended=True)
+    assert data == b"1\n2\n" and read_all(source, position, ended=True)[0] == b""
+    with open(source.path, "ab") as file:
+        file.write(b"\n3\n")
+    assert read_all(source, position) == (b"3\n", {**source.read(None).position}, False)
+
+
+def test_a_record_that_went_on_after_its_session_had_ended_begins_a_generation(tmp_path):
+    source = growing(tmp_path, b"1\n2")
+    position = read_all(source, ended=True)[1]
+    with open(source.path, "ab") as file:
+        file.write(b"345\n")
+    assert read_all(source, position)[::2] == (b"1\n2345\n", True)
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: data[:-10], lambda data: b"", lambda data: b"X" + data[1:],
+    lambda data: data[:-2] + b"X\n" + b"more\n", lambda data: b"other\n" * 900])
+def test_a_file_that_was_cut_rewritten_or_swapped_begins_a_generation(tmp_path, change):
+    data = b"".join(b'{"n":%d}\n' % n for n in range(900))
+    source = growing(tmp_path, data)
+    position = read_all(source)[1]
+    growing(tmp_path, change(data))
+    assert read_all(source, position)[::2] == (change(data), True)
+
+
+def test_a_range_of_a_file_is_read_again_as_it_was(tmp_path):
+    source = growing(tmp_path, b"1\n22\n")
+    first = source.read(None)
+    with open(source.path, "ab") as file:
+        file.write(b"333\n44")
+    assert source.read(None, upto=first.position).data == b"1\n22\n"
+    second = source.read(first.position, ended=True)
+    third = source.read(second.position, ended=True)
+    assert source.read(second.position, upto=third.position).data == b"44\n"
+    assert source.read(second.position, upto=third.position).position == third.position
+
+
+def test_a_big_file_is_read_in_pieces_and_a_long_record_whole(tmp_path):
+    long = b'"' + b"x" * (3 << 20) + b'"\n'
+    data = b'{"n":0}\n' * 300000 + long + b"{}\n"
+    source = growing(tmp_path, data)
+    sizes = [len(lines.data) for lines in source.batches()]
+    assert sum(sizes) == len(data) and len(sizes) in (4, 5)
+    assert sorted(sizes)[-2] <= t.BATCH < len(long) <= sorted(sizes)[-1]
+
+
+def test_a_line_without_end_is_refused_and_fits_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "MAX_LINE", 1 << 20)
+    with pytest.raises(t.Corrupt, match="no transcript|line of over"):
+        growing(tmp_path, b"x" * (3 << 20)).read(None, size=1 << 16)
+
+
+@pytest.mark.parametrize("position", [-1, 10**9, True, "0", [], {}, {"at": "x"}, 2.5, {
+    "at": 2, "head": None, "tail": []}, {"at": 10**400}, {"at": -5, "cut": True}])
+def test_a_position_that_is_none_of_ours_begins_a_generation(tmp_path, position):
+    source = growing(tmp_path, b"1\n2\n")
+    if position is True:
+        assert source.read(position).position["at"] == 4
+        return
+    assert source.read(position).fresh and source.read(position).data == b"1\n2\n"
+
+
+def test_a_position_of_0_2_goes_on_within_a_record(tmp_path):
+    source = growing(tmp_path, b'{"a":1}\n{"b":2}\n')
+    assert read_all(source, 10)[::2] == (b'b":2}\n', False)
+
+
+def test_a_transcript_that_is_gone_or_no_file_is_said_to_be(tmp_path):
+    source = growing(tmp_path)
+    os.unlink(source.path)
+    assert source.stamp() == ""
+    with pytest.raises(t.NotFound, match="is gone"):
+        source.read()
+    os.mkdir(source.path)
+    with pytest.raises(t.Usage, match="not a regular file"):
+        source.read()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_instead_of_a_transcript_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "s.jsonl")
+    with pytest.raises(t.Usage, match="not a regular file"):
+        t.GrowingFile("jsonl", "s", path=str(tmp_path / "s.jsonl")).read()
+
+
+def test_a_stamp_changes_with_the_file(tmp_path):
+    source = growing(tmp_path, b"1\n")
+    first = source.stamp()
+    growing(tmp_path, b"1\n2\n")
+    assert first and source.stamp() != first
+
+
+def rewritten(tmp_path, messages, **head):
+    (tmp_path / "s.json").write_text(json.dumps({**head, "messages": messages}))
+    return t.RewrittenFile("gemini", "s", path=str(tmp_path / "s.json"))
+
+
+def records(data):
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_a_rewritten_file_tells_what_is_new_and_what_changed_at_its_end(tmp_path):
+    messages = [{"id": n, "text": "ü"} for n in range(20)]
+    source = rewritten(tmp_path, messages, sessionId="g", lastUpdated=1)
+    data, position, _ = read_all(source)
+    assert records(data) == [{"sessionId": "g", "cwd": ""}, *messages]
+    changed = [*messages[:19], {"id": 19, "text": "grown"}, {"id": 20}]
+    rewritten(tmp_path, changed, sessionId="g", lastUpdated=2)
+    data, position, fresh = read_all(source, position)
+    assert records(data) == changed[19:] and not fresh
+    rewritten(tmp_path, changed, sessionId="g", summary="S")
+    assert records(read_all(source, position)[0]) == [
+        {"sessionId": "g", "summary": "S", "cwd": ""}]
+
+
+@pytest.mark.parametrize("change", [lambda m: m[:15], lambda m: m[1:], lambda m: [],
+                                    lambda m: [{"id": "new"}, *m[1:]]])
+def test_a_rewritten_file_with_another_past_begins_a_generation(tmp_path, change):
+    messages = [{"id": n} for n in range(20)]
+    source = rewritten(tmp_path, messages)
+    position = read_all(source)[1]
+    rewritten(tmp_path, change(messages))
+    data, _, fresh = read_all(source, position)
+    assert fresh and records(data)[1:] == change(messages)
+
+
+def test_a_rewritten_file_is_read_in_pieces(tmp_path):
+    messages = [{"id": n, "text": "x" * 100} for n in range(50)]
+    source = rewritten(tmp_path, messages)
+    assert source.read(None, size=1000).position["n"] < 15
+    first = source.read(None, size=1000)
+    assert records(read_all(source, size=1000)[0])[1:] == messages
+    assert source.read(None, upto=first.position).data == first.data
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"messages": 1}', "[" * 90000,
+                                  '{"a":' * 90000, '{"messages": [1'])
+def test_a_rewritten_file_that_is_none_is_corrupt(tmp_path, text):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(t.Corrupt):
+        t.RewrittenFile("gemini", "s", path=str(tmp_path / "s.json")).read()
+
+
+def test_a_real_session_that_is_rewritten_grows_without_a_new_generation(tmp_path):
+    if not os.path.isdir(SAMPLES):
+        pytest.skip("no samples beside the project")
+    source, position, seen = rewritten(tmp_path, []), None, []
+    for name in ("1.json", "2.json", "3.json"):
+        shutil.copy(os.path.join(SAMPLES, "gemini", "rewritten-in-place", name),
+                    source.path)
+        data, position, fresh = read_all(source, position)
+        assert not fresh
+        seen += data.splitlines()
+    with open(source.path, "rb") as file:
+        ids = [message["id"] for message in json.load(file)["messages"]]
+    told = {record.get("id") for record in map(json.loads, seen)}
+    assert told == {None, *ids} and len(seen) < 2 * len(ids)
+
+
+HERMES = """
+    CREATE TABLE sessions (id TEXT PRIMARY KEY, source TEXT, model TEXT, model_config TEXT,
+        system_prompt TEXT, parent_session_id TEXT, started_at REAL, ended_at REAL,
+        input_tokens INTEGER, output_tokens INTEGER, cwd TEXT, title TEXT);
+    CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT, session_id TEXT,
+        role TEXT, content TEXT, tool_calls TEXT, timestamp REAL, active INTEGER);
+    CREATE TABLE secrets (value TEXT); INSERT INTO secrets VALUES ('token');"""
+OPENCLAW = """
+    CREATE TABLE transcript_events (session_id TEXT, seq INTEGER, event_json TEXT,
+        created_at INTEGER, PRIMARY KEY (session_id, seq));
+    CREATE TABLE transcript_rewrite_watermarks (session_id TEXT, generation INTEGER);
+    CREATE TABLE auth_profiles (token TEXT); INSERT INTO auth_profiles VALUES ('token');"""
+OPENCODE = """
+    CREATE TABLE session (id TEXT PRIMARY KEY, parent_id TEXT, directory TEXT, title TEXT,
+        version TEXT, tokens_input INTEGER, time_created INTEGER, time_updated INTEGER);
+    CREATE TABLE message (id TEXT PRIMARY KEY, session_id TEXT, time_created INTEGER,
+        time_updated INTEGER, data TEXT);
+    CREATE TABLE part (id TEXT PRIMARY KEY, message_id TEXT, session_id TEXT,
+        time_created INTEGER, time_updated INTEGER, data TEXT);
+    CREATE TABLE account (token TEXT); INSERT INTO account VALUES ('token');"""
+
+
+def database(path, script):
+    """A connection to a new database in WAL mode."""
+    sqlite3 = pytest.importorskip("sqlite3")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    link = sqlite3.connect(path, isolation_level=None)
+    link.execute("PRAGMA journal_mode = WAL")
+    link.execute("PRAGMA synchronous = OFF")
+    link.executescript(script)
+    return link
+
+
+def session_in(harness, link, path, session):
+    """The source of a session in a database."""
+    return t.SessionRows(harness, session, path=str(path), row=session,
+                         scheme=t.SCHEMES[harness])
+
+
+@pytest.fixture
+def hermes(tmp_path):
+    path = str(tmp_path / "state.db")
+    link = database(path, HERMES)
+    link.execute("INSERT INTO sessions (id, cwd, title, started_at, system_prompt,"
+                 " model_config) VALUES ('h1', '/w/p', 'T', 5, 'P', '{\"key\": 1}')")
+    for session, text in (("h1", "one"), ("h2", "else"), ("h1", '\0json:[{"a": 1}]')):
+        link.execute("INSERT INTO messages (session_id, role, content, timestamp)"
+                     " VALUES (?, 'user', ?, 7.5)", (session, text))
+    yield session_in("hermes", link, path, "h1"), link
+    link.close()
+
+
+def test_rows_are_read_once_with_their_session_before_them(hermes):
+    source, link = hermes
+    data, position, _ = read_all(source)
+    lead, one, two = records(data)
+    assert (lead["type"], lead["id"], lead["cwd"]) == ("session", "h1", "/w/p")
+    assert not {"system_prompt", "model_config"} & set(lead)
+    assert (one["content"], two["content"]) == ("one", [{"a": 1}])
+    link.execute("INSERT INTO messages (session_id, role) VALUES ('h1', 'assistant')")
+    link.execute("UPDATE sessions SET input_tokens = 9")
+    lead, three = records(read_all(source, position)[0])
+    assert (lead["input_tokens"], three["role"]) == (9, "assistant")
+
+
+def test_a_range_of_rows_is_read_again_as_it_was(hermes):
+    source, link = hermes
+    first = source.read(None, size=1)
+    rest = source.read(first.position)
+    link.execute("INSERT INTO messages (session_id, role) VALUES ('h1', 'assistant')")
+    assert source.read(None, upto=first.position).data == first.data
+    assert source.read(first.position, upto=rest.position).data == rest.data
+
+
+@pytest.mark.parametrize("change", ["DELETE FROM messages WHERE id = 1",
+                                    "DELETE FROM messages WHERE content = 'one'"])
+def test_rows_that_were_deleted_begin_a_generation(hermes, change):
+    source, link = hermes
+    position = read_all(source)[1]
+    link.execute(change)
+    data, _, fresh = read_all(source, position)
+    assert fresh and len(records(data)) == 2
+
+
+def test_a_row_id_of_0_2_is_a_position(hermes):
+    source, _ = hermes
+    assert [record.get("id") for record in records(read_all(source, 1)[0])] == ["h1", 3]
+
+
+def test_a_session_that_was_pruned_is_gone(hermes):
+    source, link = hermes
+    position = read_all(source)[1]
+    link.executescript("DELETE FROM messages; DELETE FROM sessions;")
+    with pytest.raises(t.NotFound, match="is gone"):
+        source.read(position)
+
+
+@pytest.mark.parametrize("position", [{}, [], "x", -1, 2**70, {"key": "a"}, {"key": 2**70},
+                                      {"key": 1, "count": "x"}, {"key": -7}])
+def test_a_position_in_rows_that_is_none_begins_a_generation(hermes, position):
+    lines = hermes[0].read(position)
+    assert lines.fresh and len(records(lines.data)) == 3
+
+
+def test_no_other_table_and_no_column_of_settings_can_be_read(hermes):
+    source, link = hermes
+    with pytest.raises(t.Corrupt, match="prohibited"):
+        with t.Database(source.path, ("messages",)) as db:
+            list(db.rows("SELECT * FROM secrets"))
+    with pytest.raises(t.Corrupt, match="authorized"):
+        with t.Database(source.path, ("messages",)) as db:
+            db.rows("DELETE FROM messages")
+    link.executescript("ALTER TABLE messages RENAME TO m; CREATE VIEW messages AS SELECT"
+                       " 9 AS id, 'h1' AS session_id, value AS content FROM secrets;")
+    with pytest.raises(t.Corrupt, match="prohibited"):
+        source.read()
+
+
+def test_what_is_still_in_the_log_of_a_database_is_read(hermes):
+    source, link = hermes
+    assert os.path.getsize(source.path + "-wal") > 0
+    link.execute("BEGIN IMMEDIATE")
+    link.execute("INSERT INTO messages (session_id) VALUES ('h1')")
+    assert len(records(read_all(source)[0])) == 3  # not what is not committed
+    link.execute("COMMIT")
+    assert len(records(read_all(source)[0])) == 4
+
+
+WRITER = """
+import sqlite3, sys
+link = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=20)
+link.execute("PRAGMA synchronous = OFF")
+for n in range(400):
+    link.execute("INSERT INTO messages (session_id, role, content) VALUES"
+                 " ('h1', 'user', ?)", (f"n{n}",))
+    if n == 200:
+        link.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+"""
+
+
+def test_rows_that_another_process_writes_meanwhile_are_all_read_in_order(hermes):
+    source, link = hermes
+    read_all(source)
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, source.path])
+    data, position, rounds = b"", None, 0
+    while writer.poll() is None:
+        more, position, fresh = read_all(source, position, size=2000)
+        data, rounds = data + more, rounds + 1
+        assert not fresh
+    data += read_all(source, position)[0]
+    texts = [record["content"] for record in records(data) if "role" in record]
+    assert writer.wait() == 0 and rounds > 1
+    assert texts[2:] == [f"n{n}" for n in range(400)]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() == 0, reason="needs modes, not root")
+def test_a_database_in_a_directory_that_cannot_be_written_is_read(hermes):
+    source, link = hermes
+    link.close()
+    folder = os.path.dirname(source.path)
+    os.chmod(folder, 0o500)
+    try:
+        assert len(records(read_all(source)[0])) == 3
+    finally:
+        os.chmod(folder, 0o700)
+
+
+@pytest.mark.parametrize("data", [b"", b"no database at all" * 100,
+                                  b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_file_that_is_no_database_is_corrupt(tmp_path, data):
+    pytest.importorskip("sqlite3")
+    (tmp_path / "state.db").write_bytes(data)
+    with pytest.raises(t.Corrupt, match="cannot read"):
+        session_in("hermes", None, tmp_path / "state.db", "h1").read()
+
+
+def test_a_database_that_is_locked_can_be_read_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "LOCKED", 0.05)
+    path = str(tmp_path / "state.db")
+    link = database(path, HERMES)
+    link.execute("PRAGMA journal_mode = DELETE")
+    link.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(t.Unavailable, match="locked"):
+        session_in("hermes", link, path, "h1").read()
+    link.close()
+
+
+def test_values_of_any_type_in_a_database_make_records(hermes):
+    source, link = hermes
+    link.execute("DELETE FROM messages")
+    for value in (b"\xff\0", 1.5, "\udc80".encode("utf-8", "surrogatepass").decode(
+            "latin-1"), None, "\0json:{", "a\nb"):
+        link.execute("INSERT INTO messages (session_id, role, content) VALUES"
+                     " ('h1', ?, ?)", (value, value))
+    link.execute("INSERT INTO messages (session_id, content) VALUES ('h1',"
+                 " CAST(X'ff41' AS TEXT))")
+    data = read_all(source)[0]
+    assert len(records(data)) == 8 and "\ufffdA" in data.decode()
+    turns_of("hermes", data.splitlines())
+
+
+def openclaw_events(*texts):
+    return [(n, text) for n, text in enumerate(texts)]
+
+
+def test_events_of_openclaw_are_handed_out_as_they_were_written(tmp_path):
+    path = str(tmp_path / "openclaw-agent.sqlite")
+    link = database(path, OPENCLAW)
+    texts = ['{"type": "session",  "cwd": "/w/p"}', '{\n"a": 1}', "[1]", "{broken"]
+    link.executemany("INSERT INTO transcript_events VALUES ('c1', ?, ?, 5)",
+                     openclaw_events(*texts))
+    source = session_in("openclaw", link, path, "c1")
+    data, position, _ = read_all(source)
+    assert data.splitlines()[0].decode() == texts[0]
+    assert records(data)[1:] == [{"a": 1}, {"unreadable": "[1]"},
+                                 {"unreadable": "{broken"}]
+    link.execute("INSERT INTO transcript_rewrite_watermarks VALUES ('c1', 2)")
+    assert read_all(source, position)[::2] == (data, True)
+    link.execute("DROP TABLE transcript_rewrite_watermarks")
+    assert read_all(source)[0] == data
+    link.close()
+
+
+def opencode_database(path):
+    link = database(path, OPENCODE)
+    link.execute("INSERT INTO session VALUES ('ses_1', NULL, '/w/p', 'T', '1', 0, 1, 9)")
+    link.execute("INSERT INTO session VALUES ('ses_2', 'ses_1', '/w/p', 'S', '1', 0, 1, 8)")
+    link.execute("INSERT INTO message VALUES ('m1', 'ses_1', 10, 30, '{\"role\": \"user\"}')")
+    for ident, at, text in (("p1", 20, "a"), ("p2", 20, "b"), ("p3", 30, "c")):
+        link.execute("INSERT INTO part VALUES (?, 'm1', 'ses_1', 10, ?, ?)", (
+            ident, at, json.dumps({"type": "text", "text": text})))
+    return link
+
+
+def test_rows_that_change_in_place_come_again(tmp_path):
+    path = str(tmp_path / "opencode.db")
+    link = opencode_database(path)
+    source = session_in("opencode", link, path, "ses_1")
+    data, position, _ = read_all(source, size=1)
+    assert [record["id"] for record in records(data)] == ["ses_1", "p1", "p2", "m1", "p3"]
+    assert records(data)[1]["role"] == "user" and records(data)[1]["data"]["text"] == "a"
+    link.execute("UPDATE part SET data = '{}', time_updated = 40 WHERE id = 'p1'")
+    link.execute("UPDATE part SET data = '{\"n\": 1}' WHERE id = 'p3'")  # same millisecond
+    link.execute("UPDATE session SET tokens_input = 7, time_updated = 50")
+    data, position, fresh = read_all(source, position)
+    assert [record["id"] for record in records(data)] == ["p3", "p1"] and not fresh
+    link.execute("DELETE FROM part WHERE id = 'p2'")
+    assert read_all(source, position)[2] is True
+    link.close()
+
+
+# == Harnesses =========================================================
+
+
+def make_agents(folder):
+    """A home with sessions of every harness, for two directories that only the records
+    tell apart: work/my_app.v2 and work/my-app-v2."""
+    home, ours, theirs = (folder / name for name in (
+        "home", "work/my_app.v2", "work/my-app-v2"))
+    for cwd, name in ((ours, "ours"), (theirs, "theirs")):
+        cwd.mkdir(parents=True)
+        put_sessions(home, str(cwd), name)
+
+    def find(harness="auto", cwd=str(ours), home=str(home), **environ):
+        return t.find_sessions(harness, cwd, environ=environ, home=home)
+    return SimpleNamespace(home=str(home), ours=str(ours), theirs=str(theirs), find=find)
+
+
+@pytest.fixture(scope="module")
+def agents(tmp_path_factory):
+    """As made, for all tests that only look."""
+    return make_agents(tmp_path_factory.mktemp("agents"))
+
+
+@pytest.fixture
+def own_agents(tmp_path):
+    """As made, for a test that changes them."""
+    return make_agents(tmp_path)
+
+
+def put(path, records_):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(t.record_line(record) for record in records_))
+
+
+def put_sessions(home, cwd, name):
+    folder = re.sub("[^A-Za-z0-9]", "-", cwd)
+    claude = [{**record, "cwd": cwd} if "cwd" in record else record
+              for record in claude_records()]
+    put(home / f".claude/projects/{folder}/{name}.jsonl", claude)
+    put(home / f".claude/projects/{folder}/{name}/subagents/agent-a1.jsonl", [
+        {**claude[1], "cwd": "/elsewhere", "isSidechain": True, "agentId": "a1"}])
+    put(home / f".claude/projects/{folder}/agent-b2{name}.jsonl", [
+        {**claude[1], "sessionId": name, "isSidechain": True, "agentId": "b2"}])
+    put(home / f".codex/sessions/2026/01/02/rollout-2026-01-02T03-04-05-{name}.jsonl",
+        codex_records(cwd, name))
+    put(home / f".codex/sessions/2026/01/02/rollout-2026-01-02T03-04-06-sub-{name}.jsonl",
+        codex_records(cwd, f"sub-{name}", **{"source": {"subagent": {"thread_spawn": {
+            "parent_thread_id": name}}}}))
+    put(home / f".openclaw/agents/main/sessions/{name}.jsonl", pi_entries(cwd))
+    put(home / f".openclaw/agents/main/sessions/{name}.trajectory.jsonl", pi_entries(cwd))
+    gemini = [{**gemini_lines(cwd)[0], "sessionId": name}, *gemini_lines(cwd)[1:]]
+    put(home / f".gemini/tmp/{name}/chats/session-2026-01-02T03-04-{name}.jsonl", gemini)
+    put(home / f".gemini/tmp/{name}/chats/{name}/g1.jsonl",
+        [{**gemini[0], "sessionId": "g1"}, *gemini[1:]])
+    put(home / f".copilot/session-state/{name}/events.jsonl", copilot_events(cwd))
+    put(home / f".pi/agent/sessions/--{folder[1:]}--/2026-01-02T03-04-05-000Z_{name}.jsonl",
+        pi_entries(cwd))
+    put(home / f".qwen/projects/{folder}/chats/{name}.jsonl", qwen_records(cwd))
+    put_rows(home, cwd, name)
+
+
+def put_rows(home, cwd, name):
+    pytest.importorskip("sqlite3")
+    for path, script in ((".hermes/state.db", HERMES),
+                         (".local/share/opencode/opencode.db", OPENCODE),
+                         (".openclaw/agents/db/agent/openclaw-agent.sqlite", OPENCLAW)):
+        there = (home / path).exists()
+        with contextlib.closing(database(str(home / path), "" if there else script)) as db:
+            if script is HERMES:
+                db.execute("INSERT INTO sessions (id, cwd, title, started_at) VALUES"
+                           " (?, ?, 'Where', 5)", (name, cwd))
+                db.execute("INSERT INTO messages (session_id, role, content, timestamp)"
+                           " VALUES (?, 'user', 'where', 9.5)", (name,))
+            elif script is OPENCLAW:
+                db.execute("INSERT INTO transcript_events VALUES (?, 0, ?, 9000)", (
+                    name, json.dumps({"type": "session", "cwd": cwd})))
+            else:
+                db.execute("INSERT INTO session VALUES (?, ?, ?, 'T', '1', 0, 1, 9000)",
+                           (name, None, cwd))
+                db.execute("INSERT INTO session VALUES (?, ?, ?, 'T', '1', 0, 1, 9000)",
+                           (f"sub-{name}", name, cwd))
+                db.execute("INSERT INTO message VALUES (?, ?, 1, 2, '{}')", (name, name))
+
+
+FOUND = {("claude-code", "ours", ""), ("claude-code", "ours_a1", "ours"),
+         ("claude-code", "ours_b2ours", "ours"), ("codex", "ours", ""),
+         ("codex", "ours_sub-ours", "ours"), ("openclaw", "main__ours", ""),
+         ("openclaw", "db__ours", ""), ("gemini", "ours", ""),
+         ("gemini", "ours_g1", "ours"), ("copilot", "ours", ""), ("pi", "ours", ""),
+         ("qwen", "ours", ""), ("hermes", "ours", ""), ("opencode", "ours", ""),
+         ("opencode", "ours_sub-ours", "ours")}
+
+
+def test_each_harness_has_its_sessions_found_and_no_other_project_s(agents):
+    found = agents.find()
+    assert {(s.harness, s.session, s.parent) for s in found} == FOUND
+    assert [s.modified for s in found] == sorted((s.modified for s in found), reverse=True)
+    for source in found:
+        assert read_all(source)[0].count(b"\n") > 0
+        assert t.check_name("session id", source.session)
+        assert source.size > 0 or source.parent
+    assert {s.session for s in agents.find("codex", agents.theirs)} == {
+        "theirs", "theirs_sub-theirs"}
+    assert len(agents.find("auto", None)) == 2 * len(FOUND)
+
+
+def test_what_is_found_is_told_with_its_directory_and_first_prompt(agents):
+    by_name = {s.harness: s for s in agents.find() if not s.parent}
+    assert {by_name[name].cwd for name in by_name if name != "gemini"} == {agents.ours}
+    assert by_name["codex"].title == "fix it" and by_name["hermes"].title == "Where"
+    assert {s.kind for s in by_name.values()} == {"append", "sqlite"}
+
+
+def test_sessions_are_found_through_links_and_other_spellings(agents, tmp_path):
+    os.symlink(agents.ours, tmp_path / "link")
+    everything = len(FOUND)
+    assert len(agents.find("auto", str(tmp_path / "link"))) == everything
+    assert len(agents.find("auto", agents.ours + "/../my_app.v2/")) == everything
+    assert agents.find("auto", os.path.dirname(agents.ours)) == []
+    assert agents.find("auto", agents.ours + "/sub") == []
+
+
+@pytest.mark.parametrize("name", ["a.b", "a__b", "a b", "ä", "日本", "a-b", "x" * 210, "🐍"])
+def test_a_directory_of_any_name_has_its_claude_sessions_found(tmp_path, name):
+    cwd = tmp_path / name
+    cwd.mkdir()
+    folder = re.sub("[^A-Za-z0-9]", lambda m: "-" * (1 + (m[0] > "\uffff")),
+                    os.path.realpath(cwd))
+    folder = folder if len(folder) <= 200 else folder[:200] + "-1ykz0z9"
+    path = tmp_path / "home/.claude/projects" / folder / "s.jsonl"
+    put(path, [{**record, "cwd": str(cwd)} for record in claude_records()])
+    found = t.find_sessions("claude-code", str(cwd), environ={},
+                            home=str(tmp_path / "home"))
+    assert [s.session for s in found] == ["s"]
+    assert t.where_to("claude-code", "s", cwd=str(cwd), environ={},
+                      home=str(tmp_path / "home")) == str(path)
+
+
+def test_a_claude_session_that_was_moved_here_is_found(own_agents):
+    source = next(s for s in own_agents.find("claude-code") if s.session == "ours")
+    first = {**claude_records()[1], "cwd": "/began/elsewhere"}
+    put(pathlib.Path(source.path), [first, {**first, "uuid": "9", "cwd": own_agents.ours}])
+    assert "ours" in {s.session for s in own_agents.find("claude-code")}
+    put(pathlib.Path(source.path), [first, {**first, "uuid": "9", "cwd": "/and/away"}])
+    assert "ours" not in {s.session for s in own_agents.find("claude-code")}
+    # One of the directory whose folder has the same name, that once worked here:
+    put(pathlib.Path(source.path), [{**first, "cwd": own_agents.theirs},
+                                    {**first, "cwd": own_agents.ours}])
+    assert "ours" not in {s.session for s in own_agents.find("claude-code")}
+
+
+@pytest.mark.parametrize("harness, variable, moved_to", [
+    ("claude-code", "CLAUDE_CONFIG_DIR", ".claude"), ("codex", "CODEX_HOME", ".codex"),
+    ("openclaw", "OPENCLAW_STATE_DIR", ".openclaw"),
+    ("openclaw", "OPENCLAW_HOME", ".openclaw"), ("openclaw", "OPENCLAW_HOME", ""),
+    ("hermes", "HERMES_HOME", ".hermes"), ("gemini", "GEMINI_CLI_HOME", ""),
+    ("copilot", "COPILOT_HOME", ".copilot"), ("opencode", "XDG_DATA_HOME", ".local/share"),
+    ("opencode", "OPENCODE_DB", ".local/share/opencode/opencode.db"),
+    ("pi", "PI_CODING_AGENT_DIR", ".pi/agent"),
+    ("pi", "PI_CODING_AGENT_SESSION_DIR", ".pi/agent/sessions"),
+    ("qwen", "QWEN_HOME", ".qwen"), ("qwen", "QWEN_RUNTIME_DIR", ".qwen")])
+def test_variables_move_a_harness(agents, harness, variable, moved_to):
+    before = {s.session for s in agents.find(harness)}
+    assert agents.find(harness, home="/nowhere") == [] != before
+    moved = {variable: os.path.join(agents.home, moved_to)}
+    assert {s.session for s in agents.find(harness, home="/nowhere", **moved)} == before
+
+
+def test_a_harness_that_is_unknown_is_refused():
+    with pytest.raises(t.Usage, match="did you mean codex"):
+        t.find_sessions("codx", "/", environ={}, home="/nowhere")
+    assert t.find_sessions("auto", "/", environ={}, home="/nowhere") == []
+
+
+def test_a_session_that_was_converted_is_found_in_its_new_form(own_agents):
+    source = next(s for s in own_agents.find("gemini") if s.session == "ours")
+    old = pathlib.Path(source.path[:-len("l")])
+    old.write_text(json.dumps({**gemini_lines(own_agents.ours)[0], "sessionId": "ours",
+                               "messages": gemini_lines()[1:4]}))
+    assert {s.kind for s in own_agents.find("gemini")} == {"append"}
+    os.unlink(source.path)
+    assert {s.session: s.kind for s in own_agents.find("gemini")}["ours"] == "rewrite"
+
+
+def test_the_folder_of_a_gemini_session_names_its_directory(own_agents):
+    marker = pathlib.Path(own_agents.home, ".gemini/tmp/ours/.project_root")
+    marker.write_text(own_agents.theirs + "\n")
+    assert own_agents.find("gemini") == []
+    assert {s.session for s in own_agents.find("gemini", own_agents.theirs)} == {
+        "ours", "ours_g1", "theirs", "theirs_g1"}
+
+
+def test_an_older_file_of_hermes_is_found_by_the_directory_in_its_settings(own_agents):
+    path = pathlib.Path(own_agents.home, ".hermes/sessions/session_old.json")
+    path.parent.mkdir()
+    path.write_text(json.dumps({
+        "session_id": "old", "session_start": JAN % 1, "system_prompt": "P" * 99,
+        "model_config": {"cwd": own_agents.ours, "api_key": "k"}, "tools": [1],
+        "messages": [{"role": "user", "content": "hi"}]}))
+    source = {s.session: s for s in own_agents.find("hermes")}["old"]
+    data = read_all(source)[0]
+    assert b"api_key" not in data and b"PPP" not in data
+    assert said(turns_of("hermes", data.splitlines())) == [("user", "hi")]
+
+
+def test_what_a_file_says_first_is_read_once(agents, monkeypatch):
+    finder, heads = t.Finder({}, agents.home), []
+    real = t.read_head
+    monkeypatch.setattr(t, "read_head", lambda file: heads.append(file.name) or real(file))
+    first = {s.session for s in finder.find("codex", agents.ours)}
+    assert len(heads) == 4
+    assert {s.session for s in finder.find("codex", agents.ours)} == first
+    assert len(heads) == 4
+
+
+DAMAGED = [b"", b"\n\n", b"{", b"[]\n1\nnull\n", b"\xff\xfe\n",
+           b'{"type":"session_meta","payload":{"cwd":7}}\n',
+           b'{"a":' * 90000 + b"1" + b"}" * 90000 + b"\n"]
+
+
+def test_a_damaged_file_belongs_to_nobody_and_hides_no_other(own_agents):
+    for data in DAMAGED:
+        for root, _, names in os.walk(own_agents.home):
+            for name in [n for n in names if "theirs" in n]:
+                pathlib.Path(root, name).write_bytes(data)
+        found = own_agents.find()
+        assert {(s.harness, s.session, s.parent) for s in found} == FOUND
+
+
+def test_a_database_that_is_damaged_or_old_hides_no_other(own_agents):
+    for path in (".hermes/state.db", ".local/share/opencode/opencode.db"):
+        pathlib.Path(own_agents.home, path).write_bytes(b"SQLite format 3\0 and no more")
+    kept = {row for row in FOUND if row[0] not in ("hermes", "opencode")}
+    assert {(s.harness, s.session, s.parent) for s in own_agents.find()} == kept
+
+
+def test_ids_from_disk_become_names_that_fit_and_differ(tmp_path):
+    names = [t.session_name(text) for text in (
+        "a b", "a-b", "a/b", "../x", "", "_x", ".", "\ud800", "x" * 300, "a\nb")]
+    assert len(set(names)) == len(names)
+    assert all(t.check_name("session id", name) == name for name in names)
+    assert t.session_name("main__20260429_1.x") == "main__20260429_1.x"
+
+
+def test_any_file_is_a_session_named_after_it(tmp_path):
+    (tmp_path / "my run.jsonl").write_bytes(b"1\n")
+    source = t.any_source(str(tmp_path / "my run.jsonl"))
+    assert source.harness == "jsonl" and source.session.startswith("my-run-")
+    assert t.any_source(source.path, "id-1").session == "id-1"
+    with pytest.raises(t.Usage):
+        t.any_source(source.path, "a/b")
+    with pytest.raises(t.NotFound):
+        t.any_source(str(tmp_path / "none"))
+
+
+def test_a_restored_session_is_found_where_it_was_put(agents, tmp_path):
+    for source in agents.find("auto", agents.ours):
+        path = t.where_to(source.harness, source.session, parent=source.parent, environ={},
+                          cwd=agents.theirs, home=str(tmp_path / "other"), at=1.7e9)
+        if source.kind == "sqlite":
+            assert path is None or source.harness == "openclaw"
+            continue
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            for line in read_all(source)[0].splitlines():
+                file.write(t.record_line(t.moved(
+                    json.loads(line), agents.ours, new=agents.theirs)))
+        if source.harness == "gemini":
+            marker = path.partition("/chats/")[0] + "/.project_root"
+            pathlib.Path(marker).write_text(agents.theirs)
+    found = t.find_sessions("auto", agents.theirs, environ={}, home=str(tmp_path / "other"))
+    assert {(s.harness, s.session, s.parent) for s in found} == {
+        row for row in FOUND if row[0] not in ("hermes", "opencode") and row[1] != "db__ours"}
+
+
+@pytest.mark.parametrize("harness, session, path", [
+    ("claude-code", "s", ".claude/projects/-w-my-app-v2/s.jsonl"),
+    ("codex", "019b04ae-b1c6-7c72-a134-a4c2de66058c", ".codex/sessions/2025/12/09/rollout-"
+     "2025-12-09T19-55-16-019b04ae-b1c6-7c72-a134-a4c2de66058c.jsonl"),
+    ("copilot", "c", ".copilot/session-state/c/events.jsonl"),
+    ("gemini", "f7633853-6663", ".gemini/tmp/my-app-v2/chats/"
+     "session-2025-12-09T19-55-f7633853.jsonl"),
+    ("openclaw", "work__o", ".openclaw/agents/work/sessions/o.jsonl"),
+    ("pi", "p", ".pi/agent/sessions/--w-my_app.v2--/2025-12-09T19-55-16-000Z_p.jsonl"),
+    ("qwen", "q", ".qwen/projects/-w-my-app-v2/chats/q.jsonl"),
+    ("hermes", "h", None), ("opencode", "o", None), ("jsonl", "j", None)])
+def test_each_harness_looks_for_a_session_in_its_own_place(tmp_path, harness, session,
+                                                           path, monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset() if hasattr(time, "tzset") else pytest.skip("no time zones")
+    at = None if harness == "codex" else 1765310116
+    found = t.where_to(harness, session, cwd="/w/my_app.v2", environ={}, at=at,
+                       home=str(tmp_path))
+    assert found == (path and str(tmp_path / path))
+
+
+@pytest.mark.parametrize("session", ["../x", "a/b", "", "_x", "a\nb"])
+def test_a_session_is_put_nowhere_but_where_it_belongs(session):
+    with pytest.raises(t.Usage):
+        t.where_to("claude-code", session, cwd="/", environ={}, home="/h")
+    with pytest.raises(t.Usage):
+        t.where_to("claude-code", "a", parent=session or "/", cwd="/", environ={}, home="/h")
 
 
 # == What an attack found ==============================================

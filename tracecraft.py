@@ -42,24 +42,25 @@ Contents (grep -n '^# == ' prints them with line numbers):
   25 S3 store                26 Hub answers             27 Hub
   28 Hub events              29 Hugging Face store      30 Gateway
   31 Probe                   32 Settings                33 Local state
-  34 Command settings        35 Credentials             36 Ledger
-  37 Waiting                 38 Leases                  39 Hints
-  40 Step records            41 Frontier                42 Steps
-  43 Tasks                   44 Locks                   45 Barriers
-  46 Memory                  47 Mailboxes               48 Mail
-  49 Channels and threads    50 Bytes                   51 Artifact heads
-  52 Artifacts               53 Reservations            54 Runs
-  55 Artifact trees          56 Queue reader            57 Queues
-  58 Project                 59 Context                 60 Views
-  61 Timeline                62 Digest                  63 Notes
-  64 Housekeeping            65 Archive                 66 Doctor
-  67 Trials                  68 Drill                   69 Bench
-  70 Rows                    71 Commands under a lease  72 Step commands
-  73 Task commands           74 Lock commands           75 Memory commands
-  76 Artifact commands       77 Reservation commands
-  78 Commands of presence, views and set-up  79 House commands
-  80 Commands of digest and notes  81 Commands of mail
-  82 Run commands            83 Queue commands          84 Command line
+  34 Sources                 35 Session databases       36 Session places
+  37 Harnesses               38 Command settings        39 Credentials
+  40 Ledger                  41 Waiting                 42 Leases
+  43 Hints                   44 Step records            45 Frontier
+  46 Steps                   47 Tasks                   48 Locks
+  49 Barriers                50 Memory                  51 Mailboxes
+  52 Mail                    53 Channels and threads    54 Bytes
+  55 Artifact heads          56 Artifacts               57 Reservations
+  58 Runs                    59 Artifact trees          60 Queue reader
+  61 Queues                  62 Project                 63 Context
+  64 Views                   65 Timeline                66 Digest
+  67 Notes                   68 Housekeeping            69 Archive
+  70 Doctor                  71 Trials                  72 Drill
+  73 Bench                   74 Rows                    75 Commands under a lease
+  76 Step commands           77 Task commands           78 Lock commands
+  79 Memory commands         80 Artifact commands       81 Reservation commands
+  82 Commands of presence, views and set-up  83 House commands
+  84 Commands of digest and notes  85 Commands of mail
+  86 Run commands            87 Queue commands          88 Command line
 """
 
 from __future__ import annotations
@@ -9831,18 +9832,19 @@ def find_repository(cwd: str) -> Repository | None:
     for top in upwards(os.path.abspath(cwd)):
         git = os.path.join(top, ".git")
         if not os.path.isdir(git):
-            named = _first_line(git)
+            named = first_line(git)
             if not named.startswith("gitdir:"):
                 continue
             git = os.path.join(top, named[len("gitdir:"):].strip())
         if not os.path.isfile(os.path.join(git, "HEAD")):
             continue
-        common = os.path.join(git, _first_line(os.path.join(git, "commondir")) or ".")
+        common = os.path.join(git, first_line(os.path.join(git, "commondir")) or ".")
         return Repository(top, os.path.realpath(common))
     return None
 
 
-def _first_line(path: str) -> str:
+def first_line(path: str) -> str:
+    """The first line of a text file without its end; "" if there is none."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.readline(4096).strip()
@@ -10149,11 +10151,1273 @@ def _host(environ: dict) -> str:
 def _sandbox() -> list:
     """What tells this boot and this container from others, as far as files say."""
     root = os.stat(os.sep)
-    return [_first_line("/proc/sys/kernel/random/boot_id"), str(root.st_dev),
+    return [first_line("/proc/sys/kernel/random/boot_id"), str(root.st_dev),
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 34. Command settings ==============================================
+# == 34. Sources =======================================================
+#
+# How the records of a session are read where its harness keeps them: in a file that
+# grows, in a JSON file rewritten at each turn, in rows of a database (next section).
+# Knows files; must not know stores, or where harnesses keep things.
+#
+# A *position* says how far a session was read. It is small JSON without any path, so
+# that another machine can go on from it. Reading from a position also finds out whether
+# the source is still what was read before. If it shrank, was rewritten or swapped, it
+# is read from its beginning: a new generation. A position that is a whole number is one
+# of 0.2: a byte offset, perhaps within a record, or the last row's id.
+
+BATCH = 1 << 20  # bytes of records handed out at once, unless one record is longer
+MAX_LINE = 64 << 20  # bytes; images and tool output make records of tens of MB
+EDGE = 4096  # bytes before a position, and at the file's start, that identify it
+REDONE = 8  # last messages of a rewritten file that may change without a rewrite
+VOLATILE = ("lastUpdated", "last_updated", "message_count")  # change with each message
+BULKY = ("tools", "system_prompt", "model_config")  # of Hermes: not what was said
+
+
+class Lines:
+    """Whole records, each a line that ends in a newline.
+
+    data: b"" when there is nothing more now. position: where to read on. fresh: the
+    source is no longer what it was at the position given; these are its first records.
+    """
+
+    __slots__ = ("data", "position", "fresh")
+
+    def __init__(self, data: bytes, position: object, *, fresh: bool) -> None:
+        self.data, self.position, self.fresh = data, position, fresh
+
+
+class SessionSource:
+    """One session where its harness keeps it.
+
+    session: its id here, fit for a key. parent: id of the session it is a sub-agent of,
+    or "". modified: seconds since 1970. size: bytes, or rows. cwd, title: as its first
+    records say, or "".
+    """
+
+    __slots__ = ("harness", "session", "path", "modified", "size", "parent", "cwd",
+                 "title")
+    kind = ""
+
+    def __init__(self, harness: str, session: str, *, path: str, modified: float = 0,
+                 size: int = 0, parent: str = "", cwd: str = "",
+                 title: str = "") -> None:
+        self.harness, self.session, self.path = harness, session, path
+        self.modified, self.size = modified, size
+        self.parent, self.cwd, self.title = parent, cwd, title
+
+    def read(self, position: object = None, *, upto: object = None, ended: bool = False,
+             size: int = BATCH) -> Lines:
+        """Records from `position` on (None: the beginning), about `size` bytes of them.
+
+        upto: an earlier answer's position; then the very records up to it, or others if
+        the source has changed since. ended: the harness is done, so that what follows
+        the last newline is a record too. NotFound when the source is gone, Corrupt when
+        it cannot be understood, Unavailable when it cannot be read now."""
+        raise NotImplementedError
+
+    def batches(self, position: object = None, *, ended: bool = False) -> object:
+        """Yields what read() returns until there is nothing more."""
+        while True:
+            lines = self.read(position, ended=ended)
+            position = lines.position
+            if not lines.data:
+                return
+            yield lines
+
+    def stamp(self) -> str:
+        """A text that is another one once there may be something new; "" if gone."""
+        return source_stamp(self.path)
+
+
+def source_stamp(path: str) -> str:
+    """Size, time and identity of a file as text; "" without one."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return ""
+    return f"{there.st_size}-{there.st_mtime_ns}-{there.st_ino}"
+
+
+def short_digest(data: bytes) -> str:
+    """16 hex digits that stand for `data`."""
+    import hashlib
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def record_line(doc: object) -> bytes:
+    """A record of ours as a line of a transcript; Corrupt if it is nested too deeply.
+    """
+    try:
+        # A lone surrogate becomes \\udXXX, which is how JSON spells it.
+        return compact_json(doc).encode("utf-8", "backslashreplace") + b"\n"
+    except RecursionError as why:
+        raise Corrupt("a record of the transcript is nested too deeply",
+                      hint="no harness writes such") from why
+
+
+def open_source(path: str) -> object:
+    """The regular file at `path`, open for reading; NotFound when it is gone."""
+    import stat
+    with FileTrouble("read", path):
+        try:
+            # A pipe with a fitting name would block the opening of it.
+            if stat.S_ISREG(os.stat(path).st_mode):
+                return open(path, "rb")
+        except FileNotFoundError as why:
+            raise NotFound(f"the transcript {shown(path)} is gone",
+                           hint="its harness deletes or moves old ones") from why
+    raise Usage(f"{shown(path)} is not a regular file", hint="name a transcript")
+
+
+# -- files that grow ---------------------------------------------------
+
+
+class GrowingFile(SessionSource):
+    """A JSONL file that its harness appends to.
+
+    Position: {at, head, tail}: an offset and digests of the file's start and of what
+    comes right before it; cut: a record without newline was handed out there."""
+
+    __slots__ = ()
+    kind = "append"
+
+    def read(self, position: object = None, *, upto: object = None, ended: bool = False,
+             size: int = BATCH) -> Lines:
+        with open_source(self.path) as file, FileTrouble("read", self.path):
+            found = resumed(file, position)
+            at = found or 0
+            file.seek(at)
+            if isinstance(upto, dict):
+                data = file.read(max(0, number(upto, "at") - at))
+                cut = upto.get("cut") is True
+            else:
+                data = whole_lines(file, size, path=self.path)
+                cut = ended and not data
+                data = self._rest(file, at) if cut else data
+            if not data and found is not None and position is not None:
+                return Lines(b"", position, fresh=False)
+            after = growing_position(file, at + len(data), cut=cut and bool(data))
+        return Lines(data + b"\n" * after.get("cut", False), after,
+                     fresh=found is None)
+
+    def _rest(self, file: object, at: int) -> bytes:
+        """What follows the last newline: all that its harness has ever written."""
+        file.seek(at)
+        return file.read(MAX_LINE)
+
+
+def whole_lines(file: object, size: int, *, path: str) -> bytes:
+    """About `size` bytes from here that end in a newline, or one longer record; b"" if
+    none is whole. Corrupt for a record beyond MAX_LINE."""
+    pieces, length = [], 0
+    while length <= MAX_LINE:
+        piece = file.read(size)
+        end = piece.rfind(b"\n") + 1
+        if end or not piece:
+            return b"".join(pieces) + piece[:end] if end else b""
+        pieces.append(piece)
+        length += len(piece)
+    raise Corrupt(f"{shown(path)} has a line of over {MAX_LINE >> 20} MiB",
+                  hint="that is no transcript")
+
+
+def growing_position(file: object, at: int, *, cut: bool = False) -> dict:
+    """The position `at` of an open file."""
+    file.seek(0)
+    head = file.read(min(at, EDGE))
+    file.seek(max(0, at - EDGE))
+    tail = file.read(min(at, EDGE))
+    marks = {"at": at, "head": short_digest(head), "tail": short_digest(tail)}
+    return {**marks, "cut": True} if cut else marks
+
+
+def resumed(file: object, position: object) -> int | None:
+    """The offset to go on at, or None if the file is not the one `position` is of."""
+    there = file.seek(0, os.SEEK_END)
+    if position is None or isinstance(position, int):
+        at = position or 0  # of 0.2, which kept nothing to compare
+        return at if 0 <= at <= there else None
+    at = number(position, "at", -1) if isinstance(position, dict) else -1
+    cut = at >= 0 and position.get("cut") is True
+    if not 0 <= at <= there or growing_position(file, at, cut=cut) != position:
+        return None
+    if not cut or at == there:
+        return at
+    # The newline that was added comes now; anything else means it was no record's end.
+    file.seek(at)
+    return at + 1 if file.read(1) == b"\n" else None
+
+
+# -- JSON files that are rewritten -------------------------------------
+
+
+class RewrittenFile(SessionSource):
+    """A JSON file {…, "messages": […]} that its harness writes anew at each turn.
+
+    Handed out as lines: the object without its messages, then each message, and again
+    those that have changed since. Position: {n, chain, last, about}: how many messages,
+    a digest of all but the last few, digests of these, and of the object."""
+
+    __slots__ = ()
+    kind = "rewrite"
+
+    def read(self, position: object = None, *, upto: object = None, ended: bool = False,
+             size: int = BATCH) -> Lines:
+        about, lines = document_lines(self.path)
+        marks = [short_digest(line) for line in lines]
+        start = unchanged(marks, position)
+        fresh = start is None and position is not None
+        count, again = start or (0, [])
+        known = "" if fresh else said_about(position)
+        out = [about] if known != short_digest(about) else []
+        out += [lines[index] for index in again]
+        stop = number(upto, "n") if isinstance(upto, dict) else len(lines)
+        while count < min(stop, len(lines)) and sum(map(len, out)) < size:
+            out.append(lines[count])
+            count += 1
+        kept = max(0, count - REDONE)
+        after = {"n": count, "chain": chain(marks[:kept]), "last": marks[kept:count],
+                 "about": short_digest(about)}
+        return Lines(b"".join(out), after, fresh=fresh)
+
+
+def said_about(position: object) -> str:
+    """The digest of the leading record at `position`; "" at the beginning."""
+    return word(position, "about") if isinstance(position, dict) else ""
+
+
+def chain(marks: list) -> str:
+    """One digest for a list of them."""
+    return short_digest("".join(marks).encode())
+
+
+def unchanged(marks: list, position: object) -> tuple | None:
+    """(messages handed out, indexes of those that changed since), or None if the
+    messages before the last few are others now, or fewer."""
+    if not isinstance(position, dict):
+        return None
+    count, last = number(position, "n", -1), texts(position, "last")
+    kept = count - len(last)
+    if kept < 0 or count > len(marks) or chain(marks[:kept]) != position.get("chain"):
+        return None
+    return count, [kept + i for i, mark in enumerate(last) if marks[kept + i] != mark]
+
+
+def document_lines(path: str) -> tuple:
+    """(the object without what is bulky or changes each time, its messages), each as a
+    line. Corrupt when it is not such a file, or is only half written."""
+    import json
+    with open_source(path) as file, FileTrouble("read", path):
+        data = file.read(MAX_LINE + 1)
+    try:
+        doc = json.loads(data) if len(data) <= MAX_LINE else None
+    except (ValueError, RecursionError) as why:
+        raise Corrupt(f"{shown(path)} is not JSON: {shown(str(why)[:80])}",
+                      hint="it may be half written; try again") from why
+    if not isinstance(doc, dict) or not isinstance(doc.get("messages"), list):
+        raise Corrupt(f"{shown(path)} is no transcript: no object with `messages`",
+                      hint="or it is beyond 64 MiB")
+    left_out = (*VOLATILE, *BULKY, "messages")
+    about = {name: value for name, value in doc.items() if name not in left_out}
+    # Hermes: the one thing of its settings that says whose session it is.
+    about.setdefault("cwd", word(mapping(doc, "model_config"), "cwd"))
+    return record_line(about), [record_line(message) for message in doc["messages"]]
+
+
+# == 35. Session databases =============================================
+#
+# Sessions that are rows of an SQLite database. Knows sqlite3; must not know stores.
+#
+# Never the file itself: OpenClaw's holds API keys, OpenCode's has tables of accounts.
+# Only named tables are read, through a connection that cannot write or read others.
+# The main file alone would also lack what is still in the write-ahead log (WAL).
+
+LOCKED = 4  # seconds to wait for a database, as 0.2 does
+NEWEST = 2000  # sessions of a database, or files of a kind, that are looked at
+
+
+class Database:
+    """`with Database(path, tables) as db:` an SQLite file, open read-only, of which no
+    other table can be read: next to transcripts, harnesses keep credentials.
+
+    All queries see one state, also while the harness writes (WAL)."""
+
+    __slots__ = ("path", "tables", "_link")
+
+    def __init__(self, path: str, tables: tuple) -> None:
+        self.path, self.tables, self._link = path, tables, None
+
+    def __enter__(self) -> Database:
+        open_source(self.path).close()
+        try:
+            import sqlite3
+        except ImportError as why:
+            raise Unavailable("this Python has no sqlite3", hint="use another") from why
+        try:
+            self._link = self._open("ro")
+        except sqlite3.Error as why:
+            # A WAL database in a directory we may not write to opens only as immutable,
+            # which is right as long as nothing is in the WAL.
+            if "unable to open" not in str(why) or os.path.exists(self.path + "-wal"):
+                raise self._error(why) from why
+        if self._link is None:
+            try:
+                self._link = self._open("ro&immutable=1")
+            except sqlite3.Error as why:
+                raise self._error(why) from why
+        return self
+
+    def _open(self, mode: str) -> object:
+        import sqlite3
+        place = os.path.abspath(self.path).replace(os.sep, "/")
+        uri = f"file:{'' if place.startswith('/') else '/'}{uri_escape(place, True)}"
+        link = sqlite3.connect(f"{uri}?mode={mode}", uri=True, timeout=LOCKED,
+                               isolation_level=None)
+        try:
+            link.text_factory = lambda data: data.decode("utf-8", "replace")
+            link.execute("BEGIN")
+            link.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            link.set_authorizer(self._may)
+        except sqlite3.Error:
+            link.close()
+            raise
+        return link
+
+    def _may(self, action: int, name: str, detail: str, *more: str) -> int:
+        # Numbers of sqlite3.h: PRAGMA 19, READ 20, SELECT 21, TRANSACTION 22, FUNCTION
+        # 31; the answers OK 0, DENY 1.
+        allowed = action in (21, 22, 31) or (action == 20 and name in self.tables) \
+            or (action == 19 and name == "table_info")
+        return 0 if allowed else 1
+
+    def __exit__(self, kind: object, why: object, trace: object) -> None:
+        import sqlite3
+        self._link.close()
+        if isinstance(why, sqlite3.Error):
+            raise self._error(why) from why
+
+    def _error(self, why: Exception) -> Error:
+        import sqlite3
+        text = f"cannot read {shown(self.path)}: {shown(str(why)[:120])}"
+        if isinstance(why, sqlite3.OperationalError) and "no such" not in str(why):
+            return Unavailable(text, hint="its harness may be busy; try again")
+        return Corrupt(text, hint="its version of the database is not known")
+
+    def rows(self, query: str, *values: object) -> object:
+        """Yields the answer's rows as tuples."""
+        return self._link.execute(query, values)
+
+    def one(self, query: str, *values: object) -> object:
+        """The first value of the first row, or None."""
+        row = self._link.execute(query, values).fetchone()
+        return row[0] if row else None
+
+    def pick(self, table: str, columns: tuple, rest: str, *values: object) -> list:
+        """Rows as dicts; None for columns that this version of the table has not, and
+        no rows if there is no such table."""
+        there = {row[1] for row in self.rows(f"PRAGMA table_info({table})")}
+        named = ", ".join(name if name in there else f"NULL AS {name}"
+                          for name in columns)
+        return [dict(zip(columns, row)) for row in self.rows(
+            f"SELECT {named} FROM {table} {rest}", *values)] if there else []
+
+
+class Scheme:
+    """How a harness keeps its sessions in SQLite. All of these take a Database.
+
+    tables: all that are ever read. sessions(db): dicts with id, cwd, parent, title,
+    newest first. touched(db, id): seconds of the last change. about(db, id): what leads
+    the session, a dict, or None. rows(db, id, key): yields (key, row's id, line) by
+    rising key from `key` on; a row that changes gets another key. born(db, id, key):
+    how many rows came up to `key`. mark(db, id): a text that changes when the past was
+    rewritten.
+    """
+
+    __slots__ = ("tables", "sessions", "touched", "about", "rows", "born", "mark")
+
+    def __init__(self, *, tables: tuple, sessions: object, touched: object,
+                 about: object, rows: object, born: object,
+                 mark: object = lambda db, session: "") -> None:
+        self.tables, self.sessions, self.touched = tables, sessions, touched
+        self.about, self.rows, self.born, self.mark = about, rows, born, mark
+
+
+class SessionRows(SessionSource):
+    """The rows of a session in a database of a Scheme.
+
+    Position: {key, edge, count, about, mark}: the last key, digests of its rows, how
+    many rows there were up to it; if fewer or more, some were deleted or put in later.
+    """
+
+    __slots__ = ("scheme", "row")
+    kind = "sqlite"
+
+    def __init__(self, harness: str, session: str, *, scheme: Scheme, row: str,
+                 **facts: object) -> None:
+        super().__init__(harness, session, **facts)
+        self.scheme, self.row = scheme, row
+
+    def read(self, position: object = None, *, upto: object = None, ended: bool = False,
+             size: int = BATCH) -> Lines:
+        with Database(self.path, self.scheme.tables) as db:
+            old = start_of(position)
+            fresh = position is not None and not self._continues(db, old)
+            old = start_of(None) if fresh else old
+            about = self._about(db)
+            known = short_digest(about) == word(old, "about")
+            key, edge, lines = self._further(db, old, upto, size=size)
+            after = {"key": key, "edge": edge, "about": short_digest(about),
+                     "count": self.scheme.born(db, self.row, key),
+                     "mark": self.scheme.mark(db, self.row)}
+        return Lines(b"".join(lines if known else [about, *lines]), after, fresh=fresh)
+
+    def _about(self, db: Database) -> bytes:
+        """The leading record, b"" where the scheme has none; NotFound if all is gone.
+        """
+        lead = self.scheme.about(db, self.row)
+        if lead is None and self.scheme.born(db, self.row, 2**62) == 0:
+            raise NotFound(f"session {shown(self.session)} is gone from"
+                           f" {shown(self.path)}", hint="it was deleted or pruned")
+        return record_line(lead) if lead else b""
+
+    def _continues(self, db: Database, old: dict | None) -> bool:
+        """Whether the rows before a position are what they were."""
+        if old is None:
+            return False
+        return old.get("count") is None or (
+            self.scheme.born(db, self.row, old["key"]) == old["count"]
+            and self.scheme.mark(db, self.row) == old.get("mark"))
+
+    def _further(self, db: Database, old: dict, upto: object, *, size: int) -> tuple:
+        """(last key, its rows' digests, lines) beyond a position."""
+        key, edge, lines = old["key"], dict(old["edge"]), []
+        for at, ident, line in self.scheme.rows(db, self.row, key):
+            if not isinstance(at, int) or size <= 0 or beyond(at, ident, upto=upto):
+                break
+            # Rows with the last key come again: more may have got it since, and in
+            # OpenCode a row may change twice in one millisecond.
+            if at != key:
+                key, edge = at, {}
+            if edge.get(ident) != short_digest(line):
+                edge[ident] = short_digest(line)
+                lines.append(line)
+                size -= len(line)
+        return key, edge, lines
+
+    def stamp(self) -> str:
+        """As SessionSource.stamp(); writes go to the WAL first."""
+        return f"{source_stamp(self.path)} {source_stamp(self.path + '-wal')}".strip()
+
+
+def start_of(position: object) -> dict | None:
+    """A position in rows with all its parts; None if it is none."""
+    if position is None:
+        return {"key": -1, "edge": {}}
+    if isinstance(position, int) and 0 <= position < 2**62:
+        return {"key": position + 1, "edge": {}}  # of 0.2
+    if not isinstance(position, dict) or not isinstance(position.get("key"), int) \
+            or not -2 < position["key"] < 2**62:
+        return None
+    return {**position, "edge": mapping(position, "edge")}
+
+
+def beyond(key: int, ident: str, *, upto: object) -> bool:
+    """Whether a row comes after the position `upto`, if there is one."""
+    end = start_of(upto) if isinstance(upto, dict) else None
+    return end is not None and (key > end["key"] or (
+        key == end["key"] and ident not in end["edge"]))
+
+
+HERMES_SESSION = ("id", "source", "model", "parent_session_id", "started_at",
+                  "ended_at", "end_reason", "input_tokens", "output_tokens",
+                  "cache_read_tokens", "cache_write_tokens", "reasoning_tokens", "cwd",
+                  "git_branch", "title", "estimated_cost_usd", "actual_cost_usd")
+OPENCODE_SESSION = ("id", "parent_id", "directory", "title", "version", "time_created")
+
+
+def hermes_sessions(db: Database) -> list:
+    """See Scheme."""
+    found = db.pick("sessions", ("id", "cwd", "parent_session_id", "title"),
+                    "ORDER BY started_at DESC LIMIT ?", NEWEST)
+    return [{**row, "parent": row["parent_session_id"]} for row in found]
+
+
+def hermes_about(db: Database, session: str) -> dict | None:
+    """The session's row without its prompt and settings, which may hold keys."""
+    found = db.pick("sessions", HERMES_SESSION, "WHERE id = ?", session)
+    return {"type": "session", **found[0]} if found else None
+
+
+def hermes_rows(db: Database, session: str, key: int) -> object:
+    """Messages as 0.2 writes them: the row, its content decoded where it is JSON."""
+    found = db.rows("SELECT * FROM messages WHERE session_id = ? AND id >= ?"
+                    " ORDER BY id", session, key)
+    names = [column[0] for column in found.description]
+    for values in found:
+        row = dict(zip(names, values))
+        text = row.get("content")
+        if isinstance(text, str) and text.startswith("\0json:"):
+            row["content"] = parsed_any(text[len("\0json:"):])
+        yield row.get("id"), str(row.get("id")), record_line(row)
+
+
+def parsed_any(text: str) -> object:
+    """The JSON value in `text`, else `text`."""
+    import json
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def openclaw_sessions(db: Database) -> list:
+    """See Scheme. Where a session ran is told by its first events."""
+    found = []
+    for (session,) in db.rows("SELECT session_id FROM transcript_events GROUP BY"
+                              " session_id ORDER BY max(created_at) DESC LIMIT ?",
+                              NEWEST):
+        first = db.rows("SELECT event_json FROM transcript_events WHERE session_id = ?"
+                        " ORDER BY seq LIMIT 3", session)
+        heads = [doc for doc in (parsed(text) for (text,) in first)
+                 if isinstance(doc, dict)]
+        cwd = next(filter(None, (word(doc, "cwd") for doc in heads)), "")
+        found.append({"id": session, "cwd": cwd, "parent": "", "title": ""})
+    return found
+
+
+def openclaw_rows(db: Database, session: str, key: int) -> object:
+    """The events as they were written, if that was on one line."""
+    for seq, text in db.rows("SELECT seq, event_json FROM transcript_events WHERE"
+                             " session_id = ? AND seq >= ? ORDER BY seq", session, key):
+        doc = parsed(text)
+        good = isinstance(doc, dict) and "\n" not in text and "\r" not in text
+        line = text.encode("utf-8", "backslashreplace") + b"\n" if good else \
+            record_line(doc if isinstance(doc, dict) else {"unreadable": doc})
+        yield seq, str(seq), line
+
+
+def openclaw_mark(db: Database, session: str) -> str:
+    """Watermarks of rewriting, whatever columns this version has for them."""
+    names = [row[1] for row in db.rows(
+        "PRAGMA table_info(transcript_rewrite_watermarks)")]
+    if "session_id" not in names:
+        return ""
+    found = list(db.rows("SELECT * FROM transcript_rewrite_watermarks WHERE"
+                         " session_id = ?", session))
+    return short_digest(repr(found).encode("utf-8", "replace")) if found else ""
+
+
+def opencode_sessions(db: Database) -> list:
+    """See Scheme."""
+    found = db.pick("session", ("id", "parent_id", "directory", "title"),
+                    "ORDER BY time_updated DESC LIMIT ?", NEWEST)
+    return [{**row, "cwd": row["directory"], "parent": row["parent_id"]}
+            for row in found]
+
+
+def opencode_about(db: Database, session: str) -> dict | None:
+    """The session's row without what changes at each turn."""
+    found = db.pick("session", OPENCODE_SESSION, "WHERE id = ?", session)
+    return {"table": "session", **found[0]} if found else None
+
+
+def opencode_rows(db: Database, session: str, key: int) -> object:
+    """Messages and their parts in the order of their last change: most parts are
+    changed after they were made. A part says whose it is, its message may follow."""
+    for changed, ident, message, made, data, whole in db.rows(
+            "SELECT p.time_updated, p.id, p.message_id, p.time_created, p.data, m.data"
+            " FROM part p LEFT JOIN message m ON m.id = p.message_id"
+            " WHERE p.session_id = ?1 AND p.time_updated >= ?2 UNION ALL"
+            " SELECT time_updated, id, NULL, time_created, data, NULL FROM message"
+            " WHERE session_id = ?1 AND time_updated >= ?2 ORDER BY 1, 2",
+            session, key):
+        owner = parsed(whole)
+        row = {"table": "message" if message is None else "part", "id": ident}
+        if message is not None:
+            role = word(owner, "role") if isinstance(owner, dict) else ""
+            row = {**row, "message_id": message, "role": role}
+        yield changed, str(ident), record_line({
+            **row, "time_created": made, "time_updated": changed, "data": parsed(data)})
+
+
+def last_change(query: str, *, unit: float = 1) -> object:
+    """Scheme.touched from a query for the time of the last change, in seconds times
+    `unit`."""
+    def touched(db: Database, session: str) -> float:
+        value = db.one(query, session)
+        good = isinstance(value, (int, float)) and value > 0
+        return float(value) / unit if good else parse_iso(value) or 0.0
+    return touched
+
+
+def counting(query: str) -> object:
+    """Scheme.born from a query for a number of rows."""
+    return lambda db, session, key: db.one(query, session, key)
+
+
+SCHEMES = {
+    "hermes": Scheme(
+        tables=("sessions", "messages"), sessions=hermes_sessions, about=hermes_about,
+        touched=last_change("SELECT max(timestamp) FROM messages WHERE session_id = ?"),
+        rows=hermes_rows, born=counting("SELECT count(*) FROM messages WHERE"
+                                       " session_id = ? AND id <= ?")),
+    "openclaw": Scheme(
+        tables=("transcript_events", "transcript_rewrite_watermarks"),
+        sessions=openclaw_sessions, about=lambda db, session: None,
+        touched=last_change("SELECT max(created_at) FROM transcript_events WHERE"
+                       " session_id = ?", unit=1000),
+        rows=openclaw_rows, mark=openclaw_mark,
+        born=counting("SELECT count(*) FROM transcript_events WHERE session_id = ?"
+                     " AND seq <= ?")),
+    "opencode": Scheme(
+        tables=("session", "message", "part"), sessions=opencode_sessions,
+        touched=last_change("SELECT max(time_updated) FROM part WHERE session_id = ?",
+                       unit=1000),
+        about=opencode_about, rows=opencode_rows, born=counting(
+            "SELECT (SELECT count(*) FROM message WHERE session_id = ?1 AND"
+            " time_created <= ?2) + (SELECT count(*) FROM part WHERE session_id = ?1"
+            " AND time_created <= ?2)")),
+}
+
+
+# == 36. Session places ================================================
+#
+# How harnesses name the files of sessions, whose session a file is, and where one has
+# to lie for its harness to find it. Knows files; must not know stores.
+#
+# A session belongs to a directory if its own records say that it began there. The names
+# of folders only say where to look: most harnesses make one name of many paths.
+# Everything on disk is taken as it may be: foreign, damaged, half written.
+
+HEAD_LINES = 40  # first records of a file that are looked at for its facts ...
+HEAD_BYTES = 8 << 20  # ... and bytes: the first prompt may carry images
+TAIL_BYTES = 64 << 10
+FOLDER_NAME = 200  # characters Claude Code gives the name of a folder
+
+
+class Directory:
+    """A directory, and how it may be called. path: None for any."""
+
+    __slots__ = ("path", "home")
+
+    def __init__(self, path: str | None, home: str) -> None:
+        self.path = None if path is None else os.path.abspath(path)
+        self.home = home
+
+    def is_at(self, other: object) -> bool:
+        """Whether a path from a record is this directory, by whatever name."""
+        if self.path is None:
+            return True
+        if not isinstance(other, str) or not other or "\0" in other:
+            return False
+        if other == "~" or other.startswith("~/"):
+            other = self.home + other[1:]
+        if os.path.normcase(other) == os.path.normcase(self.path):
+            return True
+        try:
+            return os.path.isabs(other) and os.path.samefile(other, self.path)
+        except (OSError, ValueError):
+            return False
+
+    def folders(self, parent: str) -> list:
+        """Names below `parent` that a harness may have made of this path."""
+        try:
+            names = sorted(os.listdir(parent))
+        except OSError:
+            return []
+        if self.path is None:
+            return names
+        ways = {self.path, os.path.realpath(self.path)}
+        whole = {squashed(way) for way in ways}
+        start = {squashed(way[:FOLDER_NAME]) for way in ways}
+        return [name for name in names if squashed(name) in whole or (
+            len(name) > FOLDER_NAME and squashed(name[:FOLDER_NAME]) in start)]
+
+
+def squashed(path: str) -> str:
+    """What all ways to make a folder's name of `path` have in common.
+
+    >>> squashed("/src/my_app.v2") == squashed("-src-my-app-v2")
+    True
+    """
+    return "".join(c for c in path.lower() if c.isascii() and c.isalnum())
+
+
+def session_name(text: str) -> str:
+    """`text`, an id from anywhere, as a component of a key; each its own.
+
+    >>> session_name("main__1-2")
+    'main__1-2'
+    """
+    safe = file_safe(text)
+    return text if safe == text and len(text) <= 150 \
+        else f"{safe[:100]}-{digest_of(text)[:8]}"
+
+
+# -- what a file says of itself ----------------------------------------
+
+
+def head_facts(harness: str, path: str, kind: object) -> dict:
+    """{session, cwd, spawned_by, agent, title, project} as the first records say."""
+    facts = {}
+    for record in first_records(path, kind):
+        facts.setdefault("project", word(record, "projectHash"))
+        for made in harness_turns(harness, record):
+            for name in ("session", "cwd", "spawned_by", "agent"):
+                facts[name] = facts.get(name) or made[name]
+            said = made["text"] if made["role"] == "user" else ""
+            facts["title"] = facts.get("title") or one_line(made["title"] or said)
+        if facts.get("cwd") and facts.get("title"):
+            break
+    return facts
+
+
+def harness_turns(harness: str, record: dict) -> list:
+    """The turns of one record by itself."""
+    try:
+        return TURNS[harness](record, {})
+    except RecursionError:
+        return []
+
+
+def first_records(path: str, kind: object) -> object:
+    """Yields the first records of a file, parsed; those that are objects."""
+    if kind is RewrittenFile:
+        about, lines = document_lines(path)
+        found = [about, *lines[:HEAD_LINES]]
+    else:
+        with open_source(path) as file, FileTrouble("read", path):
+            found = read_head(file)
+    for line in found:
+        doc = parsed_any(line.decode("utf-8", "replace"))
+        if isinstance(doc, dict):
+            yield doc
+
+
+def read_head(file: object) -> list:
+    """The first whole lines of an open file."""
+    lines, room = [], HEAD_BYTES
+    while len(lines) < HEAD_LINES and room > 0:
+        line = file.readline(room)
+        if not line.endswith(b"\n"):
+            break
+        lines.append(line)
+        room -= len(line)
+    return lines
+
+
+def last_cwd(path: str) -> str:
+    """The directory that the last records of a Claude Code file name."""
+    with open_source(path) as file, FileTrouble("read", path):
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read(TAIL_BYTES).split(b"\n")
+    for line in reversed(lines):
+        doc = parsed_any(line.decode("utf-8", "replace"))
+        said = word(doc, "cwd", "relocatedCwd") if isinstance(doc, dict) else ""
+        if said:
+            return said
+    return ""
+
+
+# -- rules of single harnesses -----------------------------------------
+
+
+def stem_of(path: str) -> str:
+    """The file's name without its last extension."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def upper_folder(path: str, levels: int) -> str:
+    """The name of the folder that many levels above a file."""
+    for _ in range(levels):
+        path = os.path.dirname(path)
+    return os.path.basename(path)
+
+
+def by_stem(path: str, facts: dict) -> tuple:
+    """(id, parent): the file is named after the session."""
+    return stem_of(path), ""
+
+
+def by_cwd(path: str, facts: dict, place: Directory) -> bool:
+    """Whether the session began in that directory."""
+    return place.is_at(facts.get("cwd"))
+
+
+def claude_ident(path: str, facts: dict) -> tuple:
+    """Sub-agents lie below their session, in older versions beside it."""
+    before, below, inner = path.replace(os.sep, "/").rpartition("/subagents/")
+    if below:
+        parent = before.rpartition("/")[2]
+        agent = inner[:-len(".jsonl")].replace("/", ".").replace("agent-", "", 1)
+        return f"{parent}_{agent}", parent
+    if stem_of(path).startswith("agent-"):
+        parent = facts.get("session") or "unknown"
+        return f"{parent}_{stem_of(path)[len('agent-'):]}", parent
+    return stem_of(path), ""
+
+
+def claude_owner(path: str) -> str:
+    """A sub-agent goes with its session, wherever it works itself (a work tree)."""
+    before, below, _ = path.replace(os.sep, "/").rpartition("/subagents/")
+    return before + ".jsonl" if below and os.path.isfile(before + ".jsonl") else path
+
+
+def claude_owns(path: str, facts: dict, place: Directory) -> bool:
+    """A session that the user moved here (`/cd`) began elsewhere, under a path of
+    another folder name."""
+    began = facts.get("cwd")
+    if place.is_at(began):
+        return True
+    folder = os.path.basename(os.path.dirname(path))
+    moved_here = began and squashed(began) != squashed(folder)
+    return bool(moved_here) and place.is_at(last_cwd(path))
+
+
+def claude_folder(root: str, cwd: str) -> str:
+    """The folder Claude Code gives a directory: an existing one where its name ends in
+    a hash that only Claude Code's own runtime computes."""
+    import unicodedata
+    path = unicodedata.normalize("NFC", os.path.realpath(cwd))
+    name = "".join(c if c.isascii() and c.isalnum() else "-" * (1 + (ord(c) > 0xFFFF))
+                   for c in path)
+    if len(name) <= FOLDER_NAME:
+        return name
+    start = name[:FOLDER_NAME] + "-"
+    try:
+        there = [n for n in sorted(os.listdir(os.path.join(root, "projects")))
+                 if n.startswith(start)]
+    except OSError:
+        there = []
+    return there[0] if there else start + hash36(path)
+
+
+def hash36(text: str) -> str:
+    """The 32-bit hash of the Agent SDK in base 36."""
+    value = 0
+    for char in text:
+        value = (value * 31 + ord(char)) & 0xFFFFFFFF
+    value = abs(value - (1 << 32) if value >> 31 else value)
+    digits = ""
+    while value or not digits:
+        value, digit = divmod(value, 36)
+        digits = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + digits
+    return digits
+
+
+def codex_ident(path: str, facts: dict) -> tuple:
+    """rollout-<time>-<id>; sub-agents are threads of their own."""
+    import re
+    found = re.fullmatch(r"rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-(.+)", stem_of(path))
+    own, parent = found[1] if found else stem_of(path), facts.get("spawned_by")
+    return (f"{parent}_{own}", parent) if parent else (own, "")
+
+
+def openclaw_ident(path: str, facts: dict) -> tuple:
+    """<agent>__<name> as 0.2 has it: ids are only unique within an agent."""
+    return f"{upper_folder(path, 2)}__{stem_of(path)}", ""
+
+
+def openclaw_owns(path: str, facts: dict, place: Directory) -> bool:
+    """Beside <id>.jsonl lie trajectories, checkpoints and what was reset or deleted."""
+    return "." not in stem_of(path) and by_cwd(path, facts, place)
+
+
+def gemini_ident(path: str, facts: dict) -> tuple:
+    """The name has only the first digits; sub-agents lie in their session's folder."""
+    own, parent = facts.get("session") or stem_of(path), upper_folder(path, 1)
+    return (own, "") if parent == "chats" else (f"{parent}_{own}", parent)
+
+
+def gemini_owns(path: str, facts: dict, place: Directory) -> bool:
+    """Records have no directory but its sha256; the folder names it in a file."""
+    import hashlib
+    if place.path is None:
+        return True
+    folder = path.replace(os.sep, "/").rpartition("/chats/")[0]
+    named = first_line(os.path.join(folder, ".project_root"))
+    if named:
+        return place.is_at(named)
+    ways = (place.path, os.path.realpath(place.path))
+    return facts.get("project") in [
+        hashlib.sha256(way.encode("utf-8", "surrogateescape")).hexdigest()
+        for way in ways]
+
+
+def gemini_folder(root: str, cwd: str) -> str:
+    """The folder below tmp/ that belongs to a directory, or the name of a new one."""
+    import re
+    place, parent = Directory(cwd, ""), os.path.join(root, "tmp")
+    try:
+        names = sorted(os.listdir(parent))
+    except OSError:
+        names = []
+    for name in names:
+        if place.is_at(first_line(os.path.join(parent, name, ".project_root"))
+                       or None):
+            return name
+    slug = re.sub("[^a-z0-9]+", "-", os.path.basename(cwd).lower()).strip("-")
+    return slug or "project"
+
+
+def hermes_ident(path: str, facts: dict) -> tuple:
+    """session_<id>.json."""
+    return facts.get("session") or stem_of(path).partition("session_")[2], ""
+
+
+def copilot_ident(path: str, facts: dict) -> tuple:
+    """<id>/events.jsonl, before 1.0 <id>.jsonl."""
+    own = upper_folder(path, 1) if stem_of(path) == "events" else stem_of(path)
+    return own, ""
+
+
+def pi_ident(path: str, facts: dict) -> tuple:
+    """<time>_<id>."""
+    return stem_of(path).partition("_")[2] or stem_of(path), ""
+
+
+# -- where a session is put --------------------------------------------
+
+
+class Destination:
+    """A session to be put where its harness looks for it.
+
+    root: of the harness. name: its own id; parent: id of its session, for a sub-agent.
+    cwd: the directory it shall belong to. at: when it began, in seconds.
+    """
+
+    __slots__ = ("root", "name", "parent", "cwd", "at")
+
+    def __init__(self, root: str, name: str, *, parent: str, cwd: str,
+                 at: float) -> None:
+        self.root, self.name, self.parent = root, name, parent
+        self.cwd, self.at = cwd, at
+
+    def below(self, *words: str) -> str:
+        """A path below the root."""
+        return os.path.join(self.root, *words)
+
+    def stamp(self, form: str) -> str:
+        """When it began, in UTC, as a harness puts it into a file's name."""
+        return time.strftime(form, time.gmtime(self.at))
+
+
+def codex_target(wanted: Destination) -> str:
+    """Codex finds a thread by its id, in the folder of any day; its days are local."""
+    began = time.localtime(wanted.at)
+    stamp = time.strftime("%Y-%m-%dT%H-%M-%S", began)
+    return wanted.below("sessions", *time.strftime("%Y %m %d", began).split(),
+                        f"rollout-{stamp}-{wanted.name}.jsonl")
+
+
+def claude_target(wanted: Destination) -> str:
+    """`claude --resume` looks in the folder of the current directory."""
+    folder = claude_folder(wanted.root, wanted.cwd)
+    if wanted.parent:
+        return wanted.below("projects", folder, wanted.parent, "subagents",
+                            f"agent-{wanted.name}.jsonl")
+    return wanted.below("projects", folder, f"{wanted.name}.jsonl")
+
+
+def openclaw_target(wanted: Destination) -> str | None:
+    """None where this agent's sessions are in SQLite already."""
+    agent, apart, own = wanted.name.partition("__")
+    if not apart:
+        agent, own = "main", wanted.name
+    if os.path.exists(wanted.below("agents", agent, "agent", "openclaw-agent.sqlite")):
+        return None
+    return wanted.below("agents", agent, "sessions", f"{own}.jsonl")
+
+
+def gemini_target(wanted: Destination) -> str:
+    """In its newer form, lines, whatever form it came from."""
+    chats = ("tmp", gemini_folder(wanted.root, wanted.cwd), "chats")
+    if wanted.parent:
+        return wanted.below(*chats, wanted.parent, f"{wanted.name}.jsonl")
+    stamp = wanted.stamp("%Y-%m-%dT%H-%M")
+    return wanted.below(*chats, f"session-{stamp}-{wanted.name[:8]}.jsonl")
+
+
+def copilot_target(wanted: Destination) -> str:
+    """A folder per session."""
+    return wanted.below("session-state", wanted.name, "events.jsonl")
+
+
+def pi_target(wanted: Destination) -> str:
+    """--path--/<time>_<id>.jsonl."""
+    path = wanted.cwd[1:] if wanted.cwd[:1] in ("/", "\\") else wanted.cwd
+    folder = "--" + "".join("-" if c in "/\\:" else c for c in path) + "--"
+    stamp = wanted.stamp(f"%Y-%m-%dT%H-%M-%S-{int(wanted.at * 1000) % 1000:03d}Z")
+    return wanted.below(folder, f"{stamp}_{wanted.name}.jsonl")
+
+
+def qwen_target(wanted: Destination) -> str:
+    """A folder per directory, without a limit to its name."""
+    folder = "".join(c if c.isascii() and c.isalnum() else "-"
+                     for c in os.path.realpath(wanted.cwd))
+    folder = folder.lower() if os.name == "nt" else folder
+    return wanted.below("projects", folder, "chats", f"{wanted.name}.jsonl")
+
+
+# == 37. Harnesses =====================================================
+#
+# One row for each coding agent whose sessions are found, and the finding. Knows files;
+# must not know stores. A new one costs a row, a function in the section Transcripts,
+# and what rules of its own it has in the section above.
+
+
+class Harness:
+    """Where one harness keeps its sessions.
+
+    roots: directories, "$NAME/…" or "~/…"; those of the first variable that is set, or
+    else those in the home. files: (pattern below a root, class of SessionSource) each;
+    {cwd} stands for folders that may be named after the directory. databases(environ):
+    patterns of SQLite files, read by the harness' Scheme. ident(path, facts): (session
+    id, its parent's). owner(path): the file whose records say whose session it is.
+    owns(path, facts, directory): whether it is of that Directory. target(wanted): the
+    path of a Destination session; None where that is in a database.
+    """
+
+    __slots__ = ("name", "roots", "files", "databases", "ident", "owner", "owns",
+                 "target")
+
+    def __init__(self, name: str, *, roots: tuple, files: tuple = (),
+                 databases: object = lambda environ: (), ident: object = None,
+                 owner: object = lambda path: path, owns: object = None,
+                 target: object = None) -> None:
+        self.name, self.roots, self.files = name, roots, files
+        self.databases, self.target = databases, target
+        self.ident, self.owner, self.owns = ident or by_stem, owner, owns or by_cwd
+
+
+HARNESSES = {row.name: row for row in (
+    Harness("claude-code", roots=("$CLAUDE_CONFIG_DIR", "~/.claude"),
+            files=(("projects/{cwd}/*.jsonl", GrowingFile),
+                   ("projects/{cwd}/*/subagents/**/agent-*.jsonl", GrowingFile)),
+            ident=claude_ident, owner=claude_owner, owns=claude_owns,
+            target=claude_target),
+    Harness("codex", roots=("$CODEX_HOME", "~/.codex"),
+            files=(("sessions/*/*/*/rollout-*.jsonl", GrowingFile),
+                   ("archived_sessions/rollout-*.jsonl", GrowingFile)),
+            ident=codex_ident, target=codex_target),
+    Harness("openclaw",
+            roots=("$OPENCLAW_STATE_DIR", "$OPENCLAW_HOME", "$OPENCLAW_HOME/.openclaw",
+                   "~/.openclaw", "~/.clawdbot", "~/.moltbot", "~/.moldbot"),
+            databases=lambda environ: ("agents/*/agent/openclaw-agent.sqlite",),
+            files=(("agents/*/sessions/*.jsonl", GrowingFile),),
+            ident=openclaw_ident, owns=openclaw_owns, target=openclaw_target),
+    Harness("hermes", roots=("$HERMES_HOME", "~/.hermes"),
+            databases=lambda environ: ("state.db", "profiles/*/state.db"),
+            files=(("sessions/session_*.json", RewrittenFile),), ident=hermes_ident),
+    Harness("gemini", roots=("$GEMINI_CLI_HOME/.gemini", "~/.gemini"),
+            files=(("tmp/*/chats/session-*.jsonl", GrowingFile),
+                   ("tmp/*/chats/*/*.jsonl", GrowingFile),
+                   ("tmp/*/chats/session-*.json", RewrittenFile)),
+            ident=gemini_ident, owns=gemini_owns, target=gemini_target),
+    Harness("copilot", roots=("$COPILOT_HOME", "~/.copilot"),
+            files=(("session-state/*/events.jsonl", GrowingFile),
+                   ("session-state/*.jsonl", GrowingFile)),
+            ident=copilot_ident, target=copilot_target),
+    Harness("opencode", roots=("$XDG_DATA_HOME/opencode", "~/.local/share/opencode"),
+            databases=lambda environ: (environ.get("OPENCODE_DB") or "opencode*.db",)),
+    Harness("pi", roots=("$PI_CODING_AGENT_SESSION_DIR",
+                         "$PI_CODING_AGENT_DIR/sessions", "~/.pi/agent/sessions"),
+            files=(("{cwd}/*.jsonl", GrowingFile), ("*.jsonl", GrowingFile)),
+            ident=pi_ident, target=pi_target),
+    Harness("qwen", roots=("$QWEN_RUNTIME_DIR", "$QWEN_HOME", "~/.qwen"),
+            files=(("projects/{cwd}/chats/*.jsonl", GrowingFile),
+                   ("projects/{cwd}/chats/archive/*.jsonl", GrowingFile)),
+            target=qwen_target),
+)}
+
+
+def roots_of(row: Harness, environ: dict, *, home: str) -> list:
+    """The directories in which a harness keeps its things."""
+    found, chosen = [], ""
+    for spec in row.roots:
+        lead, _, rest = spec.partition("/")
+        if lead == "~" and home and not chosen:
+            found.append(os.path.join(home, rest))
+        elif environ.get(lead[1:]) and chosen in ("", lead):
+            chosen = lead
+            folder = environ[lead[1:]]
+            folder = home + folder[1:] if folder.startswith("~/") else folder
+            found.append(os.path.join(folder, rest) if rest else folder)
+    return found
+
+
+class Finder:
+    """Finds the sessions of a directory, as often as asked; what a file's head says is
+    read once. environ, home: where harnesses look for their directories."""
+
+    __slots__ = ("environ", "home", "_heads")
+
+    def __init__(self, environ: dict, home: str) -> None:
+        self.environ, self.home, self._heads = environ, home, {}
+
+    def find(self, harness: str, cwd: str | None) -> list:
+        """SessionSources of a harness, or of all ("auto"), newest first.
+
+        cwd: None for sessions of any directory. Usage for a harness that is not known.
+        Files and databases that cannot be read are passed over."""
+        place, found = Directory(cwd, self.home), {}
+        for row in chosen_rows(harness):
+            for root in roots_of(row, self.environ, home=self.home):
+                for source in self._below(row, root, place):
+                    # The first place of a row wins: a session that a new version of
+                    # the harness has converted is still there in its old form.
+                    found.setdefault((row.name, source.session), source)
+        return sorted(found.values(), key=lambda source: -source.modified)
+
+    def _below(self, row: Harness, root: str, place: Directory) -> object:
+        for pattern in row.databases(self.environ):
+            for path, _ in newest_files(root, pattern, place):
+                yield from self._rows(row, path, place)
+        for pattern, kind in row.files:
+            for path, stat in newest_files(root, pattern, place):
+                source = self._file(row, path, place, kind=kind, stat=stat)
+                if source is not None:
+                    yield source
+
+    def _file(self, row: Harness, path: str, place: Directory, *, kind: object,
+              stat: object) -> SessionSource | None:
+        owner = row.owner(path)
+        try:
+            if not row.owns(owner, self._facts(row, owner, kind), place):
+                return None
+            facts = self._facts(row, path, kind)
+        except (Error, OSError):
+            return None
+        own, parent = row.ident(path, facts)
+        return kind(row.name, session_name(own), path=path, modified=stat.st_mtime,
+                    size=stat.st_size, parent=session_name(parent) if parent else "",
+                    cwd=facts.get("cwd") or "", title=facts.get("title") or "")
+
+    def _facts(self, row: Harness, path: str, kind: object) -> dict:
+        mark = (path, os.stat(path).st_ino)
+        known = self._heads.get(mark)
+        if known is None:
+            known = head_facts(row.name, path, kind)
+            # Not while it has told too little: the rest may be on its way.
+            if known.get("title") and (known.get("cwd") or known.get("project")):
+                self._heads[mark] = known
+        return known
+
+    def _rows(self, row: Harness, path: str, place: Directory) -> list:
+        scheme, found = SCHEMES[row.name], []
+        try:
+            with Database(path, scheme.tables) as db:
+                for known in scheme.sessions(db):
+                    if isinstance(known["id"], str) and place.is_at(known["cwd"]):
+                        found.append(session_rows(row, path, known, db=db))
+        except (Error, OSError):
+            pass
+        return found
+
+
+def session_rows(row: Harness, path: str, known: dict, *, db: Database) -> SessionRows:
+    """The source of a session that a database lists."""
+    scheme, own, parent = SCHEMES[row.name], known["id"], word(known, "parent")
+    name, above = own, ""
+    if row.name == "openclaw":
+        name = f"{upper_folder(path, 2)}__{own}"
+    elif parent and row.name == "opencode":
+        name, above = f"{parent}_{own}", session_name(parent)
+    elif parent:
+        above = session_name(parent)
+    return SessionRows(
+        row.name, session_name(name), scheme=scheme, row=own, path=path, parent=above,
+        modified=scheme.touched(db, own), size=scheme.born(db, own, 2**62),
+        cwd=word(known, "cwd"), title=one_line(word(known, "title")))
+
+
+def newest_files(root: str, pattern: str, place: Directory) -> list:
+    """(path, stat) of the regular files below `root`, newest first, at most NEWEST."""
+    import glob
+    import stat
+    before, named, after = pattern.partition("{cwd}")
+    patterns = [pattern] if not named else [
+        before + glob.escape(name) + after
+        for name in place.folders(os.path.join(root, before))]
+    found = []
+    for path in (path for one in patterns for path in glob.iglob(
+            os.path.join(glob.escape(root), one), recursive=True)):
+        try:
+            stats = os.stat(path)
+        except OSError:
+            continue
+        if stat.S_ISREG(stats.st_mode):
+            found.append((path, stats))
+    return sorted(found, key=lambda pair: -pair[1].st_mtime)[:NEWEST]
+
+
+def chosen_rows(harness: str) -> list:
+    """The rows of HARNESSES that a name means; Usage for another name."""
+    if harness == "auto":
+        return list(HARNESSES.values())
+    if harness == "jsonl":
+        return []
+    if harness not in HARNESSES:
+        raise Usage(f"unknown harness {shown(harness[:40])!r}"
+                    f"{nearest(harness, list(HARNESSES))}",
+                    hint=f"one of: auto, jsonl, {', '.join(HARNESSES)}")
+    return [HARNESSES[harness]]
+
+
+def find_sessions(harness: str, cwd: str | None, *, environ: dict, home: str) -> list:
+    """SessionSources of the sessions that ran in `cwd`, newest first. See Finder."""
+    return Finder(environ, home).find(harness, cwd)
+
+
+def any_source(path: str, session: str = "") -> GrowingFile:
+    """Any JSONL file as a session of harness jsonl. session: its id, else its name."""
+    with open_source(path):
+        stats = os.stat(path)
+    name = check_name("session id", session) if session else session_name(stem_of(path))
+    return GrowingFile("jsonl", name, path=os.path.abspath(path), size=stats.st_size,
+                       modified=stats.st_mtime)
+
+
+def where_to(harness: str, session: str, *, cwd: str, environ: dict, home: str,
+             parent: str = "", at: float | None = None) -> str | None:
+    """The path at which `harness`, started in `cwd`, finds a restored session; None if
+    it keeps sessions in a database, or nowhere (jsonl).
+
+    session, parent: ids as SessionSource has them; Usage if they cannot be in a path.
+    at: when the session began, else what a time-ordered id says, else now. No folder is
+    made. For the paths in the records see moved()."""
+    check_name("session id", session)
+    rows = chosen_rows(harness)
+    roots = roots_of(rows[0], environ, home=home) if len(rows) == 1 else []
+    if not roots or rows[0].target is None:
+        return None
+    own = session
+    if parent:
+        check_name("session id", parent)
+        own = session[len(parent) + 1:] if session.startswith(parent + "_") else session
+    began = at if at is not None else uuid_time(own) or time.time()
+    return rows[0].target(Destination(roots[0], own, parent=parent, at=began,
+                                 cwd=os.path.abspath(cwd)))
+
+
+def uuid_time(text: str) -> float | None:
+    """When a UUID of version 7 was made, in seconds; None for other ids.
+
+    >>> uuid_time("019b04ae-b1c6-7c72-a134-a4c2de66058c")
+    1765310116.294
+    """
+    digits = text.replace("-", "")
+    if len(digits) != 32 or digits[12] != "7":
+        return None
+    try:
+        return int(digits[:12], 16) / 1000
+    except ValueError:
+        return None
+
+
+# == 38. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -10375,7 +11639,7 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 35. Credentials ===================================================
+# == 39. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -10849,7 +12113,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 36. Ledger ========================================================
+# == 40. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -11399,7 +12663,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 37. Waiting =======================================================
+# == 41. Waiting =======================================================
 #
 # Looking again until what is awaited is there: how long the rests between two looks
 # are. Knows no record; the looks come in as functions.
@@ -11506,7 +12770,7 @@ def waiting(ledger: Ledger, wait: float, act: object, *, keys: object,
                       float("inf") if expires is None else expires + 1)
 
 
-# == 38. Leases ========================================================
+# == 42. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, being told that it
 # went to another. The decisions are those of "Records".
@@ -11737,7 +13001,7 @@ class Leases:
             raise
 
 
-# == 39. Hints =========================================================
+# == 43. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -11866,7 +13130,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 40. Step records ==================================================
+# == 44. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -12135,7 +13399,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 41. Frontier ======================================================
+# == 45. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -12221,7 +13485,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 42. Steps =========================================================
+# == 46. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -12607,7 +13871,7 @@ class Steps:
             pace.rest([f"steps/{step_id(step)}/" for step in steps])
 
 
-# == 43. Tasks =========================================================
+# == 47. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -12943,7 +14207,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 44. Locks =========================================================
+# == 48. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -13286,7 +14550,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 45. Barriers ======================================================
+# == 49. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -13507,7 +14771,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 46. Memory ========================================================
+# == 50. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -13727,7 +14991,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 47. Mailboxes =====================================================
+# == 51. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -14157,7 +15421,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 48. Mail ==========================================================
+# == 52. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -14390,7 +15654,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 49. Channels and threads ==========================================
+# == 53. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -14620,7 +15884,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 50. Bytes =========================================================
+# == 54. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -14991,7 +16255,7 @@ class Bytes:
         return body
 
 
-# == 51. Artifact heads ================================================
+# == 55. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -15285,7 +16549,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 52. Artifacts =====================================================
+# == 56. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -15582,7 +16846,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 53. Reservations ==================================================
+# == 57. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -15733,7 +16997,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 54. Runs ==========================================================
+# == 58. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -16195,7 +17459,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 55. Artifact trees ================================================
+# == 59. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -16594,7 +17858,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 56. Queue reader ==================================================
+# == 60. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -16804,7 +18068,7 @@ class QueueReader:
                 yield record
 
 
-# == 57. Queues ========================================================
+# == 61. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -17217,7 +18481,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 58. Project =======================================================
+# == 62. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -17630,7 +18894,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 59. Context =======================================================
+# == 63. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -17781,7 +19045,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 60. Views =========================================================
+# == 64. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -18131,7 +19395,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 61. Timeline ======================================================
+# == 65. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -18397,7 +19661,7 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest(keys if interval is None else ())
 
 
-# == 62. Digest ========================================================
+# == 66. Digest ========================================================
 #
 # What was done, decided, found, failed and is left open, as Markdown that a person or a
 # model can act on. Each line ends with the record it comes from, as [key@rev]; whoever
@@ -18645,7 +19909,7 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
     return out
 
 
-# == 63. Notes =========================================================
+# == 67. Notes =========================================================
 #
 # Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
 # proposed by whoever promotes them, accepted by whoever reviews the change. Their front
@@ -18884,7 +20148,7 @@ class Notes:
         return out
 
 
-# == 64. Housekeeping ==================================================
+# == 68. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -19118,7 +20382,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 65. Archive =======================================================
+# == 69. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -19540,7 +20804,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 66. Doctor ========================================================
+# == 70. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -19889,7 +21153,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 67. Trials ========================================================
+# == 71. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -20424,7 +21688,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 68. Drill =========================================================
+# == 72. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -20688,7 +21952,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 69. Bench =========================================================
+# == 73. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -21059,7 +22323,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 70. Rows ==========================================================
+# == 74. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -21310,7 +22574,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 71. Commands under a lease ========================================
+# == 75. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -21516,7 +22780,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 72. Step commands =================================================
+# == 76. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -21806,7 +23070,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 73. Task commands =================================================
+# == 77. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -21978,7 +23242,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 74. Lock commands =================================================
+# == 78. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -22259,7 +23523,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 75. Memory commands ===============================================
+# == 79. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -22378,7 +23642,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 76. Artifact commands =============================================
+# == 80. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -22604,7 +23868,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 77. Reservation commands ==========================================
+# == 81. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -22836,7 +24100,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 78. Commands of presence, views and set-up ========================
+# == 82. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -23341,7 +24605,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 79. House commands ================================================
+# == 83. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -23518,7 +24782,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 80. Commands of digest and notes ==================================
+# == 84. Commands of digest and notes ==================================
 #
 # For a person or a model: what happened in short, and what deserves to be kept.
 
@@ -23611,7 +24875,7 @@ def check_notes(notes: Notes, options: object) -> int:
     return 8 if bad else 3 if stale else 0
 
 
-# == 81. Commands of mail ==============================================
+# == 85. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -23871,7 +25135,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 82. Run commands ==================================================
+# == 86. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -24326,7 +25590,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 83. Queue commands ================================================
+# == 87. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -24517,7 +25781,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 84. Command line ==================================================
+# == 88. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
