@@ -25617,6 +25617,7 @@ def claude_records():
     ]
 
 
+@pytest.mark.brief
 def test_an_answer_in_three_records_is_counted_once():
     turns = turns_of("claude-code", claude_records())
     assert usage_of(turns) == {"input": 10, "output": 30, "cache_read": 100,
@@ -26147,6 +26148,7 @@ def records(data):
     return [json.loads(line) for line in data.splitlines()]
 
 
+@pytest.mark.brief
 def test_a_rewritten_file_tells_what_is_new_and_what_changed_at_its_end(tmp_path):
     messages = [{"id": n, "text": "ü"} for n in range(20)]
     source = rewritten(tmp_path, messages, sessionId="g", lastUpdated=1)
@@ -26309,6 +26311,7 @@ def test_a_position_in_rows_that_is_none_begins_a_generation(hermes, position):
     assert lines.fresh and len(records(lines.data)) == 3
 
 
+@pytest.mark.brief
 def test_no_other_table_and_no_column_of_settings_can_be_read(hermes):
     source, link = hermes
     with pytest.raises(t.Corrupt, match="prohibited"):
@@ -26323,6 +26326,7 @@ def test_no_other_table_and_no_column_of_settings_can_be_read(hermes):
         source.read()
 
 
+@pytest.mark.brief
 def test_what_is_still_in_the_log_of_a_database_is_read(hermes):
     source, link = hermes
     assert os.path.getsize(source.path + "-wal") > 0
@@ -26549,6 +26553,7 @@ FOUND = {("claude-code", "ours", ""), ("claude-code", "ours_a1", "ours"),
          ("opencode", "ours_sub-ours", "ours")}
 
 
+@pytest.mark.brief
 def test_each_harness_has_its_sessions_found_and_no_other_project_s(agents):
     found = agents.find()
     assert {(s.harness, s.session, s.parent) for s in found} == FOUND
@@ -26605,6 +26610,18 @@ def test_a_claude_session_that_was_moved_here_is_found(own_agents):
     put(pathlib.Path(source.path), [{**first, "cwd": own_agents.theirs},
                                     {**first, "cwd": own_agents.ours}])
     assert "ours" not in {s.session for s in own_agents.find("claude-code")}
+
+
+def test_the_folder_may_have_a_name_that_the_user_chose(tmp_path):
+    environ = {"CLAUDE_CONFIG_DIR": str(tmp_path / "c"),
+               "CLAUDE_CODE_PROJECT_DIR_NAME": "mine"}
+    path = tmp_path / "c/projects/mine/s.jsonl"
+    put(path, [{**record, "cwd": str(tmp_path)} for record in claude_records()])
+    put(tmp_path / "c/projects/mine/other.jsonl", claude_records())
+    found = t.find_sessions("claude-code", str(tmp_path), environ=environ, home="/h")
+    assert [source.session for source in found] == ["s"]
+    assert t.where_to("claude-code", "s", cwd=str(tmp_path), environ=environ,
+                      home="/h") == str(path)
 
 
 @pytest.mark.parametrize("harness, variable, moved_to", [
@@ -26692,6 +26709,52 @@ def test_a_database_that_is_damaged_or_old_hides_no_other(own_agents):
     assert {(s.harness, s.session, s.parent) for s in own_agents.find()} == kept
 
 
+@pytest.mark.parametrize("harness, name, cwd, session, parent", [
+    ("claude-code", "claude-code/growing/2-late.jsonl",
+     "/Users/alex/workspace/cli/.worktrees/3", "6da7d497-00e2-460d-a6b4-d280e0314cfd", ""),
+    ("claude-code", "claude-code/subagent-layout/0a1b2c3d-4e5f-4061-8071-2a3b4c5d6e7f/"
+     "subagents/agent-a0ad4f44468bdf20d.jsonl", "/tmp", "s1_a0ad4f44468bdf20d", "s1"),
+    ("codex", "codex/rollout-v0.66-cli.jsonl", "/Users/test_user/agent-sample",
+     "019b04ae-b1c6-7c72-a134-a4c2de66058c", ""),
+    ("openclaw", "openclaw/large.jsonl", "/tmp/large", "main__large", ""),
+    ("copilot", "copilot/aaaabbbb-1111-2222-3333-ccccddddeeee/events.jsonl",
+     "/tmp/project", "aaaabbbb-1111-2222-3333-ccccddddeeee", ""),
+    ("gemini", "gemini/v0.40-update-semantics.jsonl", None, "gemini_stage0_jsonl", ""),
+    ("pi", "pi/v3-small.jsonl", "/tmp/as-agent-fixture/project", "p1", ""),
+    ("qwen", "qwen/019f0000-0000-7000-8000-000000000004.jsonl",
+     "/tmp/as-qwen-fixture/old-project", "q1", "")])
+def test_a_real_transcript_is_found_in_its_place_and_read_as_it_is(
+        tmp_path, harness, name, cwd, session, parent):
+    data = b"".join(sample_lines(name))
+    path = t.where_to(harness, session, parent=parent, cwd=cwd or "/any", environ={},
+                      home=str(tmp_path))
+    os.makedirs(os.path.dirname(path))
+    with open(path, "wb") as file:
+        file.write(data)
+    found = {s.session: s for s in t.find_sessions(harness, cwd, environ={},
+                                                   home=str(tmp_path))}
+    read = read_all(found[session], ended=True)[0]
+    assert read == data + b"\n" * (data[-1:] != b"\n")
+    assert found[session].parent == parent
+    assert t.find_sessions(harness, "/elsewhere", environ={}, home=str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("harness, name, place", [
+    ("gemini", "gemini/session-2025-12-09.json",
+     ".gemini/tmp/x/chats/session-2025-12-09T19-51-f0a689a6.json"),
+    ("hermes", "hermes/large.json", ".hermes/sessions/session_20260429_hermes_large.json")])
+def test_a_real_rewritten_transcript_is_found_and_told(tmp_path, harness, name, place):
+    sample_lines(name)
+    os.makedirs((tmp_path / place).parent)
+    shutil.copy(os.path.join(SAMPLES, name), tmp_path / place)
+    (source,) = t.find_sessions(harness, None, environ={}, home=str(tmp_path))
+    turns = turns_of(harness, read_all(source)[0].splitlines())
+    calls = [call["id"] for made in turns for call in made["calls"]]
+    results = [result["id"] for made in turns for result in made["results"]]
+    assert calls and calls == results and len(said(turns)) > 3
+    assert t.find_sessions(harness, "/elsewhere", environ={}, home=str(tmp_path)) == []
+
+
 def test_ids_from_disk_become_names_that_fit_and_differ(tmp_path):
     names = [t.session_name(text) for text in (
         "a b", "a-b", "a/b", "../x", "", "_x", ".", "\ud800", "x" * 300, "a\nb")]
@@ -26711,6 +26774,7 @@ def test_any_file_is_a_session_named_after_it(tmp_path):
         t.any_source(str(tmp_path / "none"))
 
 
+@pytest.mark.brief
 def test_a_restored_session_is_found_where_it_was_put(agents, tmp_path):
     for source in agents.find("auto", agents.ours):
         path = t.where_to(source.harness, source.session, parent=source.parent, environ={},

@@ -3762,9 +3762,9 @@ def cost_of(usage: dict, model: str, *, prices: dict) -> float | None:
 # Pure: what a record of each harness means, as turns. Formats: each vendor calls its
 # own internal, so what is unknown or has the wrong type says nothing, and never fails.
 #
-# A row of TURNS is a function (record, notes) -> turns. notes: a dict in which it may
+# For each harness a function (record, notes) -> turns. notes: a dict in which it may
 # keep what later records of the same session need. Everything repeated is told again;
-# class Turns drops it.
+# class Turns (next section) drops it.
 
 
 def spoken(record: dict, role: str, *, id: str = "id", parent: str = "parentId",
@@ -4219,7 +4219,10 @@ def _opencode_part(made: dict, data: dict, *, role: str) -> None:
                 state, "output", "error")}, failed=failed)
 
 
-# -- any ---------------------------------------------------------------
+# == 16. Sessions as turns =============================================
+#
+# Pure: the records of one session one after the other, everything told once; files of
+# unknown origin; and records moved to another place.
 
 GEMINI_ONLY = frozenset(("$set", "$rewindTo", "projectHash"))
 
@@ -4267,12 +4270,6 @@ TURNS = {"claude-code": claude_turns, "codex": codex_turns, "openclaw": pi_turns
          "jsonl": any_turns}
 
 
-# == 16. Sessions as turns =============================================
-#
-# Pure: the records of one session one after the other, everything told once; and
-# records moved to another place.
-
-
 class Turns:
     """The turns of one session, record by record in order, each thing told once.
 
@@ -4309,7 +4306,9 @@ class Turns:
             return []
         try:
             told = self._tell(record, self._notes)
-            again = any(made["at"] for made in told) \
+            # Without an id, the same record at the same time is the same; without a
+            # time as well, somebody may have said the same twice.
+            again = any(made["at"] and not made["id"] for made in told) \
                 and not self._first("record", repr(record))
         except RecursionError:  # nested deeper than any harness nests
             return []
@@ -10290,7 +10289,7 @@ class GrowingFile(SessionSource):
             at = found or 0
             file.seek(at)
             if isinstance(upto, dict):
-                data = file.read(max(0, number(upto, "at") - at))
+                data = file.read(min(max(0, number(upto, "at") - at), MAX_LINE + BATCH))
                 cut = upto.get("cut") is True
             else:
                 data = whole_lines(file, size, path=self.path)
@@ -10339,9 +10338,10 @@ def resumed(file: object, position: object) -> int | None:
     if position is None or isinstance(position, int):
         at = position or 0  # of 0.2, which kept nothing to compare
         return at if 0 <= at <= there else None
-    at = number(position, "at", -1) if isinstance(position, dict) else -1
-    cut = at >= 0 and position.get("cut") is True
-    if not 0 <= at <= there or growing_position(file, at, cut=cut) != position:
+    if not isinstance(position, dict):
+        return None
+    at, cut = number(position, "at", there + 1), position.get("cut") is True
+    if at > there or growing_position(file, at, cut=cut) != position:
         return None
     if not cut or at == there:
         return at
@@ -10514,10 +10514,14 @@ class Database:
         row = self._link.execute(query, values).fetchone()
         return row[0] if row else None
 
+    def columns(self, table: str) -> set:
+        """The names of a table's columns; empty if there is no such table."""
+        return {row[1] for row in self.rows(f"PRAGMA table_info({table})")}
+
     def pick(self, table: str, columns: tuple, rest: str, *values: object) -> list:
         """Rows as dicts; None for columns that this version of the table has not, and
         no rows if there is no such table."""
-        there = {row[1] for row in self.rows(f"PRAGMA table_info({table})")}
+        there = self.columns(table)
         named = ", ".join(name if name in there else f"NULL AS {name}"
                           for name in columns)
         return [dict(zip(columns, row)) for row in self.rows(
@@ -10675,9 +10679,9 @@ def parsed_any(text: str) -> object:
 def openclaw_sessions(db: Database) -> list:
     """See Scheme. Where a session ran is told by its first events."""
     found = []
-    for (session,) in db.rows("SELECT session_id FROM transcript_events GROUP BY"
-                              " session_id ORDER BY max(created_at) DESC LIMIT ?",
-                              NEWEST):
+    for (session,) in db.rows(f"SELECT session_id FROM transcript_events GROUP BY"
+                              f" session_id ORDER BY max({openclaw_time(db)}) DESC"
+                              f" LIMIT {NEWEST}"):
         first = db.rows("SELECT event_json FROM transcript_events WHERE session_id = ?"
                         " ORDER BY seq LIMIT 3", session)
         heads = [doc for doc in (parsed(text) for (text,) in first)
@@ -10685,6 +10689,17 @@ def openclaw_sessions(db: Database) -> list:
         cwd = next(filter(None, (word(doc, "cwd") for doc in heads)), "")
         found.append({"id": session, "cwd": cwd, "parent": "", "title": ""})
     return found
+
+
+def openclaw_time(db: Database) -> str:
+    """The column with the time of an event; its number where this version has none."""
+    return "created_at" if "created_at" in db.columns("transcript_events") else "seq"
+
+
+def openclaw_touched(db: Database, session: str) -> float:
+    """See Scheme. Milliseconds, or ISO text."""
+    return seconds_of(db.one(f"SELECT max({openclaw_time(db)}) FROM transcript_events"
+                             " WHERE session_id = ?", session))
 
 
 def openclaw_rows(db: Database, session: str, key: int) -> object:
@@ -10700,9 +10715,7 @@ def openclaw_rows(db: Database, session: str, key: int) -> object:
 
 def openclaw_mark(db: Database, session: str) -> str:
     """Watermarks of rewriting, whatever columns this version has for them."""
-    names = [row[1] for row in db.rows(
-        "PRAGMA table_info(transcript_rewrite_watermarks)")]
-    if "session_id" not in names:
+    if "session_id" not in db.columns("transcript_rewrite_watermarks"):
         return ""
     found = list(db.rows("SELECT * FROM transcript_rewrite_watermarks WHERE"
                          " session_id = ?", session))
@@ -10742,14 +10755,23 @@ def opencode_rows(db: Database, session: str, key: int) -> object:
             **row, "time_created": made, "time_updated": changed, "data": parsed(data)})
 
 
-def last_change(query: str, *, unit: float = 1) -> object:
-    """Scheme.touched from a query for the time of the last change, in seconds times
-    `unit`."""
-    def touched(db: Database, session: str) -> float:
-        value = db.one(query, session)
-        good = isinstance(value, (int, float)) and value > 0
-        return float(value) / unit if good else parse_iso(value) or 0.0
-    return touched
+def seconds_of(value: object) -> float:
+    """Seconds since 1970 of a time in a database, of whatever form; 0 for none."""
+    return parse_iso(clock_text(value)) or 0.0
+
+
+def hermes_touched(db: Database, session: str) -> float:
+    """See Scheme."""
+    last = db.one("SELECT max(timestamp) FROM messages WHERE session_id = ?", session)
+    return seconds_of(last) or seconds_of(db.one(
+        "SELECT started_at FROM sessions WHERE id = ?", session))
+
+
+def opencode_touched(db: Database, session: str) -> float:
+    """See Scheme. The session's own time misses changes of its parts."""
+    return max(seconds_of(db.one(query, session)) for query in (
+        "SELECT max(time_updated) FROM part WHERE session_id = ?",
+        "SELECT time_updated FROM session WHERE id = ?"))
 
 
 def counting(query: str) -> object:
@@ -10760,22 +10782,18 @@ def counting(query: str) -> object:
 SCHEMES = {
     "hermes": Scheme(
         tables=("sessions", "messages"), sessions=hermes_sessions, about=hermes_about,
-        touched=last_change("SELECT max(timestamp) FROM messages WHERE session_id = ?"),
-        rows=hermes_rows, born=counting("SELECT count(*) FROM messages WHERE"
-                                       " session_id = ? AND id <= ?")),
+        touched=hermes_touched, rows=hermes_rows, born=counting(
+            "SELECT count(*) FROM messages WHERE session_id = ? AND id <= ?")),
     "openclaw": Scheme(
         tables=("transcript_events", "transcript_rewrite_watermarks"),
         sessions=openclaw_sessions, about=lambda db, session: None,
-        touched=last_change("SELECT max(created_at) FROM transcript_events WHERE"
-                       " session_id = ?", unit=1000),
-        rows=openclaw_rows, mark=openclaw_mark,
-        born=counting("SELECT count(*) FROM transcript_events WHERE session_id = ?"
-                     " AND seq <= ?")),
+        touched=openclaw_touched, rows=openclaw_rows, mark=openclaw_mark, born=counting(
+            "SELECT count(*) FROM transcript_events WHERE session_id = ? AND seq <= ?")
+    ),
     "opencode": Scheme(
         tables=("session", "message", "part"), sessions=opencode_sessions,
-        touched=last_change("SELECT max(time_updated) FROM part WHERE session_id = ?",
-                       unit=1000),
-        about=opencode_about, rows=opencode_rows, born=counting(
+        touched=opencode_touched, about=opencode_about, rows=opencode_rows,
+        born=counting(
             "SELECT (SELECT count(*) FROM message WHERE session_id = ?1 AND"
             " time_created <= ?2) + (SELECT count(*) FROM part WHERE session_id = ?1"
             " AND time_created <= ?2)")),
@@ -10798,13 +10816,16 @@ FOLDER_NAME = 200  # characters Claude Code gives the name of a folder
 
 
 class Directory:
-    """A directory, and how it may be called. path: None for any."""
+    """A directory, and how it may be called.
 
-    __slots__ = ("path", "home")
+    path: None for any. home: what "~" stands for. named: a name that the user gave the
+    harness' folder for it, or ""."""
 
-    def __init__(self, path: str | None, home: str) -> None:
+    __slots__ = ("path", "home", "named")
+
+    def __init__(self, path: str | None, home: str, *, named: str = "") -> None:
         self.path = None if path is None else os.path.abspath(path)
-        self.home = home
+        self.home, self.named = home, named
 
     def is_at(self, other: object) -> bool:
         """Whether a path from a record is this directory, by whatever name."""
@@ -10832,8 +10853,9 @@ class Directory:
         ways = {self.path, os.path.realpath(self.path)}
         whole = {squashed(way) for way in ways}
         start = {squashed(way[:FOLDER_NAME]) for way in ways}
-        return [name for name in names if squashed(name) in whole or (
-            len(name) > FOLDER_NAME and squashed(name[:FOLDER_NAME]) in start)]
+        return [name for name in names if squashed(name) in whole
+                or name == self.named or (len(name) > FOLDER_NAME and squashed(
+                    name[:FOLDER_NAME]) in start)]
 
 
 def squashed(path: str) -> str:
@@ -10976,6 +10998,12 @@ def claude_owns(path: str, facts: dict, place: Directory) -> bool:
     return bool(moved_here) and place.is_at(last_cwd(path))
 
 
+def claude_name(environ: dict) -> str:
+    """The folder's name that the user has chosen; only together with its root."""
+    return environ.get("CLAUDE_CODE_PROJECT_DIR_NAME", "") \
+        if environ.get("CLAUDE_CONFIG_DIR") else ""
+
+
 def claude_folder(root: str, cwd: str) -> str:
     """The folder Claude Code gives a directory: an existing one where its name ends in
     a hash that only Claude Code's own runtime computes."""
@@ -11085,15 +11113,16 @@ class Destination:
     """A session to be put where its harness looks for it.
 
     root: of the harness. name: its own id; parent: id of its session, for a sub-agent.
-    cwd: the directory it shall belong to. at: when it began, in seconds.
+    cwd: the directory it shall belong to; named: as Directory has it. at: when it
+    began, in seconds.
     """
 
-    __slots__ = ("root", "name", "parent", "cwd", "at")
+    __slots__ = ("root", "name", "parent", "cwd", "named", "at")
 
-    def __init__(self, root: str, name: str, *, parent: str, cwd: str,
+    def __init__(self, root: str, name: str, *, parent: str, cwd: str, named: str,
                  at: float) -> None:
         self.root, self.name, self.parent = root, name, parent
-        self.cwd, self.at = cwd, at
+        self.cwd, self.named, self.at = cwd, named, at
 
     def below(self, *words: str) -> str:
         """A path below the root."""
@@ -11114,7 +11143,7 @@ def codex_target(wanted: Destination) -> str:
 
 def claude_target(wanted: Destination) -> str:
     """`claude --resume` looks in the folder of the current directory."""
-    folder = claude_folder(wanted.root, wanted.cwd)
+    folder = wanted.named or claude_folder(wanted.root, wanted.cwd)
     if wanted.parent:
         return wanted.below("projects", folder, wanted.parent, "subagents",
                             f"agent-{wanted.name}.jsonl")
@@ -11262,7 +11291,8 @@ class Finder:
 
         cwd: None for sessions of any directory. Usage for a harness that is not known.
         Files and databases that cannot be read are passed over."""
-        place, found = Directory(cwd, self.home), {}
+        place = Directory(cwd, self.home, named=claude_name(self.environ))
+        found = {}
         for row in chosen_rows(harness):
             for root in roots_of(row, self.environ, home=self.home):
                 for source in self._below(row, root, place):
@@ -11399,7 +11429,8 @@ def where_to(harness: str, session: str, *, cwd: str, environ: dict, home: str,
         own = session[len(parent) + 1:] if session.startswith(parent + "_") else session
     began = at if at is not None else uuid_time(own) or time.time()
     return rows[0].target(Destination(roots[0], own, parent=parent, at=began,
-                                 cwd=os.path.abspath(cwd)))
+                                 cwd=os.path.abspath(cwd),
+                                 named=claude_name(environ)))
 
 
 def uuid_time(text: str) -> float | None:
