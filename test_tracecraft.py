@@ -26153,14 +26153,14 @@ def test_a_rewritten_file_tells_what_is_new_and_what_changed_at_its_end(tmp_path
     messages = [{"id": n, "text": "ü"} for n in range(20)]
     source = rewritten(tmp_path, messages, sessionId="g", lastUpdated=1)
     data, position, _ = read_all(source)
-    assert records(data) == [{"sessionId": "g", "cwd": ""}, *messages]
+    assert records(data) == [{"sessionId": "g"}, *messages]
     changed = [*messages[:19], {"id": 19, "text": "grown"}, {"id": 20}]
     rewritten(tmp_path, changed, sessionId="g", lastUpdated=2)
     data, position, fresh = read_all(source, position)
     assert records(data) == changed[19:] and not fresh
     rewritten(tmp_path, changed, sessionId="g", summary="S")
     assert records(read_all(source, position)[0]) == [
-        {"sessionId": "g", "summary": "S", "cwd": ""}]
+        {"sessionId": "g", "summary": "S"}]
 
 
 @pytest.mark.parametrize("change", [lambda m: m[:15], lambda m: m[1:], lambda m: [],
@@ -26617,7 +26617,9 @@ def test_the_folder_may_have_a_name_that_the_user_chose(tmp_path):
                "CLAUDE_CODE_PROJECT_DIR_NAME": "mine"}
     path = tmp_path / "c/projects/mine/s.jsonl"
     put(path, [{**record, "cwd": str(tmp_path)} for record in claude_records()])
-    put(tmp_path / "c/projects/mine/other.jsonl", claude_records())
+    elsewhere = claude_records()[1]
+    put(tmp_path / "c/projects/mine/other.jsonl", [elsewhere, {
+        **elsewhere, "cwd": str(tmp_path)}])
     found = t.find_sessions("claude-code", str(tmp_path), environ=environ, home="/h")
     assert [source.session for source in found] == ["s"]
     assert t.where_to("claude-code", "s", cwd=str(tmp_path), environ=environ,
@@ -26663,6 +26665,17 @@ def test_the_folder_of_a_gemini_session_names_its_directory(own_agents):
     assert own_agents.find("gemini") == []
     assert {s.session for s in own_agents.find("gemini", own_agents.theirs)} == {
         "ours", "ours_g1", "theirs", "theirs_g1"}
+
+
+def test_a_gemini_session_is_not_put_among_those_of_a_namesake(tmp_path):
+    (tmp_path / ".gemini/tmp/p").mkdir(parents=True)
+    (tmp_path / ".gemini/tmp/p/.project_root").write_text("/other/p\n")
+
+    def folder(cwd):
+        return t.where_to("gemini", "s", cwd=cwd, environ={}, home=str(tmp_path)
+                          ).split(os.sep)[-3]
+    assert [folder("/other/p"), folder("/w/p"), folder("/w/q"), folder("/")] == [
+        "p", "p-1", "q", "project"]
 
 
 def test_an_older_file_of_hermes_is_found_by_the_directory_in_its_settings(own_agents):

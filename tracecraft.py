@@ -4156,9 +4156,10 @@ def hermes_turns(record: dict, notes: dict) -> list:
 
 
 def _hermes_session(record: dict) -> dict:
-    made = spoken(record, "system", at="started_at", session=word(
-        record, "id", "session_id"), title=word(record, "title"), model=word(
-        record, "model"), spawned_by=word(record, "parent_session_id"))
+    began = "started_at" if "started_at" in record else "session_start"
+    made = spoken(record, "system", at=began, title=word(record, "title"),
+                  session=word(record, "id", "session_id"), model=word(record, "model"),
+                  spawned_by=word(record, "parent_session_id"))
     made["cwd"] = word(record, "cwd") or word(mapping(record, "model_config"), "cwd")
     made["usage"] = tokens(record, "input_tokens", out="output_tokens",
                            read="cache_read_tokens", write="cache_write_tokens")
@@ -10190,9 +10191,9 @@ class Lines:
 class SessionSource:
     """One session where its harness keeps it.
 
-    session: its id here, fit for a key. parent: id of the session it is a sub-agent of,
-    or "". modified: seconds since 1970. size: bytes, or rows. cwd, title: as its first
-    records say, or "".
+    session: its id here, fit for a key. parent: id of the session that started it, as a
+    sub-agent or (Hermes) to continue it; or "". modified: seconds since 1970. size:
+    bytes, or rows. cwd, title: as its first records say, not redacted; or "".
     """
 
     __slots__ = ("harness", "session", "path", "modified", "size", "parent", "cwd",
@@ -10421,8 +10422,9 @@ def document_lines(path: str) -> tuple:
                       hint="or it is beyond 64 MiB")
     left_out = (*VOLATILE, *BULKY, "messages")
     about = {name: value for name, value in doc.items() if name not in left_out}
-    # Hermes: the one thing of its settings that says whose session it is.
-    about.setdefault("cwd", word(mapping(doc, "model_config"), "cwd"))
+    folder = word(mapping(doc, "model_config"), "cwd")
+    if folder:  # Hermes: all of its settings that says whose session it is
+        about.setdefault("cwd", folder)
     return record_line(about), [record_line(message) for message in doc["messages"]]
 
 
@@ -10455,18 +10457,16 @@ class Database:
             import sqlite3
         except ImportError as why:
             raise Unavailable("this Python has no sqlite3", hint="use another") from why
-        try:
-            self._link = self._open("ro")
-        except sqlite3.Error as why:
-            # A WAL database in a directory we may not write to opens only as immutable,
-            # which is right as long as nothing is in the WAL.
-            if "unable to open" not in str(why) or os.path.exists(self.path + "-wal"):
-                raise self._error(why) from why
-        if self._link is None:
+        # A WAL database in a directory we may not write to opens only as immutable,
+        # which is right as long as nothing is in the WAL.
+        for mode in ("ro", "ro&immutable=1"):
             try:
-                self._link = self._open("ro&immutable=1")
+                self._link = self._open(mode)
+                break
             except sqlite3.Error as why:
-                raise self._error(why) from why
+                closed = "unable to open" in str(why) or "readonly" in str(why)
+                if not closed or "&" in mode or os.path.exists(self.path + "-wal"):
+                    raise self._error(why) from why
         return self
 
     def _open(self, mode: str) -> object:
@@ -10534,9 +10534,9 @@ class Scheme:
     tables: all that are ever read. sessions(db): dicts with id, cwd, parent, title,
     newest first. touched(db, id): seconds of the last change. about(db, id): what leads
     the session, a dict, or None. rows(db, id, key): yields (key, row's id, line) by
-    rising key from `key` on; a row that changes gets another key. born(db, id, key):
-    how many rows came up to `key`. mark(db, id): a text that changes when the past was
-    rewritten.
+    rising key from `key` on; a row that changes gets a later key. born(db, id, key):
+    how many rows were made before `key`. mark(db, id): a text that changes when the
+    past was rewritten.
     """
 
     __slots__ = ("tables", "sessions", "touched", "about", "rows", "born", "mark")
@@ -10552,7 +10552,7 @@ class SessionRows(SessionSource):
     """The rows of a session in a database of a Scheme.
 
     Position: {key, edge, count, about, mark}: the last key, digests of its rows, how
-    many rows there were up to it; if fewer or more, some were deleted or put in later.
+    many rows were made before it; if fewer or more, some were deleted or put in later.
     """
 
     __slots__ = ("scheme", "row")
@@ -10783,20 +10783,19 @@ SCHEMES = {
     "hermes": Scheme(
         tables=("sessions", "messages"), sessions=hermes_sessions, about=hermes_about,
         touched=hermes_touched, rows=hermes_rows, born=counting(
-            "SELECT count(*) FROM messages WHERE session_id = ? AND id <= ?")),
+            "SELECT count(*) FROM messages WHERE session_id = ? AND id < ?")),
     "openclaw": Scheme(
         tables=("transcript_events", "transcript_rewrite_watermarks"),
         sessions=openclaw_sessions, about=lambda db, session: None,
         touched=openclaw_touched, rows=openclaw_rows, mark=openclaw_mark, born=counting(
-            "SELECT count(*) FROM transcript_events WHERE session_id = ? AND seq <= ?")
-    ),
+            "SELECT count(*) FROM transcript_events WHERE session_id = ? AND seq < ?")),
     "opencode": Scheme(
         tables=("session", "message", "part"), sessions=opencode_sessions,
         touched=opencode_touched, about=opencode_about, rows=opencode_rows,
         born=counting(
             "SELECT (SELECT count(*) FROM message WHERE session_id = ?1 AND"
-            " time_created <= ?2) + (SELECT count(*) FROM part WHERE session_id = ?1"
-            " AND time_created <= ?2)")),
+            " time_created < ?2) + (SELECT count(*) FROM part WHERE session_id = ?1"
+            " AND time_created < ?2)")),
 }
 
 
@@ -10885,7 +10884,7 @@ def head_facts(harness: str, path: str, kind: object) -> dict:
     """{session, cwd, spawned_by, agent, title, project} as the first records say."""
     facts = {}
     for record in first_records(path, kind):
-        facts.setdefault("project", word(record, "projectHash"))
+        facts["project"] = facts.get("project") or word(record, "projectHash")
         for made in harness_turns(harness, record):
             for name in ("session", "cwd", "spawned_by", "agent"):
                 facts[name] = facts.get(name) or made[name]
@@ -10994,7 +10993,8 @@ def claude_owns(path: str, facts: dict, place: Directory) -> bool:
     if place.is_at(began):
         return True
     folder = os.path.basename(os.path.dirname(path))
-    moved_here = began and squashed(began) != squashed(folder)
+    # A folder named by the user may be that of many directories.
+    moved_here = began and squashed(began) != squashed(folder) != squashed(place.named)
     return bool(moved_here) and place.is_at(last_cwd(path))
 
 
@@ -11083,11 +11083,15 @@ def gemini_folder(root: str, cwd: str) -> str:
     except OSError:
         names = []
     for name in names:
-        if place.is_at(first_line(os.path.join(parent, name, ".project_root"))
-                       or None):
+        if place.is_at(first_line(os.path.join(parent, name, ".project_root"))):
             return name
     slug = re.sub("[^a-z0-9]+", "-", os.path.basename(cwd).lower()).strip("-")
-    return slug or "project"
+    slug, taken = slug or "project", 0
+    free = slug
+    while free in names:
+        taken += 1
+        free = f"{slug}-{taken}"
+    return free
 
 
 def hermes_ident(path: str, facts: dict) -> tuple:
@@ -11099,6 +11103,13 @@ def copilot_ident(path: str, facts: dict) -> tuple:
     """<id>/events.jsonl, before 1.0 <id>.jsonl."""
     own = upper_folder(path, 1) if stem_of(path) == "events" else stem_of(path)
     return own, ""
+
+
+def opencode_databases(environ: dict) -> tuple:
+    """One that the user names, else that of each channel."""
+    import glob
+    named = environ.get("OPENCODE_DB")
+    return (glob.escape(named),) if named else ("opencode*.db",)
 
 
 def pi_ident(path: str, facts: dict) -> tuple:
@@ -11206,7 +11217,7 @@ class Harness:
     patterns of SQLite files, read by the harness' Scheme. ident(path, facts): (session
     id, its parent's). owner(path): the file whose records say whose session it is.
     owns(path, facts, directory): whether it is of that Directory. target(wanted): the
-    path of a Destination session; None where that is in a database.
+    path for a Destination; None where sessions are in a database.
     """
 
     __slots__ = ("name", "roots", "files", "databases", "ident", "owner", "owns",
@@ -11250,7 +11261,7 @@ HARNESSES = {row.name: row for row in (
                    ("session-state/*.jsonl", GrowingFile)),
             ident=copilot_ident, target=copilot_target),
     Harness("opencode", roots=("$XDG_DATA_HOME/opencode", "~/.local/share/opencode"),
-            databases=lambda environ: (environ.get("OPENCODE_DB") or "opencode*.db",)),
+            databases=opencode_databases),
     Harness("pi", roots=("$PI_CODING_AGENT_SESSION_DIR",
                          "$PI_CODING_AGENT_DIR/sessions", "~/.pi/agent/sessions"),
             files=(("{cwd}/*.jsonl", GrowingFile), ("*.jsonl", GrowingFile)),
@@ -11315,9 +11326,10 @@ class Finder:
               stat: object) -> SessionSource | None:
         owner = row.owner(path)
         try:
-            if not row.owns(owner, self._facts(row, owner, kind), place):
-                return None
             facts = self._facts(row, path, kind)
+            whose = facts if owner == path else self._facts(row, owner, kind)
+            if not row.owns(owner, whose, place):
+                return None
         except (Error, OSError):
             return None
         own, parent = row.ident(path, facts)
@@ -11428,9 +11440,9 @@ def where_to(harness: str, session: str, *, cwd: str, environ: dict, home: str,
         check_name("session id", parent)
         own = session[len(parent) + 1:] if session.startswith(parent + "_") else session
     began = at if at is not None else uuid_time(own) or time.time()
-    return rows[0].target(Destination(roots[0], own, parent=parent, at=began,
-                                 cwd=os.path.abspath(cwd),
-                                 named=claude_name(environ)))
+    return rows[0].target(Destination(
+        roots[0], own, parent=parent, at=began, cwd=os.path.abspath(cwd),
+        named=claude_name(environ)))
 
 
 def uuid_time(text: str) -> float | None:
