@@ -25900,7 +25900,8 @@ def test_an_opencode_part_that_changes_is_told_once():
             "input": 5, "output": 2, "reasoning": 1, "cache": {"read": 3, "write": 0}}}}
     turns = turns_of("opencode", [
         {"table": "session", "id": "ses_1", "directory": "/w/p", "title": "List",
-         "parent_id": "ses_0"}, part(tool), part(done), message, message,
+         "parent_id": "ses_0"}, part({**tool, "state": {"status": "pending"}}),
+        part(tool), part(done), message, message,
         part({"type": "text", "text": "one"}, id="prt_2"),
         part({"type": "text", "text": "hint", "synthetic": True}, id="prt_3"),
         part({"type": "compaction"}, id="prt_4")])

@@ -4210,7 +4210,8 @@ def _opencode_part(made: dict, data: dict, *, role: str) -> None:
         made["mark"] = "compaction"
     elif kind in ("text", "reasoning", "file"):
         fill(made, data)
-    elif kind == "tool":
+    elif kind == "tool" and word(state, "status") != "pending":
+        # While it is pending, its input is still being written.
         add_call(made, {"id": word(data, "callID"), "input": state.get("input")},
                  name=word(data, "tool"))
         if word(state, "status") in ("completed", "error"):
@@ -4369,6 +4370,7 @@ class Turns:
 # -- another place -----------------------------------------------------
 
 SIGNED = frozenset(("signature", "thoughtSignature", "encrypted_content"))
+
 
 def moved(record: object, old: str, *, new: str) -> object:
     """`record` with the directory `old` replaced by `new` in every text, also inside of
