@@ -25517,7 +25517,7 @@ def test_what_says_nothing_is_not_promoted(story, tmp_path):
 # Real transcripts where they lie beside the project, small made ones elsewhere.
 
 SAMPLES = os.path.join(HERE, "..", "shared", "samples", "sessions")
-SAMPLE_FILES = [  # (harness, file, turns of user / assistant / tool, what usage adds up to)
+SAMPLE_FILES = [  # harness, file, what the usage in it adds up to, if counted by hand
     ("claude-code", "claude-code/v2.0.28-small.jsonl",
      {"input": 74, "output": 844, "cache_read": 93553, "cache_write": 5158}),
     ("claude-code", "claude-code/growing/2-late.jsonl", None),
@@ -26022,7 +26022,7 @@ def growing(tmp_path, data=b"", name="s.jsonl"):
     return t.GrowingFile("jsonl", "s", path=str(tmp_path / name))
 
 
-def read_all(source, position=None, **how):
+def read_on(source, position=None, **how):
     """(all bytes beyond a position, the last position, whether any came anew)."""
     data, fresh = [], False
     while True:
@@ -26037,29 +26037,29 @@ def read_all(source, position=None, **how):
 
 def test_only_whole_records_of_a_growing_file_are_read(tmp_path):
     source = growing(tmp_path, b'{"a":1}\n{"b"')
-    data, position, _ = read_all(source)
+    data, position, _ = read_on(source)
     assert (data, position["at"]) == (b'{"a":1}\n', 8)
     with open(source.path, "ab") as file:
         file.write(b":2}\n{")
-    assert read_all(source, position)[0] == b'{"b":2}\n'
+    assert read_on(source, position)[0] == b'{"b":2}\n'
     assert source.read(position).fresh is False
 
 
 def test_the_last_record_of_an_ended_session_needs_no_newline(tmp_path):
     source = growing(tmp_path, b"1\n2")
-    data, position, _ = read_all(source, ended=True)
-    assert data == b"1\n2\n" and read_all(source, position, ended=True)[0] == b""
+    data, position, _ = read_on(source, ended=True)
+    assert data == b"1\n2\n" and read_on(source, position, ended=True)[0] == b""
     with open(source.path, "ab") as file:
         file.write(b"\n3\n")
-    assert read_all(source, position) == (b"3\n", {**source.read(None).position}, False)
+    assert read_on(source, position) == (b"3\n", {**source.read(None).position}, False)
 
 
 def test_a_record_that_went_on_after_its_session_had_ended_begins_a_generation(tmp_path):
     source = growing(tmp_path, b"1\n2")
-    position = read_all(source, ended=True)[1]
+    position = read_on(source, ended=True)[1]
     with open(source.path, "ab") as file:
         file.write(b"345\n")
-    assert read_all(source, position)[::2] == (b"1\n2345\n", True)
+    assert read_on(source, position)[::2] == (b"1\n2345\n", True)
 
 
 @pytest.mark.parametrize("change", [
@@ -26068,9 +26068,9 @@ def test_a_record_that_went_on_after_its_session_had_ended_begins_a_generation(t
 def test_a_file_that_was_cut_rewritten_or_swapped_begins_a_generation(tmp_path, change):
     data = b"".join(b'{"n":%d}\n' % n for n in range(900))
     source = growing(tmp_path, data)
-    position = read_all(source)[1]
+    position = read_on(source)[1]
     growing(tmp_path, change(data))
-    assert read_all(source, position)[::2] == (change(data), True)
+    assert read_on(source, position)[::2] == (change(data), True)
 
 
 def test_a_range_of_a_file_is_read_again_as_it_was(tmp_path):
@@ -26112,7 +26112,7 @@ def test_a_position_that_is_none_of_ours_begins_a_generation(tmp_path, position)
 
 def test_a_position_of_0_2_goes_on_within_a_record(tmp_path):
     source = growing(tmp_path, b'{"a":1}\n{"b":2}\n')
-    assert read_all(source, 10)[::2] == (b'b":2}\n', False)
+    assert read_on(source, 10)[::2] == (b'b":2}\n', False)
 
 
 def test_a_transcript_that_is_gone_or_no_file_is_said_to_be(tmp_path):
@@ -26153,14 +26153,14 @@ def records(data):
 def test_a_rewritten_file_tells_what_is_new_and_what_changed_at_its_end(tmp_path):
     messages = [{"id": n, "text": "ü"} for n in range(20)]
     source = rewritten(tmp_path, messages, sessionId="g", lastUpdated=1)
-    data, position, _ = read_all(source)
+    data, position, _ = read_on(source)
     assert records(data) == [{"sessionId": "g"}, *messages]
     changed = [*messages[:19], {"id": 19, "text": "grown"}, {"id": 20}]
     rewritten(tmp_path, changed, sessionId="g", lastUpdated=2)
-    data, position, fresh = read_all(source, position)
+    data, position, fresh = read_on(source, position)
     assert records(data) == changed[19:] and not fresh
     rewritten(tmp_path, changed, sessionId="g", summary="S")
-    assert records(read_all(source, position)[0]) == [
+    assert records(read_on(source, position)[0]) == [
         {"sessionId": "g", "summary": "S"}]
 
 
@@ -26169,9 +26169,9 @@ def test_a_rewritten_file_tells_what_is_new_and_what_changed_at_its_end(tmp_path
 def test_a_rewritten_file_with_another_past_begins_a_generation(tmp_path, change):
     messages = [{"id": n} for n in range(20)]
     source = rewritten(tmp_path, messages)
-    position = read_all(source)[1]
+    position = read_on(source)[1]
     rewritten(tmp_path, change(messages))
-    data, _, fresh = read_all(source, position)
+    data, _, fresh = read_on(source, position)
     assert fresh and records(data)[1:] == change(messages)
 
 
@@ -26180,7 +26180,7 @@ def test_a_rewritten_file_is_read_in_pieces(tmp_path):
     source = rewritten(tmp_path, messages)
     assert source.read(None, size=1000).position["n"] < 15
     first = source.read(None, size=1000)
-    assert records(read_all(source, size=1000)[0])[1:] == messages
+    assert records(read_on(source, size=1000)[0])[1:] == messages
     assert source.read(None, upto=first.position).data == first.data
 
 
@@ -26199,7 +26199,7 @@ def test_a_real_session_that_is_rewritten_grows_without_a_new_generation(tmp_pat
     for name in ("1.json", "2.json", "3.json"):
         shutil.copy(os.path.join(SAMPLES, "gemini", "rewritten-in-place", name),
                     source.path)
-        data, position, fresh = read_all(source, position)
+        data, position, fresh = read_on(source, position)
         assert not fresh
         seen += data.splitlines()
     with open(source.path, "rb") as file:
@@ -26262,14 +26262,14 @@ def hermes(tmp_path):
 
 def test_rows_are_read_once_with_their_session_before_them(hermes):
     source, link = hermes
-    data, position, _ = read_all(source)
+    data, position, _ = read_on(source)
     lead, one, two = records(data)
     assert (lead["type"], lead["id"], lead["cwd"]) == ("session", "h1", "/w/p")
     assert not {"system_prompt", "model_config"} & set(lead)
     assert (one["content"], two["content"]) == ("one", [{"a": 1}])
     link.execute("INSERT INTO messages (session_id, role) VALUES ('h1', 'assistant')")
     link.execute("UPDATE sessions SET input_tokens = 9")
-    lead, three = records(read_all(source, position)[0])
+    lead, three = records(read_on(source, position)[0])
     assert (lead["input_tokens"], three["role"]) == (9, "assistant")
 
 
@@ -26286,20 +26286,20 @@ def test_a_range_of_rows_is_read_again_as_it_was(hermes):
                                     "DELETE FROM messages WHERE content = 'one'"])
 def test_rows_that_were_deleted_begin_a_generation(hermes, change):
     source, link = hermes
-    position = read_all(source)[1]
+    position = read_on(source)[1]
     link.execute(change)
-    data, _, fresh = read_all(source, position)
+    data, _, fresh = read_on(source, position)
     assert fresh and len(records(data)) == 2
 
 
 def test_a_row_id_of_0_2_is_a_position(hermes):
     source, _ = hermes
-    assert [record.get("id") for record in records(read_all(source, 1)[0])] == ["h1", 3]
+    assert [record.get("id") for record in records(read_on(source, 1)[0])] == ["h1", 3]
 
 
 def test_a_session_that_was_pruned_is_gone(hermes):
     source, link = hermes
-    position = read_all(source)[1]
+    position = read_on(source)[1]
     link.executescript("DELETE FROM messages; DELETE FROM sessions;")
     with pytest.raises(t.NotFound, match="is gone"):
         source.read(position)
@@ -26333,9 +26333,9 @@ def test_what_is_still_in_the_log_of_a_database_is_read(hermes):
     assert os.path.getsize(source.path + "-wal") > 0
     link.execute("BEGIN IMMEDIATE")
     link.execute("INSERT INTO messages (session_id) VALUES ('h1')")
-    assert len(records(read_all(source)[0])) == 3  # not what is not committed
+    assert len(records(read_on(source)[0])) == 3  # not what is not committed
     link.execute("COMMIT")
-    assert len(records(read_all(source)[0])) == 4
+    assert len(records(read_on(source)[0])) == 4
 
 
 WRITER = """
@@ -26352,14 +26352,14 @@ for n in range(400):
 
 def test_rows_that_another_process_writes_meanwhile_are_all_read_in_order(hermes):
     source, link = hermes
-    read_all(source)
+    read_on(source)
     writer = subprocess.Popen([sys.executable, "-c", WRITER, source.path])
     data, position, rounds = b"", None, 0
     while writer.poll() is None:
-        more, position, fresh = read_all(source, position, size=2000)
+        more, position, fresh = read_on(source, position, size=2000)
         data, rounds = data + more, rounds + 1
         assert not fresh
-    data += read_all(source, position)[0]
+    data += read_on(source, position)[0]
     texts = [record["content"] for record in records(data) if "role" in record]
     assert writer.wait() == 0 and rounds > 1
     assert texts[2:] == [f"n{n}" for n in range(400)]
@@ -26372,7 +26372,7 @@ def test_a_database_in_a_directory_that_cannot_be_written_is_read(hermes):
     folder = os.path.dirname(source.path)
     os.chmod(folder, 0o500)
     try:
-        assert len(records(read_all(source)[0])) == 3
+        assert len(records(read_on(source)[0])) == 3
     finally:
         os.chmod(folder, 0o700)
 
@@ -26406,7 +26406,7 @@ def test_values_of_any_type_in_a_database_make_records(hermes):
                      " ('h1', ?, ?)", (value, value))
     link.execute("INSERT INTO messages (session_id, content) VALUES ('h1',"
                  " CAST(X'ff41' AS TEXT))")
-    data = read_all(source)[0]
+    data = read_on(source)[0]
     assert len(records(data)) == 8 and "\ufffdA" in data.decode()
     turns_of("hermes", data.splitlines())
 
@@ -26422,14 +26422,14 @@ def test_events_of_openclaw_are_handed_out_as_they_were_written(tmp_path):
     link.executemany("INSERT INTO transcript_events VALUES ('c1', ?, ?, 5)",
                      openclaw_events(*texts))
     source = session_in("openclaw", link, path, "c1")
-    data, position, _ = read_all(source)
+    data, position, _ = read_on(source)
     assert data.splitlines()[0].decode() == texts[0]
     assert records(data)[1:] == [{"a": 1}, {"unreadable": "[1]"},
                                  {"unreadable": "{broken"}]
     link.execute("INSERT INTO transcript_rewrite_watermarks VALUES ('c1', 2)")
-    assert read_all(source, position)[::2] == (data, True)
+    assert read_on(source, position)[::2] == (data, True)
     link.execute("DROP TABLE transcript_rewrite_watermarks")
-    assert read_all(source)[0] == data
+    assert read_on(source)[0] == data
     link.close()
 
 
@@ -26448,16 +26448,16 @@ def test_rows_that_change_in_place_come_again(tmp_path):
     path = str(tmp_path / "opencode.db")
     link = opencode_database(path)
     source = session_in("opencode", link, path, "ses_1")
-    data, position, _ = read_all(source, size=1)
+    data, position, _ = read_on(source, size=1)
     assert [record["id"] for record in records(data)] == ["ses_1", "p1", "p2", "m1", "p3"]
     assert records(data)[1]["role"] == "user" and records(data)[1]["data"]["text"] == "a"
     link.execute("UPDATE part SET data = '{}', time_updated = 40 WHERE id = 'p1'")
     link.execute("UPDATE part SET data = '{\"n\": 1}' WHERE id = 'p3'")  # same millisecond
     link.execute("UPDATE session SET tokens_input = 7, time_updated = 50")
-    data, position, fresh = read_all(source, position)
+    data, position, fresh = read_on(source, position)
     assert [record["id"] for record in records(data)] == ["p3", "p1"] and not fresh
     link.execute("DELETE FROM part WHERE id = 'p2'")
-    assert read_all(source, position)[2] is True
+    assert read_on(source, position)[2] is True
     link.close()
 
 
@@ -26560,7 +26560,7 @@ def test_each_harness_has_its_sessions_found_and_no_other_project_s(agents):
     assert {(s.harness, s.session, s.parent) for s in found} == FOUND
     assert [s.modified for s in found] == sorted((s.modified for s in found), reverse=True)
     for source in found:
-        assert read_all(source)[0].count(b"\n") > 0
+        assert read_on(source)[0].count(b"\n") > 0
         assert t.check_name("session id", source.session)
         assert source.size > 0 or source.parent
     assert {s.session for s in agents.find("codex", agents.theirs)} == {
@@ -26687,7 +26687,7 @@ def test_an_older_file_of_hermes_is_found_by_the_directory_in_its_settings(own_a
         "model_config": {"cwd": own_agents.ours, "api_key": "k"}, "tools": [1],
         "messages": [{"role": "user", "content": "hi"}]}))
     source = {s.session: s for s in own_agents.find("hermes")}["old"]
-    data = read_all(source)[0]
+    data = read_on(source)[0]
     assert b"api_key" not in data and b"PPP" not in data
     assert said(turns_of("hermes", data.splitlines())) == [("user", "hi")]
 
@@ -26747,7 +26747,7 @@ def test_a_real_transcript_is_found_in_its_place_and_read_as_it_is(
         file.write(data)
     found = {s.session: s for s in t.find_sessions(harness, cwd, environ={},
                                                    home=str(tmp_path))}
-    read = read_all(found[session], ended=True)[0]
+    read = read_on(found[session], ended=True)[0]
     assert read == data + b"\n" * (data[-1:] != b"\n")
     assert found[session].parent == parent
     assert t.find_sessions(harness, "/elsewhere", environ={}, home=str(tmp_path)) == []
@@ -26762,7 +26762,7 @@ def test_a_real_rewritten_transcript_is_found_and_told(tmp_path, harness, name, 
     os.makedirs((tmp_path / place).parent)
     shutil.copy(os.path.join(SAMPLES, name), tmp_path / place)
     (source,) = t.find_sessions(harness, None, environ={}, home=str(tmp_path))
-    turns = turns_of(harness, read_all(source)[0].splitlines())
+    turns = turns_of(harness, read_on(source)[0].splitlines())
     calls = [call["id"] for made in turns for call in made["calls"]]
     results = [result["id"] for made in turns for result in made["results"]]
     assert calls and calls == results and len(said(turns)) > 3
@@ -26798,7 +26798,7 @@ def test_a_restored_session_is_found_where_it_was_put(agents, tmp_path):
             continue
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
-            for line in read_all(source)[0].splitlines():
+            for line in read_on(source)[0].splitlines():
                 file.write(t.record_line(t.moved(
                     json.loads(line), agents.ours, new=agents.theirs)))
         if source.harness == "gemini":
