@@ -37,30 +37,32 @@ Contents (grep -n '^# == ' prints them with line numbers):
   10 Leftovers               11 Reservation records     12 Run records
   13 Queue items             14 Turns                   15 Transcripts
   16 Sessions as turns       17 Wire                    18 Server-sent events
-  19 BLAKE3                  20 Xet                     21 HTTP
-  22 Remote                  23 Stores                  24 S3
-  25 S3 store                26 Hub answers             27 Hub
-  28 Hub events              29 Hugging Face store      30 Gateway
-  31 Probe                   32 Settings                33 Local state
-  34 Sources                 35 Session databases       36 Session places
-  37 Harnesses               38 Command settings        39 Credentials
-  40 Ledger                  41 Waiting                 42 Leases
-  43 Hints                   44 Step records            45 Frontier
-  46 Steps                   47 Tasks                   48 Locks
-  49 Barriers                50 Memory                  51 Mailboxes
-  52 Mail                    53 Channels and threads    54 Bytes
-  55 Artifact heads          56 Artifacts               57 Reservations
-  58 Runs                    59 Artifact trees          60 Queue reader
-  61 Queues                  62 Project                 63 Context
-  64 Views                   65 Timeline                66 Digest
-  67 Notes                   68 Housekeeping            69 Archive
-  70 Doctor                  71 Trials                  72 Drill
-  73 Bench                   74 Rows                    75 Commands under a lease
-  76 Step commands           77 Task commands           78 Lock commands
-  79 Memory commands         80 Artifact commands       81 Reservation commands
-  82 Commands of presence, views and set-up  83 House commands
-  84 Commands of digest and notes  85 Commands of mail
-  86 Run commands            87 Queue commands          88 Command line
+  19 BLAKE3                  20 Xet                     21 Secret values
+  22 Secret shapes           23 Redaction               24 HTTP
+  25 Remote                  26 Stores                  27 S3
+  28 S3 store                29 Hub answers             30 Hub
+  31 Hub events              32 Hugging Face store      33 Gateway
+  34 Probe                   35 Settings                36 Local state
+  37 Sources                 38 Session databases       39 Session places
+  40 Harnesses               41 Command settings        42 Credentials
+  43 Ledger                  44 Waiting                 45 Leases
+  46 Hints                   47 Step records            48 Frontier
+  49 Steps                   50 Tasks                   51 Locks
+  52 Barriers                53 Memory                  54 Mailboxes
+  55 Mail                    56 Channels and threads    57 Bytes
+  58 Artifact heads          59 Artifacts               60 Reservations
+  61 Runs                    62 Artifact trees          63 Queue reader
+  64 Queues                  65 Project                 66 Context
+  67 Views                   68 Timeline                69 Digest
+  70 Notes                   71 Housekeeping            72 Archive
+  73 Doctor                  74 Trials                  75 Drill
+  76 Bench                   77 Rows                    78 Commands under a lease
+  79 Step commands           80 Task commands           81 Lock commands
+  82 Memory commands         83 Artifact commands       84 Reservation commands
+  85 Commands of presence, views and set-up  86 House commands
+  87 Commands of digest and notes  88 Commands of mail
+  89 Run commands            90 Queue commands          91 Session commands
+  92 Command line
 """
 
 from __future__ import annotations
@@ -5365,7 +5367,1054 @@ class XetPack:
             for xorb, first, end in terms]) for text, terms in files]
 
 
-# == 21. HTTP ==========================================================
+# == 21. Secret values =================================================
+#
+# Pure: whether a value is a secret that only its name gives away, as in PASSWORD=…,
+# "api_key": "…", X-Auth-Token: …. Entropy alone would ruin transcripts, which are full
+# of ids, digests and paths: so the name must look secret, and the value must not look
+# like words, a number, a path, a reference to something else or filler. Knows bytes.
+
+SHORTEST = 8  # characters of a value; shorter ones are words too often
+
+SECRET_ENDS = (b"password", b"passwd", b"passphrase", b"passcode", b"pwd", b"secret",
+               b"secrets", b"credential", b"credentials", b"creds", b"apikey",
+               b"authkey", b"accesskey", b"secretkey", b"privatekey", b"authtoken",
+               b"accesstoken")
+BEFORE_KEY = frozenset(  # such a key or token is as secret as a password
+    b"api access secret private auth client refresh bearer account signing encryption"
+    b" master personal service webhook bot deploy license storage admin app consumer"
+    b" shared integration subscription".split())
+WEAK_WORDS = (b"auth", b"authorization", b"jwt", b"psk", b"cookie")
+OTHER_ENDS = frozenset(  # a name that ends so is about a secret, not one
+    b"id ids name names file files path dir folder url uri type types count limit length"
+    b" size ttl expiry expires expired expiration at in hint policy field fields label"
+    b" prefix suffix header headers version algorithm alg format env var ref arn status"
+    b" endpoint source provider manager store rotation placeholder usage budget index"
+    b" number error message text input form reset changed hash digest sha fingerprint"
+    b" checksum created updated scope scopes rule pattern regex test class method func"
+    b" valid enabled required mode kind group title description host port email role"
+    b" region zone tokens keys page".split())
+PUBLIC_WORDS = frozenset(
+    b"public pub publishable primary foreign cache sort partition idempotency row object"
+    b" page next continuation cursor max min num total input output prompt completion"
+    b" cached count style color hot map lookup group index known ssh host csrf xsrf s3"
+    b" dedupe routing site etag".split())
+
+# What stays although it has the shape or the name: documentation's examples, fillers.
+FILLER = (rb"(?i)EXAMPLE|x{6}|\*{3}|\.{3}|your[-_a-z]|placeholder|redacted|dummy|<[a-z]"
+          rb"|change[-_]?(?:me|this)|(?:goes|insert|replace)[-_]|[-_]here\b")
+REFERENCE = (
+    FILLER + rb"|\$\{|\{\{|#\{|\{\w+\}|%s|^(?:[<{\[(]|\$[a-z_{(]|%\w+%|%[sd(]|&\w+$|file:"
+    rb"|https?:|arn:|op:|vault:|ref\+|ssm:|data:|sha\d+[:-]|[~.]{1,2}/|[~.]{0,2}/[\w.@-]+/"
+    rb"|(?:process|os|self|this|ctx|env|config|settings|secrets)\.|[a-z]:\\"
+    rb"|\d{4}-\d\d-\d\d|v?\d+(?:\.\d+)+$|[\w.+-]+@[\w-]+\.\w+$)")
+
+
+class Judge:
+    """The patterns of this section, compiled once."""
+
+    def __init__(self) -> None:
+        import re
+        self._known: dict = {}
+        self._reference, self._filler = re.compile(REFERENCE), re.compile(FILLER)
+        self._word = re.compile(rb"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+        self._turn = re.compile(rb"(?<=[A-Za-z])\d|(?<=\d)[A-Za-z]")
+        self._sign = re.compile(rb"[!@#$%^&*+=?~]")
+        self._digest = re.compile(
+            rb"(?:0x)?[0-9a-fA-F]{16,}|[\da-fA-F]{8}(?:-[\da-fA-F]{4}){3}-[\da-fA-F]{12}")
+        self._dotted = re.compile(rb"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Z]+(?:_[A-Z\d]+)+")
+
+    def is_filler(self, value: bytes) -> bool:
+        """Whether `value` is an example of documentation, or says that it is none."""
+        return self._filler.search(value) is not None
+
+    def is_reference(self, value: bytes) -> bool:
+        """Whether `value` is filler or names something else: a variable, path, URL."""
+        return self._reference.search(value) is not None
+
+    def is_plain(self, value: bytes) -> bool:
+        """Whether `value` is made of words, or of numbers: no digit stands beside a
+        letter, and the words are as long as words are."""
+        if self._turn.search(value):
+            return False
+        words = [word for word in self._word.findall(value) if word.isalpha()]
+        letters = sum(map(len, words))
+        return max(map(len, words), default=0) <= 24 \
+            and (letters < 16 or len(words) * 3 <= letters)
+
+    def is_pair(self, value: bytes) -> bool:
+        """Whether `value` is user:password in base64 (HTTP Basic, Docker's auth)."""
+        import base64
+        try:
+            text = base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
+        except ValueError:
+            return False
+        return b":" in text[1:-1] and text.isascii() and text.decode().isprintable()
+
+    def strength(self, name: bytes) -> int:
+        """How much a name promises a secret: 3 password or API key, 2 token, 1 key,
+        0 nothing.
+
+        >>> [Judge().strength(name) for name in (b"apiKey", b"csrf_token", b"max_tokens")]
+        [3, 0, 0]
+        """
+        if name not in self._known:
+            if len(self._known) > 4096:
+                self._known.clear()
+            self._known[name] = self._strength(name)
+        return self._known[name]
+
+    def _strength(self, name: bytes) -> int:
+        words = [word.lower() for word in self._word.findall(name)]
+        words = [word for word in words if not word.isdigit()] or [b""]
+        last, pairs = words[-1], set(zip(words, words[1:]))
+        if last in OTHER_ENDS or len(words) > 8:
+            return 0
+        if any(word.endswith(SECRET_ENDS) for word in words) or last == b"pass" \
+                or any(a in BEFORE_KEY and b in (b"key", b"token") for a, b in pairs):
+            return 0 if words[0] in (b"no", b"is", b"has", b"public") else 3
+        if not PUBLIC_WORDS.isdisjoint(words):
+            return 0
+        if any(word.endswith(b"token") for word in words) or last in WEAK_WORDS:
+            return 2
+        return int(b"key" in words)
+
+    def is_secret(self, value: bytes, strength: int, *, loose: bool = False) -> bool:
+        """Whether `value` is one under a name of that strength.
+
+        loose: it is quoted or ends its line, so it is no piece of code or prose."""
+        if len(value) < SHORTEST or b" " in value or value.isdigit() \
+                or self.is_reference(value):
+            return False
+        if self._digest.fullmatch(value):
+            return strength == 3
+        turns = len(self._turn.findall(value))
+        if strength < 2:
+            return len(value) >= 16 and turns > 2
+        if not loose and turns < 4 and self._dotted.fullmatch(value):
+            return False
+        if not turns:
+            signed = loose and strength == 3 and self._sign.search(value)
+            return not self.is_plain(value) or bool(signed and not value.isdigit())
+        return turns >= (1 if loose and strength == 3 else 2)
+
+
+# == 22. Secret shapes =================================================
+#
+# Pure: secrets that one knows by their looks, or by the words around them. Knows bytes:
+# ASCII decides, UTF-8 passes through. A rule's find(text) gives (start, end, kind) of
+# what it found. No repeat stands in another one that could take the same characters,
+# so that time grows with the text. Shapes: the vendors' documents and the rules of
+# gitleaks; what may stand around them is ours.
+
+JUDGED = 256  # bytes of a value that are looked at: values may follow one another
+TOKEN_RUN = 20  # characters of every token below, all of them of TOKEN_BYTES
+TOKEN_BYTES = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.~"
+
+# What may stand before a token: nothing of its own alphabet, or an escape whose last
+# letter only looks like it (\n, the m of a colour, %3D, \u2192). \b takes none of them.
+ESCAPED = rb"(?<=\\[nrtbf])|(?<=[\d;\[]m)|(?<=%[0-9A-F]{2})|(?<=\\u[0-9a-f]{4})"
+LEFT = rb"(?:(?<![A-Za-z0-9_])|" + ESCAPED + rb")"
+
+# kind, how it begins, how it goes on. The first eight kinds are those of 0.2 and take
+# at least what it took. Where a beginning is a word too, the length is exact.
+TOKEN_TABLE = r"""
+anthropic_key     sk-ant-                [\w-]{20,}
+openrouter_key    sk-or-                 (?:v1-)?[\w-]{32,}
+openai_key        sk-(?:proj|svcacct|admin|service|None)-  [\w-]{20,}
+langfuse_key      sk-lf-                 [\da-f-]{36}
+openai_key        sk-                    [A-Za-z0-9]{20,}
+aws_session_token  ASIA                  [0-9A-Z]{16}(?![A-Za-z0-9])
+aws_access_key    A(?:KIA|BIA|CCA|3T[A-Z0-9])  [0-9A-Z]{16}(?![A-Za-z0-9])
+hf_token          (?:hf|api_org)_        [A-Za-z0-9]{30,}
+github_pat        github_pat_            \w{40,}
+github_pat        gh[pousr]_             (?:\d+_)?[A-Za-z0-9]{30,}(?:\.[\w-]{8,})*
+slack_token       xapp-                  \d-[A-Za-z0-9-]{20,}
+aws_bedrock_key   bedrock-api-key-       [A-Za-z0-9+/=]{20,}
+google_key        AIza                   [\w-]{35}(?![\w-])
+google_oauth      ya29\.                 [\w.-]{30,}
+google_oauth      0(?<=1//0)             [\w-]{30,}
+google_oauth      GOCSPX-                [\w-]{20,}
+xai_key           xai-                   [A-Za-z0-9]{60,}
+groq_key          gsk_                   [A-Za-z0-9]{40,}
+perplexity_key    pplx-                  [A-Za-z0-9]{40,}
+replicate_token   r8_                    [A-Za-z0-9]{37}(?!\w)
+fireworks_key     fw_                    [A-Za-z0-9]{22,24}(?!\w)
+nvidia_key        nvapi-                 [\w-]{50,}
+gitlab_token      gl(?:pat|dt|rt|rtr|cbt|ptt|ft|oas|soat|imt|agent|ffct)-  [\w.-]{20,}
+gitlab_token      GR1348941              [\w-]{20}(?![\w-])
+npm_token         npm_                   [A-Za-z0-9]{36}(?!\w)
+pypi_token        pypi-AgE               [\w-]{50,}
+rubygems_key      rubygems_              [\da-f]{48}(?!\w)
+crates_token      cio                    [A-Za-z0-9]{32}(?!\w)
+docker_token      dckr_[po]at_           [\w-]{20,}
+age_key           AGE-SECRET-KEY-1       [A-Z0-9]{50,}
+grafana_token     eyJrIjoi               [A-Za-z0-9+/=]{40,}
+jwt               ey[A-Za-z0-9]          [\w-]{14,1024}(?:\.ey[\w-]{17,}\.[\w-]{10,})
+jwt               eyJ                    [\w-]{14,1024}(?:\.[\w-]{0,4096}){4}(?![\w.-])
+stripe_key        [sr]k_(?:live|test|prod)_  [A-Za-z0-9_]{12,}
+twilio_key        SK                     [\da-f]{32}(?!\w)
+sendgrid_key      SG\.                   [\w-]{16,}\.[\w-]{30,}
+mailgun_key       key-                   [\da-f]{32}(?![\w-])
+mailchimp_key     [\da-f]{32}-us         \d{1,2}(?![\w-])
+brevo_key         xkeysib-               [\w-]{40,}
+brevo_key         xsmtpsib-              [\w-]{40,}
+digitalocean_token  do[opr]_v1_          [\da-f]{40,}
+databricks_token  dapi                   [\da-f]{32}(?:-\d)?(?!\w)
+doppler_token     dp\.                   (?:\w{2,8}\.){1,2}[A-Za-z0-9]{40,}
+vault_token       hv[sbr]\.              [\w-]{20,}
+terraform_token   [A-Za-z0-9]{14}\.atlasv1\.  [\w-]{40,}
+pulumi_token      pul-                   [\da-f]{40}(?!\w)
+fly_token         f(?:m[12][ar]?|o1)_     [\w+/=,-]{40,}
+planetscale_token  pscale_               (?:tkn|oauth|pw)_[\w.=-]{30,}
+supabase_key      sbp_                   (?:v0_)?[\da-f]{40}(?!\w)
+supabase_key      sb_secret_             [\w-]{20,}
+vercel_token      vercel_blob_rw_        \w{30,}
+vercel_token      vc[a-z]_               [A-Za-z0-9]{24,}
+cloudflare_key    v1\.0-                 [\da-f]{24}-[\da-f]{100,}
+grafana_token     glsa_                  [A-Za-z0-9]{32}_[\da-fA-F]{8}
+grafana_token     glc_                   [A-Za-z0-9+/]{32,}={0,3}
+sentry_token      sntry[us]_             [\w+/=-]{40,}
+newrelic_key      NR[AI][A-Z]-           [\w-]{24,}
+linear_key        lin_[a-z]{3,7}_        [A-Za-z0-9]{32,}
+notion_token      ntn_                   [A-Za-z0-9]{40,}
+notion_token      secret_                [A-Za-z0-9]{43}(?!\w)
+figma_token       fig[a-z]_              [\w-]{38,}
+postman_key       PMAK-                  [\da-f]{24}-[\da-f]{34}
+shopify_token     shp[a-z]{2}_           [\da-fA-F]{32}(?!\w)
+square_token      sq0[a-z]{3}-           [\w-]{22,}
+square_token      EAAA                   [\w-]{56,}
+facebook_token    EAA[MC]                [A-Za-z0-9]{60,}
+atlassian_token   AT[AC]TT3              [\w=-]{100,}
+atlassian_token   ATBB                   [A-Za-z0-9]{32}(?!\w)
+airtable_token    pat[A-Za-z0-9]{14}\.   [\da-f]{64}(?!\w)
+dropbox_token     sl\.                   [\w=.-]{100,}
+onepassword_token  ops_eyJ               [\w+/=-]{100,}
+onepassword_token  A3-                   [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,6}(?![\w-])
+tailscale_key     tskey-                 [a-z]{2,10}-[\w-]{15,}
+langsmith_key     lsv2_                  [ps][tk]_[\da-f]{32}_[\da-f]{10}
+wandb_key         wandb_v1_              \w{30,}
+e2b_key           e2b_                   [\da-f]{40}(?!\w)
+browserbase_key   bb_live_               [\w-]{20,}
+alibaba_key       LTAI                   [A-Za-z0-9]{12,20}(?!\w)
+openshift_token   sha256~                [\w-]{43}(?![\w-])
+artifactory_key   AKCp                   [A-Za-z0-9]{60,}
+artifactory_key   cmVmd                  [A-Za-z0-9]{55,}
+discord_token     [MNO][\w-]{23,27}\.[\w-]{6}\.  [\w-]{27,38}(?![\w-])
+telegram_token    AA(?<=\d{8}:AA)       [\w-]{32,33}(?![\w-])
+azure_secret      [\w~.-]{3}\dQ~         [\w~.-]{31,34}(?![\w~.-])
+heroku_key        HRKU-                  [\w-]{36,}
+cohere_key        co_                    [A-Za-z0-9]{40}(?!\w)
+tavily_key        tvly-                  [\w-]{20,}
+pinecone_key      pcsk_                  \w{50,}
+cerebras_key      csk-                   [a-z0-9]{40,}
+jina_key          jina_                  [A-Za-z0-9]{50,}
+resend_key        re_[A-Za-z0-9]{8}_     [A-Za-z0-9]{24}(?!\w)
+firecrawl_key     fc-                    [\da-f]{32}(?![\w-])
+elevenlabs_key    sk_                    [\da-f]{48}(?!\w)
+sourcegraph_token  sgp_                  (?:[\da-f]{16}_|local_)?[\da-f]{40}(?!\w)
+hubspot_token     pat-                   (?:na|eu|ap)\d-[\da-f-]{36}
+dynatrace_token   dt0c01\.               [A-Z0-9]{24}\.[A-Z0-9]{64}
+buildkite_token   bkua_                  [\da-f]{40}(?!\w)
+circleci_token    CCIPAT_                \w{30,}
+prefect_key       pnu_                   [A-Za-z0-9]{36}(?!\w)
+readme_key        rdme_                  [a-z0-9]{60,}
+sonar_token       sq[pau]_               [\da-f]{40}(?!\w)
+posthog_key       phx_                   [A-Za-z0-9]{40,}
+neon_key          napi_                  [a-z0-9]{50,}
+cursor_key        key_                   [\da-f]{64}(?!\w)
+adafruit_key      aio_                   [A-Za-z0-9]{28}(?!\w)
+shippo_token      shippo_                (?:live|test)_[\da-f]{40}
+typeform_token    tfp_                   [\w.=-]{40,}
+easypost_key      EZ[AT]K                [A-Za-z0-9]{54}(?!\w)
+contentful_token  CFPAT-                 [\w-]{40,}
+clojars_token     CLOJARS_               [a-z0-9]{60}
+harness_token     pat\.                  [\w-]{22}\.[\da-f]{24}\.[A-Za-z0-9]{20}
+octopus_key       API-                   [A-Z0-9]{25,32}(?![\w-])
+prisma_key        prsm_                  [\w-]{30,}
+deno_token        dd[po]_                [A-Za-z0-9]{36}(?!\w)
+mapbox_token      sk\.ey                 [\w-]{20,}\.[\w-]{16,}
+infracost_key     ico-                   [A-Za-z0-9]{32}(?!\w)
+render_key        rnd_                   [A-Za-z0-9]{20,}
+"""
+
+# kind, a word that is always there, what to look for in lower case: `s` is replaced.
+# Tokens with '+' and '/', which would end a run, and what commands and headers show.
+QUOTES = rb"[\\\"']{0,4}"
+WORD = rb"(?P<s>[^\s\"'\\|;&]{4,})"
+MNEMONIC = rb"[^a-z]{1,9}(?P<s>(?:[a-z]{3,8} ){11,23}[a-z]{3,8})"
+PHRASE_TABLE = (
+    ("slack_webhook", b"slack.com/",
+     rb"slack\.com/(?:services|workflows|triggers)/(?P<s>\w+/[\w/]{20,})"),
+    ("slack_token", b"xox", LEFT + rb"(?P<s>xox[a-z](?:\.xox[a-z])?-[a-z0-9-]{10,})"),
+    ("discord_webhook", b"webhooks/", rb"webhooks/\d{15,20}/(?P<s>[\w-]{50,})"),
+    ("aws_bedrock_key", b"absk", LEFT + rb"(?P<s>absk[a-z0-9+/]{80,}={0,2})"),
+    ("stripe_key", b"whsec_", LEFT + rb"(?P<s>whsec_[a-z0-9+/]{24,}={0,2})"),
+    ("bearer_token", b"bearer", rb"bearer(?:\s|%20|\+){1,4}(?P<s>[\w.~+/=-]{20,})"),
+    ("bearer_token", b"authorization",
+     rb"authorization" + QUOTES + rb"\s?[:=]\s?" + QUOTES +
+     rb"(?:token|key|api-?key|bot|ssws|oauth|splunk|geniekey)\s(?P<s>[\w.~+/=-]{12,})"),
+    ("basic_auth", b"basic", rb"basic(?:\s|%20){1,4}(?P<s>[a-z0-9+/]{8,}={0,2})"),
+    ("password", b"curl", rb"curl\b[^|;]{0,400}?\s(?:-u|--user|--proxy-user)[\s=]?"
+     + QUOTES + rb"[^\s:\"'$]{1,80}:(?P<s>[^\s\"'\\]{3,})"),
+    ("password", b"sshpass", rb"sshpass\s{1,3}-p\s?" + QUOTES + WORD),
+    ("password", b" -p", rb"mysql\w{0,8}\b[^\n|;&]{0,200}?\s-p" + QUOTES + WORD),
+    ("password", b"redis-cli",
+     rb"redis-cli\b[^\n|;&]{0,200}?\s(?:-a|--pass)\s{1,3}" + QUOTES + WORD),
+    ("password", b" login", rb"(?:docker|podman)\s[^\n|;&]{0,60}?\blogin\b"
+     rb"[^\n|;&]{0,200}?\s(?:-p|--password)[\s=]" + QUOTES + WORD),
+    ("password", b"login",
+     rb"\blogin\s{1,9}\S{1,99}\s{1,9}password\s{1,9}(?P<s>[^\s\\]{4,})"),  # .netrc
+    ("password", b"password", rb"\s--?[a-z-]{0,30}password\s{1,3}" + QUOTES +
+     rb"(?P<s>[^\s\"'\\|;&-][^\s\"'\\|;&]{5,})"),
+    ("password", b":543", rb"(?<![\w.:/-])[\w.*-]{1,99}:543\d:[\w*-]{1,63}:[\w*-]{1,63}"
+     rb":(?P<s>[^\s\"'\\:]{4,})(?=\s|\\|$)"),  # .pgpass
+    ("signature", b"signature=",
+     rb"[?&](?:x-amz-|x-goog-)?signature=(?P<s>[\w.~%+/=-]{16,})"),
+    ("signature", b"sig=", rb"[?&]sig=(?P<s>[\w.~%+/=-]{16,})"),
+    ("mnemonic", b"mnemonic", rb"mnemonic" + MNEMONIC),
+    ("mnemonic", b"phrase", rb"(?:seed|recovery|secret)[ _-]?phrase" + MNEMONIC),
+)
+
+# What stands between a secret-looking name and a value of sufficient length, at any depth
+# of escapes, in code, config, headers, JSON, XML and YAML; in lower case.
+SPACE = rb"(?:\s|\\[tnr])"
+REST = (rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?" + SPACE + rb"{0,20}\\*[\"']?value"
+        rb"\\*[\"']?\s?[:=]|" + SPACE + rb"{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?"
+        + SPACE + rb"{0,8})(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
+NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|w(?<=pw)d|pass|c(?<=sec)ret|cred"
+               rb"|u(?<=au)th)" + REST)
+
+# Where a word of PHRASE_TABLE or a named value may be. A search for one letter is ten
+# times as fast as one for any of two: so each word is looked for by its rarest letter
+# (and one it shares), followed by a letter and preceded by the others. In a line without
+# any of them nothing else is looked for.
+HINTS = (
+    rb"k(?:ey(?:REST|(?<=private key)|-file(?<=user-key-file))|e(?<=toke)nREST"
+    rb"|i(?<=cooki)eREST|\.(?<=slack.)com/|s(?<=webhooks)/|(?<=absk)|e(?<=docke)r\s)",
+    rb"c(?:r(?:ed|(?<=secr)et)REST|url|_(?<=whsec_)|[ %](?<=basic.)|l(?<=redis-cl)i"
+    rb"|(?<=mnemonic))",
+    rb"p(?:ass(?:REST|(?<=sshpass)|word\s)|wdREST|hrase|odman|(?<=\s-p)[^\s-])",
+    rb"u(?<=au)th(?:REST|orization)", rb"bearer", rb"xox", rb"54(?<=:54)3",
+    rb"=(?:(?<=[?&]sig=)|(?<=signature=))",
+)
+
+
+def every(text: bytes, word: bytes) -> object:
+    """Each offset of `word` in `text`."""
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + 1)
+
+
+class TokenRule:
+    """Tokens that a vendor gave a beginning of their own.
+
+    Only long runs of token characters are looked into. A table and a substring search
+    find them, which is 20 times as fast as an expression over the whole text."""
+
+    def __init__(self, judge: Judge) -> None:
+        import re
+        rows = [row.split() for row in TOKEN_TABLE.strip().splitlines()]
+        leads = "|".join(dict.fromkeys(lead for _, lead, _ in rows))
+        self._judge, self._kinds = judge, [kind for kind, _, _ in rows]
+        leads = b"(?:" + leads.encode() + b")"
+        self._lead = re.compile(rb"(?<![A-Za-z0-9_])" + leads)
+        self._odd_lead = re.compile(LEFT + leads)  # where an escape may stand before
+        self._token = re.compile("|".join(
+            f"({lead}{rest})" for _, lead, rest in rows).encode())
+        self._mask = bytes(97 if byte in TOKEN_BYTES else 32 for byte in range(256))
+
+    def spots(self, text: bytes, _low: bytes) -> list:
+        """Where `find` will find something, be `text` escaped or not."""
+        return [start for start, _, _ in self.find(text)]
+
+    def find(self, text: bytes) -> object:
+        """The tokens in `text`."""
+        for start, end in self._runs(text):
+            odd = text[start - 1:start] in (b"\\", b"[", b";", b"%")
+            leads = self._odd_lead if odd else self._lead
+            while start < end:
+                lead = leads.search(text, start, end)
+                token = lead and self._token.match(text, lead.start())
+                start = token.end() if token else lead.end() if lead else end
+                if token and not self._judge.is_filler(token.group()):
+                    yield token.start(), start, self._kinds[token.lastindex - 1]
+
+    def _runs(self, text: bytes) -> object:
+        mask, long = text.translate(self._mask), b"a" * TOKEN_RUN
+        at = mask.find(long)
+        while at >= 0:
+            end = mask.find(b" ", at)
+            end = len(text) if end < 0 else end
+            start = mask.rfind(b" ", 0, at) + 1
+            # UUIDs and digests are a third of all runs, and no token is one.
+            if text[start:end].translate(None, b"0123456789abcdef-"):
+                yield start, end
+            at = mask.find(long, end)
+
+
+class UrlRule:
+    """Passwords of scheme://user:password@host, and tokens in the user's place."""
+
+    def __init__(self, judge: Judge) -> None:
+        import re
+        self._judge = judge
+        self._hint = re.compile(rb"://[^\s/\"]{1,400}@")
+        self._pair = re.compile(rb"://[^\s/:@\"'<>\\?#]{0,128}:([^\s/\"'<>\\]{1,256})@"
+                                rb"(?=[\w\[])")
+        # Sentry's is public: an address to report errors to.
+        self._lone = re.compile(rb"://([\w.%~+-]{16,256})@(?=[\w\[])(?!\w{0,40}\.?"
+                                rb"(?:ingest|sentry))")
+        self._blank = re.compile(rb"\$|%[sd(]|[<{\[]|\*{3}|\.{3}|(?i:x{3})+$|REDACTED|"
+                                 rb"[A-Z_]*(?:PASS|PASSWORD|PWD|TOKEN|SECRET|KEY)$")
+
+    def spots(self, text: bytes, _low: bytes) -> list:
+        """Where a URL with something before an @ begins."""
+        if b"@" not in text or b"://" not in text:
+            return []
+        return [found.start() for found in self._hint.finditer(text)]
+
+    def find(self, text: bytes) -> object:
+        """The passwords in `text`."""
+        for found in self._pair.finditer(text):
+            if not self._blank.match(found.group(1)):
+                yield (*found.span(1), "url_password")
+        for found in self._lone.finditer(text):
+            if self._judge.is_secret(found.group(1), 3):
+                yield (*found.span(1), "url_password")
+
+
+class KeyRule:
+    """Private keys: PEM, PGP and PuTTY, however their line ends are written."""
+
+    BEGIN = rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+    END = rb"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+    LONGEST = 32 << 10  # bytes: RSA of 16,384 bits, indented and twice escaped
+
+    def __init__(self) -> None:
+        import re
+        self._begin, self._end = re.compile(self.BEGIN), re.compile(self.END)
+        self._body = re.compile(rb"[A-Za-z0-9+/]{32}")
+        self._rest = re.compile(rb"[^\"'`<>{}]*")
+        self._putty = re.compile(rb"Private-Lines: ?\d+(?:\s|\\[rn])+((?:[A-Za-z0-9+/=]"
+                                 rb"{1,64}(?:\s|\\[rn]){1,4}){1,400})")
+
+    def find(self, text: bytes) -> object:
+        """The keys in `text`; a header that is only mentioned is none. Without an end
+        (cut output) a key goes on as far as one could."""
+        at = 0
+        while b"PRIVATE KEY" in text:
+            begin = self._begin.search(text, at)
+            if not begin:
+                break
+            limit = begin.end() + self.LONGEST
+            end = self._end.search(text, begin.end(), limit)
+            at = end.end() if end else self._rest.match(text, begin.end(), limit).end()
+            if self._body.search(text, begin.end(), at):
+                cut = len(text[begin.start():at].rstrip(b"\\ \n"))
+                yield begin.start(), begin.start() + cut, "private_key"
+        if b"Private-Lines" in text:
+            for found in self._putty.finditer(text):
+                yield (*found.span(1), "private_key")
+
+
+class NamedRule:
+    """Values under a secret-looking name: .env lines, code, config, headers, JSON and
+    XML inside text, connection strings, query strings, cookies."""
+
+    CONNECTION = (b"password", b"pwd", b"accountkey", b"sharedaccesskey", b"pass")
+    WHOLE = (b"authorization", b"cookie")  # their values have an inner form
+
+    def __init__(self, judge: Judge) -> None:
+        import re
+        self._judge, self._named = judge, re.compile(NAMED_VALUE)
+        self._bare = re.compile(rb"[^\s\"'`<>]+")
+        self._inner = {quote: re.compile(rb"[^\\\n" + quote + rb"]*")
+                       for quote in (b'"', b"'", b"`")}
+        self._line = re.compile(rb"[^\\\n\"']*")
+        self._link = re.compile(rb"[^\s;&\"'`\\<>]{0,512}")
+        self._cut = re.compile(rb"[,;&|(){}\[\]\\]")
+        self._before = re.compile(rb"(?:api|access|secret|auth|private|client|refresh|"
+                                  rb"signing|encryption|account|master|webhook) $")
+        self._place = re.compile(
+            rb"(?:server|host|data source|endpoint|accountname|user ?id|uid|user|username"
+            rb"|database|initial catalog|dbname|sslmode)\s?=")
+        self._pair = re.compile(rb"[\w.-]{1,80}=([^;,\s\"'\\]{8,})")
+        self._ended = re.compile(rb"\\+[nrt\"'`]")
+
+    def may_be(self, text: bytes, low: bytes, at: int) -> object:
+        """What NAMED_VALUE matches at `at`, if there may be a secret when escapes in
+        `text` are decoded; None if not."""
+        found = self._named.match(low, at)
+        name, strength = self._name(text, low, found=found) if found else (b"", 0)
+        if not strength:
+            return None
+        tail = name.lower()
+        if tail.endswith(self.WHOLE + self.CONNECTION):
+            return found
+        start, end, loose = self._span(text, found=found, name=name)
+        escaped = text[end:end + 1] == b"\\" and not self._ended.match(text, end)
+        if escaped or self._is_value(text[start:end], name, strength=strength,
+                                     loose=loose):
+            return found
+        return None
+
+    def find(self, text: bytes, low: bytes, *, hints: list) -> object:
+        """The values in `text`; low: it in lower case; hints: where names may be."""
+        done = 0
+        for at in hints:
+            found = self._named.match(low, at) if at >= done else None
+            name, strength = self._name(text, low, found=found) if found else (b"", 0)
+            if not strength:
+                continue
+            for start, end, kind in self._found(text, low, found=found, name=name):
+                yield start, end, kind
+                done = end
+
+    def member(self, name: bytes, value: bytes) -> object:
+        """The same for the whole value of a JSON member."""
+        if name.lower().endswith(b"cookie"):
+            yield from self._cookies(value, 0)
+            return
+        strength = self._judge.strength(name)
+        start = value.find(b" ") + 1 if name.lower() == b"authorization" else 0
+        if strength and self._is_value(value[start:], name, strength=strength, loose=True):
+            yield start, len(value), "assignment"
+
+    def _name(self, text: bytes, low: bytes, *, found: object) -> tuple:
+        """The whole name and its strength: `found` begins within its first part."""
+        at = found.start()
+        window = text[max(0, at - 60):at]
+        start = at - len(window) + len(window.rstrip(TOKEN_BYTES))
+        if text[start - 1:start] == b"\\" and text[start] in b"nrt":
+            start += 1
+        # "API key: …", as prose and headings write it
+        before = self._before.search(low, max(0, start - 12), start)
+        start = before.start() if before else start
+        if text.endswith(b"[REDACTED:", 0, start):
+            return b"", 0  # a kind is no name
+        name = text[start:found.start("sep")]
+        return name, self._judge.strength(name)
+
+    def _found(self, text: bytes, low: bytes, *, found: object, name: bytes) -> object:
+        start, end, loose = self._span(text, found=found, name=name)
+        link = self._link_end(text, low, found=found, name=name)
+        strength = self._judge.strength(name)
+        if name.lower().endswith(b"cookie"):
+            yield from self._cookies(text, start)
+        elif link:
+            yield start, link, "connection_string"
+        elif self._is_value(text[start:end], name, strength=strength, loose=loose):
+            # A value is judged by its beginning, but goes as a whole.
+            yield start, self._bare.match(text, end - 1).end() \
+                if end - start == JUDGED else end, "assignment"
+
+    def _is_value(self, value: bytes, name: bytes, *, strength: int,
+                  loose: bool) -> bool:
+        if name.lower().endswith(b"auth") and self._judge.is_pair(value):
+            return True
+        return self._judge.is_secret(value, strength, loose=loose)
+
+    def _span(self, text: bytes, *, found: object, name: bytes) -> tuple:
+        """(start, end, loose) of the value: to its quote, or to where it ends as a word
+        of code; after NAME= to the next space. Empty for a call and an index."""
+        quote, start = found.group("quote")[-1:], found.end()
+        if quote:
+            return start, self._inner[quote].match(text, start, start + JUDGED).end(), True
+        end = self._bare.match(text, start, start + JUDGED).end()
+        if name.isupper() and found.group("sep") == b"=":
+            stop = text.find(b"\\", start, end)
+            return start, stop if stop >= 0 else end, True
+        cut = self._cut.search(text, start, end)
+        if cut:
+            end = start if cut.group() in b"([" else cut.start()
+        return start, end, text[end:end + 1] in b"\r\n\"'`<&\\"
+
+    def _link_end(self, text: bytes, low: bytes, *, found: object, name: bytes) -> int:
+        """The end of a password in a connection string, which may be any word; 0 when
+        it is none: Server=…;Password=…; or host=… password=… dbname=…"""
+        if not name.lower().endswith(self.CONNECTION) or b"=" not in found.group("sep"):
+            return 0
+        start, end = self._link.match(text, found.end()).span()
+        near = low[max(0, found.start() - 200):found.start()], low[end:end + 200]
+        if b";" not in (low[end:end + 1], near[0].rstrip()[-1:]) \
+                and b"dbname=" not in near[0] + near[1]:
+            return 0
+        value = text[start:end]
+        fits = any(self._place.search(side) for side in near) and len(value) > 4 \
+            and not any(sign in value for sign in (b"(", b"[", b"{", b","))
+        return end if fits and not self._judge.is_reference(value) else 0
+
+    def _cookies(self, text: bytes, start: int) -> object:
+        """The values of name=value pairs on the rest of the line that are no words."""
+        stop = self._line.match(text, start).end()
+        for pair in self._pair.finditer(text, start, stop):
+            if self._judge.is_secret(pair.group(1), 3, loose=True):
+                yield (*pair.span(1), "cookie")
+
+
+class PhraseRule:
+    """What PHRASE_TABLE lists, and what KeyRule and NamedRule find."""
+
+    def __init__(self, judge: Judge) -> None:
+        import re
+        rest = REST.replace(b"?P<sep>", b"?:").replace(b"?P<quote>", b"?:")
+        self._judge, self.named, self._keys = judge, NamedRule(judge), KeyRule()
+        self._hints = [re.compile(hint.replace(b"REST", rest + b"()")) for hint in HINTS]
+        self._rows = [(kind, word, re.compile(shape))
+                      for kind, word, shape in PHRASE_TABLE]
+
+    def spots(self, text: bytes, low: bytes) -> list:
+        """Where words of the table stand, and names and their values: in JSON these are
+        two strings."""
+        spots = []
+        for hint in self._hints:
+            for found in hint.finditer(low):
+                at, end = found.span()
+                if not found.lastindex or self.named.may_be(text, low, at):
+                    spots += [at, end]
+        return spots
+
+    def find(self, text: bytes) -> object:
+        """Private keys, phrases row by row, and the named values in `text`."""
+        low = text.lower()
+        yield from self._keys.find(text)
+        hints = sorted([found.start() for hint in self._hints
+                        for found in hint.finditer(low)])
+        seen = b" ".join([low[max(0, at - 16):at + 16] for at in hints])
+        for kind, word, shape in self._rows:
+            for found in shape.finditer(low) if word in seen else ():
+                start, end = found.span("s")
+                if self._counts(kind, text[start:end]):
+                    yield start, end, kind
+        yield from self.named.find(text, low, hints=hints)
+
+    def _counts(self, kind: str, value: bytes) -> bool:
+        if kind == "basic_auth":
+            return self._judge.is_pair(value)
+        if kind in ("password", "bearer_token") and self._judge.is_reference(value):
+            return False
+        return kind != "bearer_token" or not self._judge.is_plain(value)
+
+
+# == 23. Redaction =====================================================
+#
+# Pure: a line of a transcript -> the same line without secrets. JSON stays JSON with
+# the same keys: only values change, and a line without a finding not at all. Knows
+# neither files nor the environment: they come in as arguments.
+
+MARKS = r"\[REDACTED:[\w.-]{1,200}\]"  # as 0.2 writes them; no rule finds one
+ROUNDS = 4  # at most: what one rule replaced may have bared something for another
+
+
+class LiteralRule:
+    """Values known beforehand, wherever they stand: {value: kind}."""
+
+    def __init__(self, values: dict) -> None:
+        import re
+        self._kinds = {spelling: kind for value, kind in values.items()
+                       for spelling in written_forms(value)}
+        longest = sorted(self._kinds, key=len, reverse=True)
+        self._any = re.compile(b"|".join(map(re.escape, longest)) or rb"(?!)")
+
+    def spots(self, text: bytes, _low: bytes) -> list:
+        """Where they stand."""
+        if any(value in text for value in self._kinds):
+            return [start for start, _, _ in self.find(text)]
+        return []
+
+    def find(self, text: bytes) -> object:
+        """Each of them."""
+        for found in self._any.finditer(text):
+            yield (*found.span(), self._kinds[found.group()])
+
+
+def written_forms(value: bytes) -> set:
+    """`value` as it stands in text, in JSON, in URLs and in base64."""
+    import base64
+    text = value.decode("utf-8", "surrogateescape")
+    return {value, *in_json(text), base64.b64encode(value).rstrip(b"="),
+            uri_escape(text).encode()}
+
+
+def in_json(text: str) -> list:
+    """`text` as it stands between the quotes of a JSON string: [ASCII only, UTF-8]."""
+    import json
+    return [json.dumps(text, ensure_ascii=ascii_only)[1:-1].encode(
+        "utf-8", "surrogateescape") for ascii_only in (True, False)]
+
+
+def user_patterns(given: object) -> list:
+    """[(kind, compiled)] of the config's `redact`: a pattern, a list of them (kind
+    custom), or an object {kind: pattern}. Usage for what cannot be used."""
+    named = given.items() if isinstance(given, dict) else \
+        [("custom", pattern) for pattern in (given if isinstance(given, list) else [given])]
+    return [(check_name("kind in redact", kind), _compiled(pattern))
+            for kind, pattern in named if given is not None]
+
+
+def _compiled(pattern: object) -> object:
+    import re
+    said = f"pattern {shown(str(pattern)[:80])!r} in redact"
+    if not isinstance(pattern, str):
+        raise Usage(f"{said} is not text", hint='e.g. "redact": ["ACME-[0-9]{6}"]')
+    try:
+        made = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as why:
+        raise Usage(f"{said} does not compile: {shown(str(why)[:120])}",
+                    hint="it is a regular expression of Python's re") from why
+    if made.match("") or made.search(""):
+        raise Usage(f"{said} matches nothing at all, so it would match everywhere",
+                    hint="let it need at least one character")
+    if repeats_vary(pattern):
+        raise Usage(f"{said} may take for ever: it repeats a group that holds a repeat"
+                    " or a choice, or begins with .* or .+",
+                    hint="leave the outer repeat away, or bound it: {1,9}")
+    return made
+
+
+def repeats_vary(pattern: str) -> bool:
+    """Whether a group that may match one text in several ways is repeated more than 9
+    times, or the pattern begins with a repeated dot.
+
+    >>> [repeats_vary(p) for p in ("(a+)+b", "(a|ab)*c", ".*key", "(ab)+", "[(+]+x")]
+    [True, True, True, False, False]
+    """
+    import re
+    part = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:P?<[^>=!]*>|[^)]?)"
+                      r"|\{(?P<low>\d*)(?P<comma>,?)(?P<high>\d*)\}|.", re.S)
+    varied, closed = [False], False
+    for found in part.finditer(pattern):
+        text = found.group()
+        many = text in ("*", "+") or found.group("low") is not None and (
+            int(found.group("high") or found.group("low") or 0) > 9
+            or bool(found.group("comma") and not found.group("high")))
+        if closed and many:
+            return True
+        closed = False
+        if text == ")" and len(varied) > 1:
+            closed = varied.pop()
+            varied[-1] |= closed
+        elif text.startswith("("):
+            varied.append(False)
+        elif text in ("|", "?") or many or found.group("comma"):
+            varied[-1] = True
+    return pattern.startswith((".*", ".+"))
+
+
+class PatternRule:
+    """The user's own patterns, as user_patterns gives them. A mark stays as it is."""
+
+    def __init__(self, patterns: list) -> None:
+        import re
+        self._patterns, self._marks = patterns, re.compile(MARKS)
+
+    def spots(self, text: bytes, _low: bytes) -> list:
+        """Beyond the text: every string must be looked at."""
+        return [len(text)]
+
+    def find(self, text: bytes) -> object:
+        """What the patterns match, one pattern after the other."""
+        try:
+            code, words = "utf-8", text.decode()
+        except UnicodeDecodeError:
+            code, words = "latin-1", text.decode("latin-1")
+        for kind, pattern in self._patterns:
+            at = first = 0
+            for start, end in self._spans(words, pattern):
+                first += len(words[at:start].encode(code))
+                length = len(words[start:end].encode(code))
+                yield first, first + length, kind
+                at, first = end, first + length
+
+    def _spans(self, words: str, pattern: object) -> object:
+        marks = self._marks.finditer(words)
+        mark = next(marks, None)
+        for found in pattern.finditer(words):
+            start, end = found.span()
+            while mark and mark.end() <= start:
+                mark = next(marks, None)
+            if start < end and not (mark and mark.start() < end):
+                yield start, end
+
+
+class HomeRule:
+    """The home directory, whose name is the user's; it becomes ~."""
+
+    def __init__(self, home: str) -> None:
+        import re
+        path = home.rstrip("/\\")
+        path = path if len(path) > 3 else ""  # of "/" nothing is left
+        data = re.escape(os.fsencode(path).replace(b"\\", b"/"))
+        if "\\" in path:  # Windows writes it either way, and escaped
+            data = data.replace(b"/", rb"[\\/]{1,4}")
+        self._needles = {*in_json(path), *in_json(path.replace("\\", "/"))} - {b""}
+        self._home = re.compile(data + rb"(?![\w-])(?!\.\w)")
+        self._left = re.compile(rb"(?:(?<![\w.~-])|(?<=-[A-Za-z])|" + ESCAPED + rb")$")
+
+    def spots(self, text: bytes, _low: bytes) -> list:
+        """Where it may stand."""
+        return [at for needle in self._needles for at in every(text, needle)]
+
+    def find(self, text: bytes) -> object:
+        """It, and not a path that only begins as it does."""
+        for found in self._home.finditer(text) if self._needles else ():
+            start, end = found.span()
+            if self._left.search(text, max(0, start - 6), start):
+                yield start, end, "home"
+
+
+class Redactor:
+    """Takes secrets out of transcripts, line by line.
+
+    patterns: of user_patterns. literals: values to remove wherever they stand, as
+    secret_values gives them. home: a directory that becomes ~. counts: {kind: how
+    often} so far. Not for two threads at once."""
+
+    def __init__(self, patterns: list, literals: list, *, home: str = "") -> None:
+        import re
+        self.counts: dict = {}
+        judge = Judge()
+        tokens, phrases = TokenRule(judge), PhraseRule(judge)
+        self._named = phrases.named
+        self._user = PatternRule(patterns) if patterns else None
+        kinds = {value: next((kind for start, end, kind in tokens.find(value)
+                              if end - start == len(value)), "env_value")
+                 for value in literals}
+        self._rules = [*filter(None, [self._user]), tokens, UrlRule(judge),
+                       phrases, LiteralRule(kinds), HomeRule(home)]
+        self._escape = re.compile(rb"\\u00[2-7]|\\/")
+        self._start = re.compile(rb"\s*[{\[\"]")
+        self._gap = re.compile(rb"[\s{}\[\],:0-9.+\-eEtrufalsnNIity]*")
+        self._quote = re.compile(rb'"(?:(?<!\\")|(?<=\\\\"))')  # not after one \
+        self._colon = re.compile(rb"\s*:")
+        self._label = re.compile(rb'"(?:name|key)"\s*:\s*"([^"\\]{1,200})"\s*,\s*'
+                                 rb'"value"\s*:\s*"$', re.I)
+        self._key = re.compile(rb"[\s>|+\d:-]*(?:\xe2\x86\x92)?\s*[A-Za-z0-9+/=]{1,100}"
+                               rb"\s*|[A-Z][\w-]{2,30}: .{0,200}\s*|\s*", re.S)
+        self._in_key = False
+
+    def line(self, data: bytes) -> bytes:
+        """`data`, one whole line or record, without secrets; the same object when it
+        holds none. Lines of a private key in plain text are known by those before."""
+        if self._in_key and self._key.fullmatch(data):
+            return self._key_line(data)
+        self._in_key = False
+        spots, armed = self._suspect(data)
+        if not spots:
+            return data
+        new = self._json(data, spots, armed) if self._start.match(data) else None
+        if new is not None:
+            return new
+        self._in_key = b"PRIVATE KEY" in data \
+            and data.rfind(b"-----END ") < data.rfind(b"-----BEGIN ")
+        return self._text(data, armed)
+
+    def _suspect(self, text: bytes) -> tuple:
+        """(where a secret may be, the rules that think so): that costs little, and is
+        all that happens to most lines."""
+        low, spots, armed = text.lower(), [], []
+        for rule in self._rules:
+            found = rule.spots(text, low)
+            if found:
+                spots += found
+                armed.append(rule)
+        if b"\\u00" in text or b"\\/" in text:  # ASCII may be hidden there
+            spots += [found.start() for found in self._escape.finditer(text)]
+        return sorted(spots), armed
+
+    def _key_line(self, data: bytes) -> bytes:
+        body = data.strip()
+        if not body or b": " in body:
+            return data
+        self._count("private_key")
+        return mark("private_key") + data[len(data.rstrip(b"\r\n")):]
+
+    def _json(self, text: bytes, spots: list, armed: list) -> bytes | None:
+        """`text` with those string values redacted that hold a spot; None when it is
+        not made as JSON is."""
+        pieces, kept, before = [], 0, dict(self.counts)
+        todo = iter(spots)
+        spot = next(todo, None)
+        try:
+            for start, end, name in self._values(text):
+                while spot is not None and spot < start:
+                    spot = next(todo, None)
+                if spot is None:
+                    break
+                if spot <= end or self._user:
+                    raw = text[start:end]
+                    new = self._value(raw, name, armed=[self._user] if spot > end else armed)
+                    if new is not raw:
+                        pieces += [text[kept:start], new]
+                        kept = end
+        except ValueError:
+            self.counts = before
+            return None
+        return b"".join([*pieces, text[kept:]]) if pieces else text
+
+    def _values(self, text: bytes) -> object:
+        """(start, end, name) of the string values of JSON, between their quotes. Raises
+        ValueError where something else begins.
+
+        Not parsed: a line of a JSON document that was printed over many, numbers and
+        spaces as they are, duplicate keys and any depth come through."""
+        at, name = 0, b""
+        while True:
+            quote = text.find(b'"', at)
+            gap = text[at:quote if quote >= 0 else len(text)]
+            if gap not in (b",", b":") and not self._gap.fullmatch(gap):
+                raise ValueError("not JSON")
+            if quote < 0:
+                return
+            at = self._string_end(text, quote + 1)
+            if self._colon.match(text, at):
+                name = text[quote + 1:at - 1]
+                continue
+            name = b"" if b"}" in gap else name
+            label = name.lower() == b"value" and self._label.search(
+                text, max(0, quote - 300), quote + 1)
+            yield quote + 1, at - 1, label.group(1) if label else name
+
+    def _string_end(self, text: bytes, at: int) -> int:
+        """The offset behind the quote that ends the string begun before `at`."""
+        while True:
+            found = self._quote.search(text, at)
+            if not found:
+                raise ValueError("no end")
+            at = found.end()
+            back = at - 2
+            while text[back] == 92:  # its first quote ends this at the latest
+                back -= 1
+            if (at - back) % 2 == 0:
+                return at
+
+    def _value(self, raw: bytes, name: bytes, *, armed: list) -> bytes:
+        """What becomes of a string between its quotes; the same object if nothing."""
+        text, new = unquoted(raw), None
+        if text is not raw and self._escape.search(raw) or text[:1] in (b"{", b"["):
+            spots, armed = self._suspect(text)
+            if text[:1] in (b"{", b"["):
+                new = self._json(text, spots, armed)
+        if new is None:
+            new = self._text(text, armed)
+        if new is text:
+            new = self._splice(text, list(self._named.member(name, text)))
+        if new is text:
+            return raw
+        return new if text is raw else in_json(
+            new.decode("utf-8", "surrogatepass"))[0 if raw.isascii() else 1]
+
+    def _text(self, text: bytes, armed: list) -> bytes:
+        for _ in range(ROUNDS):
+            before = text
+            for rule in armed:
+                text = self._splice(text, list(rule.find(text)))
+            if text is before:
+                break
+        return text
+
+    def _splice(self, text: bytes, spans: list) -> bytes:
+        """`text` with marks for `spans`; one that overlaps joins the one before."""
+        pieces, at = [], 0
+        for start, end, kind in sorted(spans):
+            if start >= at:
+                pieces += [text[at:start], b"~" if kind == "home" else mark(kind)]
+                self._count(kind)
+            at = max(at, end)
+        return b"".join([*pieces, text[at:]]) if pieces else text
+
+    def _count(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+
+def mark(kind: str) -> bytes:
+    """What stands in the place of a secret.
+
+    >>> mark("jwt")
+    b'[REDACTED:jwt]'
+    """
+    return b"[REDACTED:" + kind.encode() + b"]"
+
+
+def unquoted(raw: bytes) -> bytes:
+    """The text of a JSON string, given what is between its quotes. The same object if
+    it has no escapes, or none that JSON knows."""
+    import json
+    if b"\\" not in raw:
+        return raw
+    try:
+        text = json.loads(b'"' + raw + b'"', strict=False)
+    except ValueError:
+        return raw
+    return text.encode("utf-8", "surrogatepass")
+
+
+def secret_values(environ: dict, more: tuple = ()) -> list:
+    """The values of secret-looking variables, passwords of URLs in any, and `more`:
+    worth removing wherever they stand. Short, plain and repetitive ones are not: too
+    much would go with them."""
+    judge, found = Judge(), []
+    urls = UrlRule(judge)
+    for name, value in environ.items():
+        data = os.fsencode(value)
+        found += [data[start:end] for start, end, _ in urls.find(data)
+                  if end - start >= SHORTEST]
+        strength = judge.strength(os.fsencode(name))
+        if strength and judge.is_secret(data, max(2, strength), loose=True):
+            found.append(data)
+    found += [value.encode() for value in more if len(value) >= SHORTEST]
+    return [value for value in found if len(set(value)) > 5 and b"\n" not in value]
+
+
+def marks_made(before: bytes, after: bytes) -> list:
+    """(JSON path, kind) of each mark that `after` has and the same line before had not;
+    path "" where the line is no JSON document."""
+    import json
+    try:
+        todo, found = [("$", json.loads(before), json.loads(after))], []
+    except (ValueError, RecursionError):
+        todo, found = [("", before.decode("latin-1"), after.decode("latin-1"))], []
+    while todo:
+        path, old, new = todo.pop()
+        if isinstance(new, dict):
+            todo += [(path + member_path(key), old[key], new[key])
+                     for key in reversed(list(new))]
+        elif isinstance(new, list):
+            todo += [(f"{path}[{at}]", old[at], new[at])
+                     for at in range(len(new) - 1, -1, -1)]
+        elif old != new:
+            found += [(path, kind) for kind in new_kinds(old, new)]
+    return found
+
+
+def member_path(key: str) -> str:
+    """How a path goes on to a member.
+
+    >>> member_path("text") + member_path("a b")
+    '.text["a b"]'
+    """
+    import json
+    return f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
+
+
+def new_kinds(old: str, new: str) -> list:
+    """The kinds of the marks that are more in `new` than in `old`, in order."""
+    import re
+    kinds = re.compile(MARKS)
+    left = [found.group() for found in kinds.finditer(old)]
+    more = []
+    for found in kinds.finditer(new):
+        if found.group() in left:
+            left.remove(found.group())
+        else:
+            more.append(found.group()[10:-1])
+    return more
+
+
+# == 24. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -6074,7 +7123,7 @@ def open_http(origin: str, *, timeout: float = REQUEST_TIMEOUT, trace: object = 
     return kind(origin, timeout=timeout, trace=trace, environ=environ)
 
 
-# == 22. Remote ========================================================
+# == 25. Remote ========================================================
 #
 # What clients of network stores share: connections by origin, the store's clock,
 # retries. Knows no store's protocol.
@@ -6188,7 +7237,7 @@ class Remote:
             link.close()
 
 
-# == 23. Stores ========================================================
+# == 26. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -7040,7 +8089,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 24. S3 ============================================================
+# == 27. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -7691,7 +8740,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 25. S3 store ======================================================
+# == 28. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -8073,7 +9122,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 26. Hub answers ===================================================
+# == 29. Hub answers ===================================================
 #
 # Pure: what the Hugging Face Hub says in its own API - errors, limits, entries, pages,
 # batches - in words and classes of ours. Whatever it says may be anything.
@@ -8294,7 +9343,7 @@ class XetGrant:
         self.base, self.token, self.ends_at = parts.path.rstrip("/"), token, ends_at
 
 
-# == 27. Hub ===========================================================
+# == 30. Hub ===========================================================
 #
 # One bucket at the Hub by its own API: a token, JSON, and bytes by way of Xet. Knows
 # its verbs; must not know what files mean. The Hub's token goes to the Hub alone, that
@@ -8658,7 +9707,7 @@ class Hub(HubReader):
         return answer
 
 
-# == 28. Hub events ====================================================
+# == 31. Hub events ====================================================
 #
 # What the Hub tells of changes in a bucket, as a wake-up for those who wait: never the
 # truth, and dispensable. Knows a stream of events; must not know what the keys mean.
@@ -8831,7 +9880,7 @@ def hub_feed(hub: Hub, project: str, *, clock: object = None) -> Feed:
                 f"{project}/" if project else "", clock=clock or hub.clock)
 
 
-# == 29. Hugging Face store ============================================
+# == 32. Hugging Face store ============================================
 #
 # The interface of "Stores" over a Hub: what a token alone can do. Every write is an
 # overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
@@ -9233,7 +10282,7 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
                        hint="upload it again when nobody writes to it")
 
 
-# == 30. Gateway =======================================================
+# == 33. Gateway =======================================================
 #
 # A Hugging Face bucket through its S3 gateway: the S3 store in another dialect. Every
 # conditional write is atomic here. The dialect (the gateway's documentation, and the
@@ -9370,7 +10419,7 @@ class GatewayStore(S3Store):
         self.native.close()
 
 
-# == 31. Probe =========================================================
+# == 34. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -9583,7 +10632,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 32. Settings ======================================================
+# == 35. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -9959,7 +11008,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 33. Local state ===================================================
+# == 36. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -10157,7 +11206,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 34. Sources =======================================================
+# == 37. Sources =======================================================
 #
 # How the records of a session are read where its harness keeps them: in a file that
 # grows, in a JSON file rewritten at each turn, in rows of a database (next section).
@@ -10430,7 +11479,7 @@ def document_lines(path: str) -> tuple:
     return record_line(about), [record_line(message) for message in doc["messages"]]
 
 
-# == 35. Session databases =============================================
+# == 38. Session databases =============================================
 #
 # Sessions that are rows of an SQLite database. Knows sqlite3; must not know stores.
 #
@@ -10801,7 +11850,7 @@ SCHEMES = {
 }
 
 
-# == 36. Session places ================================================
+# == 39. Session places ================================================
 #
 # How harnesses name the files of sessions, whose session a file is, and where one has
 # to lie for its harness to find it. Knows files; must not know stores.
@@ -11203,7 +12252,7 @@ def qwen_target(wanted: Destination) -> str:
     return wanted.below("projects", folder, "chats", f"{wanted.name}.jsonl")
 
 
-# == 37. Harnesses =====================================================
+# == 40. Harnesses =====================================================
 #
 # One row for each coding agent whose sessions are found, and the finding. Knows files;
 # must not know stores. A new one costs a row, a function in the section Transcripts,
@@ -11462,7 +12511,7 @@ def uuid_time(text: str) -> float | None:
         return None
 
 
-# == 38. Command settings ==============================================
+# == 41. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -11684,7 +12733,17 @@ def _say_what_is_unusual(found: Settings) -> None:
                            f" {found.store_url} (`tracecraft init` chooses another)")
 
 
-# == 39. Credentials ===================================================
+def redactor_for(settings: Settings) -> Redactor:
+    """What takes secrets out of text here: the config's `redact`, the secret values of
+    the environment and of the config, the home directory. Usage for a bad pattern."""
+    config, environ = settings.config, settings.environ
+    own = tuple(str(config[name]) for name in SECRETS if config.get(name))
+    return Redactor(user_patterns(config.get("redact")),
+                    secret_values(environ, (*own, settings.key)),
+                    home=home_of(environ))
+
+
+# == 42. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -12158,7 +13217,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 40. Ledger ========================================================
+# == 43. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -12708,7 +13767,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 41. Waiting =======================================================
+# == 44. Waiting =======================================================
 #
 # Looking again until what is awaited is there: how long the rests between two looks
 # are. Knows no record; the looks come in as functions.
@@ -12815,7 +13874,7 @@ def waiting(ledger: Ledger, wait: float, act: object, *, keys: object,
                       float("inf") if expires is None else expires + 1)
 
 
-# == 42. Leases ========================================================
+# == 45. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, being told that it
 # went to another. The decisions are those of "Records".
@@ -13046,7 +14105,7 @@ class Leases:
             raise
 
 
-# == 43. Hints =========================================================
+# == 46. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -13175,7 +14234,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 44. Step records ==================================================
+# == 47. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -13444,7 +14503,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 45. Frontier ======================================================
+# == 48. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -13530,7 +14589,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 46. Steps =========================================================
+# == 49. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -13916,7 +14975,7 @@ class Steps:
             pace.rest([f"steps/{step_id(step)}/" for step in steps])
 
 
-# == 47. Tasks =========================================================
+# == 50. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -14252,7 +15311,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 48. Locks =========================================================
+# == 51. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -14595,7 +15654,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 49. Barriers ======================================================
+# == 52. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -14816,7 +15875,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 50. Memory ========================================================
+# == 53. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -15036,7 +16095,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 51. Mailboxes =====================================================
+# == 54. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -15466,7 +16525,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 52. Mail ==========================================================
+# == 55. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -15699,7 +16758,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 53. Channels and threads ==========================================
+# == 56. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -15929,7 +16988,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 54. Bytes =========================================================
+# == 57. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -16300,7 +17359,7 @@ class Bytes:
         return body
 
 
-# == 55. Artifact heads ================================================
+# == 58. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -16594,7 +17653,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 56. Artifacts =====================================================
+# == 59. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -16891,7 +17950,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 57. Reservations ==================================================
+# == 60. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -17042,7 +18101,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 58. Runs ==========================================================
+# == 61. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -17504,7 +18563,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 59. Artifact trees ================================================
+# == 62. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -17903,7 +18962,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 60. Queue reader ==================================================
+# == 63. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -18113,7 +19172,7 @@ class QueueReader:
                 yield record
 
 
-# == 61. Queues ========================================================
+# == 64. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -18526,7 +19585,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 62. Project =======================================================
+# == 65. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -18939,7 +19998,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 63. Context =======================================================
+# == 66. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -19090,7 +20149,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 64. Views =========================================================
+# == 67. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -19440,7 +20499,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 65. Timeline ======================================================
+# == 68. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -19706,7 +20765,7 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest(keys if interval is None else ())
 
 
-# == 66. Digest ========================================================
+# == 69. Digest ========================================================
 #
 # What was done, decided, found, failed and is left open, as Markdown that a person or a
 # model can act on. Each line ends with the record it comes from, as [key@rev]; whoever
@@ -19954,7 +21013,7 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
     return out
 
 
-# == 67. Notes =========================================================
+# == 70. Notes =========================================================
 #
 # Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
 # proposed by whoever promotes them, accepted by whoever reviews the change. Their front
@@ -20193,7 +21252,7 @@ class Notes:
         return out
 
 
-# == 68. Housekeeping ==================================================
+# == 71. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -20427,7 +21486,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 69. Archive =======================================================
+# == 72. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -20849,7 +21908,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 70. Doctor ========================================================
+# == 73. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -21198,7 +22257,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 71. Trials ========================================================
+# == 74. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -21733,7 +22792,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 72. Drill =========================================================
+# == 75. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -21997,7 +23056,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 73. Bench =========================================================
+# == 76. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -22368,7 +23427,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 74. Rows ==========================================================
+# == 77. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -22619,7 +23678,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 75. Commands under a lease ========================================
+# == 78. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -22825,7 +23884,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 76. Step commands =================================================
+# == 79. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -23115,7 +24174,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 77. Task commands =================================================
+# == 80. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -23287,7 +24346,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 78. Lock commands =================================================
+# == 81. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -23568,7 +24627,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 79. Memory commands ===============================================
+# == 82. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -23687,7 +24746,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 80. Artifact commands =============================================
+# == 83. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -23913,7 +24972,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 81. Reservation commands ==========================================
+# == 84. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -24145,7 +25204,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 82. Commands of presence, views and set-up ========================
+# == 85. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -24650,7 +25709,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 83. House commands ================================================
+# == 86. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -24827,7 +25886,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 84. Commands of digest and notes ==================================
+# == 87. Commands of digest and notes ==================================
 #
 # For a person or a model: what happened in short, and what deserves to be kept.
 
@@ -24920,7 +25979,7 @@ def check_notes(notes: Notes, options: object) -> int:
     return 8 if bad else 3 if stale else 0
 
 
-# == 85. Commands of mail ==============================================
+# == 88. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -25180,7 +26239,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 86. Run commands ==================================================
+# == 89. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -25635,7 +26694,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 87. Queue commands ================================================
+# == 90. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -25826,7 +26885,115 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 88. Command line ==================================================
+# == 91. Session commands ==============================================
+#
+# As "Step commands": rows and words, no rules.
+
+
+@command("session redact", "take the secrets out of a transcript",
+         arg("path", metavar="FILE", help="JSON lines or text; - is stdin"),
+         arg("--dry-run", action="store_true", help="only say what would go, and where"),
+         arg("--out", metavar="PATH", help="into this new file; default stdout"),
+         LIMIT_ARG,
+         examples=("session redact --dry-run session.jsonl",
+                   "session redact session.jsonl --out public.jsonl"),
+         exits="0 2 3 7 11", opens=False)
+def cmd_session_redact(_project: None, options: object) -> None:
+    settings = load_settings(options.flags, os.environ, os.getcwd())
+    redactor = redactor_for(settings)
+    if options.dry_run:
+        show_findings(options, redactor, paths=redactor_for(settings))
+    elif options.out is None:
+        if options.as_json:
+            raise Usage("--json needs --dry-run or --out: stdout gets the transcript",
+                        hint="tracecraft session redact --help")
+        put_redacted(options, redactor)
+        remark(options, counts_text(redactor.counts))
+    else:
+        write_redacted(options, redactor)
+        answer(options, f"Wrote {shown(options.out)}: {counts_text(redactor.counts)}",
+               {"file": options.out, "counts": redactor.counts})
+
+
+def transcript_lines(path: str) -> object:
+    """The lines of a file the user named, or of stdin; Usage if that cannot be read."""
+    if path == "-":
+        yield from stdin_bytes()
+        return
+    try:
+        with open(path, "rb") as file:
+            yield from file
+    except OSError as why:
+        raise Usage(f"cannot read {shown(path)}: {why.strerror}",
+                    hint="name a readable file") from why
+
+
+def show_findings(options: object, redactor: Redactor, *, paths: Redactor) -> None:
+    """Say what would go, never what it is. The home directory is only counted.
+
+    paths: another redactor, since a member's name may be a secret too."""
+    number, places, limit = 0, [], listing_limit(options)
+    for number, line in enumerate(transcript_lines(options.path), 1):
+        new = redactor.line(line)
+        places += [] if new is line else [
+            {"line": number, "path": paths.line(path.encode()).decode(), "kind": kind}
+            for path, kind in marks_made(line, new)]
+    cut = places if limit is None else places[:limit]
+    if options.as_json:
+        put_out(json_text({"file": options.path, "lines": number,
+                           "counts": redactor.counts, "places": cut,
+                           "truncated": len(cut) < len(places)}))
+        return
+    put_out("".join(f"line {place['line']}  {place['kind']}  {shown(place['path'])}"
+                    .rstrip() + "\n" for place in cut)
+            + f"{number} lines: {counts_text(redactor.counts)}\n")
+    if len(cut) < len(places):
+        remark(options, f"+{len(places) - len(cut)} more, --limit 0 shows all")
+
+
+def counts_text(counts: dict) -> str:
+    """Counts per kind in a few words, the most frequent first."""
+    rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
+    return ", ".join(f"{count} {shown(kind)}" for kind, count in rows) or "no secret found"
+
+
+def put_redacted(options: object, redactor: Redactor) -> None:
+    """The transcript without secrets on stdout; on a terminal without escapes too."""
+    for line in transcript_lines(options.path):
+        new = redactor.line(line)
+        if sys.stdout.isatty():
+            put_out(raw_text(new.decode("utf-8", "backslashreplace")))
+        else:
+            put_bytes(new)
+    put_out("")
+
+
+def put_bytes(data: bytes) -> None:
+    """Write to stdout as it is. A full disk is expected trouble."""
+    try:
+        sys.stdout.buffer.write(data)
+    except BrokenPipeError:
+        raise
+    except OSError as why:
+        quiet(sys.stdout)
+        raise Error(f"the answer could not be written: {why.strerror}",
+                    hint="make room, or use --out") from why
+
+
+def write_redacted(options: object, redactor: Redactor) -> None:
+    """The transcript without secrets as a new file, whole or not at all."""
+    if os.path.lexists(options.out):
+        raise Conflict(f"{shown(options.out)} is there already",
+                       hint="choose a new name")
+    with NewFile(options.out) as temp:
+        with FileTrouble("write", options.out), open(temp, "wb") as file:
+            for line in transcript_lines(options.path):
+                file.write(redactor.line(line))
+        with FileTrouble("write", options.out):
+            patiently(os.replace, temp, options.out)
+
+
+# == 92. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -25861,13 +27028,13 @@ GROUPS = (
     ("queues", (cmd_queue_push, cmd_queue_pop, cmd_queue_ack, cmd_queue_nack,
                 cmd_queue_extend, cmd_queue_peek, cmd_queue_len, cmd_queue_dead,
                 cmd_queue_requeue)),
+    ("sessions", (cmd_session_redact,)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
 TOP_HELP = (
     ("init", "name the store: s3://bucket/project, or nothing  (invite, join)"),
-    ("prime", "instructions for an agent, at most 2 KB"),
+    ("prime", "what an agent must know, 2 KB    (checkin, heartbeat, leave)"),
     ("status", "agents, steps, mail on one screen   (agents, whoami)"),
-    ("checkin", "presence, renewals, unread mail     (heartbeat, leave)"),
     ("claim", "take a step; one winner             (renew, release, -- CMD)"),
     ("complete", "end it with a hand-off note        (approve, reject, handoff)"),
     ("next", "the best ready step; --claim takes it (context: what went before)"),
@@ -25880,6 +27047,7 @@ TOP_HELP = (
     ("artifact", "upload / download / list / show / verify / lineage / url / …"),
     ("queue", "push / pop / ack / nack / extend / peek / len / dead / requeue"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
+    ("session", "redact: take the secrets out of a transcript"),
     ("timeline", "what happened  (watch, digest, promote, gc, export, import)"),
     ("doctor", "check store and objects; --fix  (config, install, completion)"),
     ("demo", "real processes, two of them crash   (drill, bench)"),
