@@ -26838,6 +26838,66 @@ def test_a_session_is_put_nowhere_but_where_it_belongs(session):
         t.where_to("claude-code", "a", parent=session or "/", cwd="/", environ={}, home="/h")
 
 
+# == Replay ============================================================
+
+
+def rows_of(project, kind, **wanted):
+    return [row for row in t.gather_past(project, t.Wanted(**wanted)).events
+            if row["kind"] == kind]
+
+
+def test_a_hold_says_when_and_by_what_it_ended_and_whom_it_fenced(ada, bob, bucket):
+    ada.claim("s", ttl=60)
+    pass_time(bucket, 70)
+    bob.claim("s", ttl=60)
+    bob.complete("s", note="done")
+    first, second, end = rows_of(ada, "claim")
+    assert (first["until"], first["ended"]) == (second["at"], "took over")
+    assert (second["fenced"], second["fenced_token"]) == ("ada", 1)
+    assert (second["until"], second["ended"]) == (end["at"], "completed")
+    assert "holds" not in end and "fenced" not in end
+
+
+def test_a_hold_that_lasts_says_when_its_lease_ends(ada, bucket):
+    begun = bucket.clock_at
+    ada.claim("s", ttl=60)
+    ada.locks.acquire("db", ttl=0)
+    ada.reserve(["src/**"], ttl=60)
+    claim, lock, files = (rows_of(ada, kind)[0]
+                          for kind in ("claim", "lock", "reservation"))
+    for row in (claim, files):
+        assert row["holds"] and "ended" not in row
+        assert 59 < t.parse_iso(row["until"]) - begun < 62
+    assert lock["holds"] and "until" not in lock
+
+
+def test_what_was_written_is_whole_in_the_body(ada):
+    long = "word " * 100
+    ada.send("bob", long, subject="about it")
+    ada.send("bob", "short")
+    ada.memory.set("k", long)
+    ada.complete("s", note=long, warnings=["mind the gap"])
+    first, second = rows_of(ada, "message")
+    assert (first["body"], "body" in second) == (long, False)
+    assert rows_of(ada, "memory")[0]["body"] == long
+    note = rows_of(ada, "handoff")[0]
+    assert (note["body"], note["warnings"]) == (long, ["mind the gap"])
+
+
+def test_lasting_events_are_found_though_they_began_before(ada, bucket):
+    ada.claim("held", ttl=0)
+    ada.claim("ended", ttl=0)
+    ada.complete("ended", note="n")
+    pass_time(bucket, 10_000)
+    since = bucket.clock_at
+    ada.memory.set("k", "1")
+    found = [row["text"] for row in t.gather_past(
+        ada, t.Wanted(since=since, lasting=True)).events]
+    assert found == ["ada claimed held", "ada set k: 1"]
+    assert [row["text"] for row in t.gather_past(ada, t.Wanted(since=since)).events] \
+        == ["ada set k: 1"]
+
+
 # == What an attack found ==============================================
 
 

@@ -2147,10 +2147,14 @@ def _undotted(name: object) -> list:
 #
 # An event has at (ISO), at_s, kind, agent, what (a verb), subject (a step, key, lock,
 # …), text (one line), key, id (the same for as long as it is the same event), and
-# where there is one step, token, rev, and further details.
+# where there is one step, token, rev, to, body (what an agent wrote, where text says
+# not all of it), and further details. What takes a lease holds: until says when that
+# ended, ended by which deed; without ended it lasts, and until says when the lease runs
+# out (none: never). What took somebody's token away names them: fenced, fenced_token.
 
 YEAR_9999 = 253370764800  # seconds; later times cannot be written as text
 LINE = 100  # characters of what an agent wrote that one line quotes
+HOLDING = ("in_progress", "held", "leased")  # states in which a lease is somebody's
 DEEDS = {  # a transition by the first word of its reason, else by its state
     "claimed": "claimed", "resumed": "resumed", "takeover": "took over",
     "reopened": "reopened", "approved": "approved", "rejected": "rejected",
@@ -2187,13 +2191,15 @@ def dicts(doc: dict, name: str) -> list:
 
 
 def event(kind: str, what: str, subject: object, *, at: object, agent: object,
-          text: str = "", mark: object = "", to: str = "", **details: object) -> dict:
+          text: str = "", mark: object = "", to: str = "", body: str = "",
+          **details: object) -> dict:
     """One event. mark: what tells it from others of its kind and subject; its time,
-    unless that says nothing. to: whom it is for."""
+    unless that says nothing. to: whom it is for. body: all of what text only begins."""
     agent, subject = str(agent or "unknown"), str(subject)
     line = f"{agent} {what} {one_line(subject)}".rstrip() + (f" to {to}" if to else "")
     line += f": {one_line(text)}" if text else ""
-    more = {name: value for name, value in {"to": to, **details}.items()
+    body = body or (text if one_line(text) != text else "")
+    more = {name: value for name, value in {"to": to, "body": body, **details}.items()
             if value not in (None, "", [])}
     return {"at": at, "kind": kind, "agent": agent, "what": what, "subject": subject,
             "text": line, "id": f"{kind} {subject} {what} {mark or at}", **more}
@@ -2208,17 +2214,39 @@ def transitions(kind: str, subject: str, doc: dict, *, step: str = "") -> list:
                  "token": doc.get("token"),
                  "at": word(doc, "claimed_at", "created_at", "pushed_at")}]
     out = []
-    for move in past:
+    for at, move in enumerate(past):
         why, state = word(move, "why"), word(move, "state")
-        verb = DEEDS.get(why.replace(":", " ").partition(" ")[0]) \
-            or DEEDS.get(state) or one_line(state or "changed", 20)
         plain = why in ("", "claimed", "released", "ended", "resumed", state)
         token = number(move, "token") or None
         out.append(event(
-            kind, verb, subject, at=move.get("at"), agent=move.get("agent"), step=step,
-            text="" if plain else why, token=token, state=state, why=why,
-            mark=f"{move.get('at')} {token} {state}"))
+            kind, deed(move), subject, at=move.get("at"), agent=move.get("agent"),
+            step=step, text="" if plain else why, token=token, state=state, why=why,
+            mark=f"{move.get('at')} {token} {state}", **tenure(past, at, doc)))
     return out
+
+
+def deed(move: dict) -> str:
+    """The verb of a transition."""
+    why, state = word(move, "why"), word(move, "state")
+    return DEEDS.get(why.replace(":", " ").partition(" ")[0]) \
+        or DEEDS.get(state) or one_line(state or "changed", 20)
+
+
+def tenure(past: list, at: int, doc: dict) -> dict:
+    """How long the lease lasted that transition past[at] of `doc` took, and whose token
+    it made stale: {holds, until, ended, fenced, fenced_token}, as far as they apply."""
+    move, before = past[at], past[at - 1] if at else {}
+    after = past[at + 1] if at + 1 < len(past) else None
+    found: dict = {}
+    if word(before, "state") in HOLDING \
+            and number(move, "token") > number(before, "token"):
+        found = {"fenced": word(before, "agent"),
+                 "fenced_token": number(before, "token") or None}
+    if word(move, "state") in HOLDING and after is None:
+        return {**found, "holds": True, "until": word(doc, "expires_at")}
+    if word(move, "state") in HOLDING:
+        found.update(holds=True, until=word(after, "at"), ended=deed(after))
+    return found
 
 
 def claim_events(key: str, doc: dict) -> list:
@@ -2234,7 +2262,9 @@ def handoff_event(sid: str, note: dict) -> dict:
     said = word(note, "note", "next_action")
     return event("handoff", "handed on" if to else "left a note on", sid, at=at,
                  agent=note.get("from_agent"), step=sid, to=to, text=said,
-                 token=number(note, "token") or None)
+                 token=number(note, "token") or None, findings=texts(note, "findings"),
+                 warnings=texts(note, "warnings"), next_action=word(note, "next_action"),
+                 changed_files=texts(note, "changed_files"))
 
 
 def handoff_events(key: str, doc: dict) -> list:
@@ -2266,7 +2296,8 @@ def memory_events(key: str, doc: dict) -> list:
     name, gone = path.replace("/", "."), bool(doc.get("deleted_at"))
     return [event("memory", "deleted" if gone else "set", name, at=doc.get("set_at"),
                   agent=doc.get("set_by"), text="" if gone else word(doc, "value"),
-                  rev=number(doc, "of_rev") or None, mark=word(doc, "op"))]
+                  body="" if gone else word(doc, "value"), mark=word(doc, "op"),
+                  rev=number(doc, "of_rev") or None)]
 
 
 def message_events(key: str, doc: dict) -> list:
@@ -2276,8 +2307,10 @@ def message_events(key: str, doc: dict) -> list:
     return [event("message", "wrote to", to, at=doc.get("sent_at"),
                   agent=doc.get("from"), claimed_from=claimed or None,
                   text=forged + word(doc, "subject", "message"),
+                  body=word(doc, "message") if word(doc, "subject") else "",
                   step=word(doc, "step"), mark=key, message_kind=word(doc, "kind"),
-                  message_id=word(doc, "id"), thread=word(doc, "thread"))]
+                  message_id=word(doc, "id"), thread=word(doc, "thread"),
+                  reply_to=word(doc, "reply_to"))]
 
 
 def ack_events(key: str, doc: dict) -> list:
@@ -2365,8 +2398,16 @@ def reservation_events(key: str, doc: dict) -> list:
             "reservation", "reserved", one_line(" ".join(texts(entry, "globs"))),
             at=at, agent=entry.get("agent"), text=word(entry, "reason"),
             mode=word(entry, "mode"), token=number(entry, "token") or None,
-            mark=f"{entry.get('id')} {entry.get('token')}"))
+            mark=f"{entry.get('id')} {entry.get('token')}", holds=True,
+            until=lease_end(entry)))
     return out
+
+
+def lease_end(entry: dict) -> str:
+    """When a reservation ends unless it is renewed; "" for never."""
+    begun, ttl = parse_iso(entry.get("renewed_at")), number(entry, "ttl")
+    sound = begun is not None and ttl and 0 <= begun + ttl < YEAR_9999
+    return iso(begun + ttl) if sound else ""
 
 
 def item_events(key: str, doc: dict) -> list:
@@ -2431,6 +2472,7 @@ EVENTS = (
     ("runs/*/meta.json", "run", run_events),
     ("sessions/*/*/meta.json", "session", session_events),
 )
+LASTING = (claim_events, lock_events, slot_events, reservation_events, item_events)
 KINDS = tuple(dict.fromkeys(kind for _, kinds, _ in EVENTS for kind in kinds.split()))
 
 
@@ -20509,19 +20551,23 @@ LOOK = 10  # seconds one look may keep retrying before the store counts as away
 
 
 class Wanted:
-    """Which events are asked for. since, until: seconds; by, step: "" for any."""
+    """Which events are asked for. since, until: seconds; by, step: "" for any.
+
+    lasting: also what began before `since` and still held then.
+    """
 
     def __init__(self, *, since: float = 0.0, until: float = float(YEAR_9999),
                  by: str = "", kinds: tuple = (), step: str = "",
-                 secret: str = "") -> None:
-        self.since, self.until, self.by = since, until, by
+                 secret: str = "", lasting: bool = False) -> None:
+        self.since, self.until, self.by, self.lasting = since, until, by, lasting
         self.step, self.readers = step, Readers(kinds, secret=secret)
 
     def entry(self, entry: object) -> bool:
         """Whether the object behind a listed key can hold such an event."""
         if not self.readers.knows(entry.key):
             return False
-        if entry.modified is not None and entry.modified < self.since - SKEW:
+        old = entry.modified is not None and entry.modified < self.since - SKEW
+        if old and not (self.lasting and self.readers.reader(entry.key) in LASTING):
             return False
         at, agent = event_stamp(entry.key)
         if at is None:
@@ -20531,7 +20577,8 @@ class Wanted:
 
     def event(self, row: dict) -> bool:
         """Whether this is one of them."""
-        return self.since <= row["at_s"] <= self.until \
+        end = lasts_until(row) if self.lasting else row["at_s"]
+        return self.since <= end and row["at_s"] <= self.until \
             and self.by in ("", row["agent"]) and self.step in ("", row.get("step"))
 
     def prefixes(self, ledger: Ledger) -> tuple:
@@ -20546,6 +20593,15 @@ class Wanted:
             areas = [area for area in areas
                      if area.partition("/")[0] + "/" in top.prefixes]
         return single, areas
+
+
+def lasts_until(row: dict) -> float:
+    """When what an event began was over, in seconds; its own time if it began nothing.
+    """
+    if not row.get("holds"):
+        return row["at_s"]
+    end = parse_iso(row.get("until"))
+    return max(row["at_s"], float(YEAR_9999) if end is None else end)
 
 
 def event_stamp(key: str) -> tuple:
