@@ -18548,15 +18548,25 @@ class Runs:
         """
         record = self._read(run)
         naming(f"Run {run}", lambda old: known_run(old.doc))(record)
-        parts, table, count, left_out = self._parts(run), {}, 0, 0
+        parts = self._parts(run)
+        count, metrics = self._summed(run, parts)
+        return {**self._view(run, record, parts), "points": count, "parts": len(parts),
+                "metrics": metrics}
+
+    def metrics(self, run: str) -> dict:
+        """The metrics alone, as in show(); {} for a run without. Not its record."""
+        return self._summed(run, self._parts(run))[1]
+
+    def _summed(self, run: str, parts: list) -> tuple:
+        """(number of points, {metric: its view}) of these parts."""
+        table, count, left_out = {}, 0, 0
         for points in self._read_parts(parts):
             left_out += add_points(table, points)
             count += len(points)
         if left_out:
             self.ledger.warn(f"run {run}: {left_out} values of metrics beyond the first"
                              f" {RUN_NAMES} are not summed up; --format has them")
-        return {**self._view(run, record, parts), "points": count, "parts": len(parts),
-                "metrics": {name: table[name].view() for name in table}}
+        return count, {name: table[name].view() for name in table}
 
     def points(self, run: str) -> list:
         """Every point of a run in order: by step, then by time. All are in memory."""
