@@ -39,6 +39,7 @@ import pathlib
 import py_compile
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -26896,6 +26897,559 @@ def test_lasting_events_are_found_though_they_began_before(ada, bucket):
     assert found == ["ada claimed held", "ada set k: 1"]
     assert [row["text"] for row in t.gather_past(ada, t.Wanted(since=since)).events] \
         == ["ada set k: 1"]
+
+
+# -- the model ---------------------------------------------------------
+
+
+def model_of(project, **wanted):
+    limit = wanted.pop("limit", t.REPLAY_EVENTS)
+    return t.gather_replay(project, t.Wanted(lasting=True, docs=True, **wanted),
+                           limit=limit)
+
+
+def points(model, kind):
+    return [point for point in model["events"] if point["kind"] == kind]
+
+
+def lane(model, name):
+    return [each["name"] for each in model["lanes"]].index(name)
+
+
+def test_there_is_a_lane_for_each_agent_and_each_channel_written_to(worked):
+    worked.send("#ops", "hello")
+    worked.send("zoe", "not here yet")
+    model = model_of(worked)
+    assert [each["name"] for each in model["lanes"]] == ["bob", "ada", "zoe", "#ops"]
+    assert {point["lane"] for point in model["events"]} == {0, 1}
+
+
+def test_bars_end_where_the_lease_did_or_with_now(ada, bob, bucket):
+    ada.claim("taken", ttl=60)
+    ada.claim("kept", ttl=100_000)
+    ada.claim("run-out", ttl=200)
+    pass_time(bucket, 70)
+    bob.claim("taken", ttl=0)
+    pass_time(bucket, 1000)
+    model = model_of(ada)
+    bars = {point["subject"] + str(point["token"]): point
+            for point in points(model, "claim")}
+    assert bars["taken1"]["end"] == bars["taken2"]["t"]
+    assert (bars["taken1"]["ended"], bars["taken1"]["open"]) == ("took over", False)
+    for name in ("taken2", "kept1"):
+        assert bars[name]["open"] and abs(bars[name]["end"] - model["now"]) < .01
+    gone = bars["run-out1"]
+    assert not gone["open"] and not gone["ended"] and 199 < gone["end"] - gone["t"] < 202
+
+
+def test_a_bar_ends_with_what_a_client_of_02_did(ada, bucket):
+    ada.claim("s", ttl=0)
+    pass_time(bucket, 50)
+    at = tracecraft.iso(bucket.clock_at)
+    bucket.place(STATUS, {"status": "complete", "agent": "ada", "completed_at": at})
+    pass_time(bucket, 50)
+    claim, end = points(model_of(ada), "claim")
+    assert (claim["end"], claim["ended"], claim["open"]) == (end["t"], "completed", False)
+
+
+def test_arrows_lead_to_whom_a_thing_was_for(ada, bob, bucket):
+    ada.send("bob", "one")
+    ada.send("_broadcast", "all")
+    ada.claim("s", ttl=60)
+    pass_time(bucket, 70)
+    bob.claim("s")
+    bob.complete("s", note="n", to="cleo")
+    model = model_of(ada, by="")
+    one, everybody, notice = points(model, "message")
+    assert (one["to"], everybody["to"]) == (lane(model, "bob"), -1)
+    took = [point for point in points(model, "claim") if point["what"] == "took over"]
+    assert [point["to"] for point in took] == [lane(model, "ada")]
+    assert points(model, "handoff")[0]["to"] == lane(model, "cleo")
+    assert "all" not in [each["name"] for each in model["lanes"]]
+
+
+def test_a_changed_value_has_its_diff_and_a_first_one_none(ada):
+    ada.memory.set("k", "one\ntwo\nthree")
+    ada.memory.set("other", "x")
+    ada.memory.set("k", "one\n2\nthree")
+    ada.memory.delete("k")
+    first, other, second, gone = points(model_of(ada), "memory")
+    assert "diff" not in first and "diff" not in other
+    assert second["diff"] == [" one", "-two", "+2", " three"]
+    assert gone["diff"] == ["-one", "-2", "-three"]
+
+
+def test_a_run_has_its_curves_and_a_bar(ada):
+    with ada.run("train") as run:
+        for n in range(3):
+            run.log(loss=1 / 3 + n, step=n)
+    model = model_of(ada)
+    started = points(model, "run")[0]
+    assert started["end"] > started["t"] and started["ended"] == "complete"
+    assert model["runs"] == {run.id: [
+        {"name": "loss", "curve": [0.333333, 1.33333, 2.33333], "count": 3,
+         "last": 2.33333, "min": 0.333333, "max": 2.33333}]}
+
+
+def test_a_point_has_its_record_without_the_chain_of_revisions(ada):
+    ada.memory.set("k", "v")
+    model = model_of(ada)
+    data = json.loads(t.replay_json(model))
+    record = json.loads(data["records"][points(model, "memory")[0]["key"]])
+    assert record["value"] == "v" and "nonce" not in record and record["rev"] == 1
+
+
+def test_the_newest_events_are_kept_and_the_notes_say_what_is_not(worked, bucket):
+    bucket.place("steps/c/claim.json", b"{")
+    whole, cut = model_of(worked), model_of(worked, limit=3)
+    assert cut["events"] == [{**point, "lane": lane(cut, whole["lanes"][point["lane"]]
+                                                    ["name"]),
+                              **({"to": cut["events"][at]["to"]} if "to" in point else {})}
+                             for at, point in enumerate(whole["events"][-3:])]
+    older = len(whole["events"]) - 3
+    assert cut["notes"][0].startswith(f"{older} older events are not on this page")
+    assert any("damaged" in note for note in whole["notes"])
+
+
+def test_a_replay_reads_what_a_timeline_reads_and_the_metrics(worked):
+    timeline = spent(worked, t.gather_past, worked, t.Wanted())
+    assert spent(worked, t.gather_replay, worked, t.Wanted()) == timeline
+    with worked.run("train", op="r1") as run:
+        run.log(loss=1, step=1)
+    replay = spent(worked, t.gather_replay, worked, t.Wanted())
+    more = {what: n - timeline.get(what, 0) for what, n in replay.items()
+            if n != timeline.get(what, 0)}
+    assert more == {"LIST runs/": 1, "GET runs/r1/meta.json": 1,
+                    "LIST runs/r1/metrics/": 1, "GET runs/r1/metrics/*": 1}
+
+
+# -- in bounds, and inside a page --------------------------------------
+
+
+def test_long_texts_are_cut_and_say_where_the_rest_is(ada):
+    ada.memory.set("k", "x" * 60_000)
+    model = model_of(ada)
+    data = json.loads(t.replay_json(model))
+    point = points(data, "memory")[0]
+    assert point["body"] == "x" * 8000 + f"… (+52000 characters: {point['key']})"
+
+
+def test_a_page_stays_below_its_size_whatever_was_written(ada):
+    for n in range(30):
+        ada.memory.set("k", str(n) * 3000)
+    model = model_of(ada)
+    small = t.replay_json(model, most=40_000)
+    assert len(small) <= 40_000 and len(json.loads(small)["events"]) == len(
+        model["events"])
+    tiny = json.loads(t.replay_json(model, most=8_000))
+    assert "would have more than 7.8 KiB" in tiny["notes"][-1]
+    assert tiny["events"] and tiny["events"][-1]["id"] == model["events"][-1]["id"]
+    assert json.loads(t.replay_json(model, most=0))["events"] == []
+
+
+HOSTILE = [
+    "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>",
+    "<!--<script>", "--><img src=x onerror=window.hacked=1>", "]]>", "&lt;b&gt;",
+    "\"><svg onload=window.hacked=1>", "javascript:window.hacked=1", "' onclick='x",
+    "\u2028window.hacked=1\u2029", "\u202eevil\u2066", "\x00\x07\x1b[31m", "\ud800",
+    "@DATA@ @POLICY@", "__proto__", "constructor", "x" * 100_000, "\u0645\u0631\u062d"]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[:24])
+def test_whatever_is_in_the_data_is_json_without_markup(text):
+    data = t.page_json({"text": text, text: [text]})
+    assert not set("<>&\u2028\u2029") & set(data.decode())
+    assert json.loads(data) == {"text": text, text: [text]}
+
+
+def hostile(bucket):
+    """A project in which every field an agent can fill holds something hostile."""
+    for n, text in enumerate(HOSTILE):
+        at = tracecraft.iso(bucket.clock_at + n)
+        ns = f"{int((bucket.clock_at + n) * 1e9):019d}_eve_{n:08x}"
+        bucket.place(f"messages/bob/{ns}.json", {
+            "from": text, "to": "bob", "message": text * 2, "subject": text,
+            "sent_at": at, "step": text, "thread": text})
+        bucket.place(f"memory/_history/k{n}/{ns}.json", {
+            "value": text, "set_by": "eve", "set_at": at, text: text})
+        bucket.place(f"steps/s{n}/claim.json", {"agent": text, "claimed_at": at,
+                     "expires_at": text, "handoffs": [
+                         {"from_agent": "eve", "next_agent": text, "note": text,
+                          "created_at": at, "findings": [text], "warnings": [text]}]})
+    for name in ("__proto__", "constructor"):
+        bucket.place(f"runs/{name}/meta.json", {"agent": name, "started_at": at})
+
+
+def test_a_page_of_hostile_records_has_one_script_and_one_block_of_data(ada, bucket):
+    hostile(bucket)
+    page = t.render_replay(model_of(ada)).decode()
+    assert page.count("<script") == page.count("</script") == 2
+    assert page.count("<!--") == 1 and page.count("<style") == 1
+    data = page.partition('id="data">')[2].partition("</script>")[0]
+    said = {point["subject"] for point in json.loads(data)["events"]}
+    assert {f"s{n}" for n in range(len(HOSTILE))} <= said
+
+
+@pytest.mark.parametrize("key", RECORDS)
+def test_no_document_whatever_it_holds_breaks_a_replay(key):
+    chance, reader = random.Random(key), t.Readers()
+    fields = sorted({name for doc in RECORDS.values() for name in doc} | {
+        "history", "handoffs", "previous", "deleted_at", "expires_at", "holds"})
+    deep = functools.reduce(lambda inner, _: [inner], range(500), [])
+    odd = [*ODD_VALUES, float("inf"), "\ud800", 10**300, deep, {"a": deep}]
+    for _ in range(60):
+        doc = {name: chance.choice(odd) for name in chance.sample(fields, 8)}
+        rows, _ = reader.events(key, doc, 5.0)
+        rows.sort(key=t.event_order)
+        model = t.replay_model(rows, project="p", now=100.0, notes=[],
+                               records={key: doc}, curves={})
+        assert len(json.loads(t.replay_json(model))["events"]) == len(rows)
+
+
+def test_the_page_asks_nobody_for_anything_and_makes_no_markup_of_data():
+    page = t.REPLAY_PAGE
+    for word in ("http:", "https:", "src=", "innerHTML", "outerHTML", "insertAdjacent",
+                 "document.write", "eval(", "setTimeout(\"", "fetch(", "XMLHttp", "@import",
+                 "style=", ".href", ".cookie", "localStorage"):
+        assert word not in page, word
+    assert not re.search(r"<[^>]*\son[a-z]+\s*=", page)
+    assert page.count("href=") == 1 and 'href="data:,"' in page
+
+
+def test_the_policy_names_this_style_and_this_script():
+    policy = t.content_policy(t.REPLAY_PAGE)
+    for tag in ("style", "script"):
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", t.REPLAY_PAGE, re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+# -- the command -------------------------------------------------------
+
+
+def test_replay_writes_a_page_and_replaces_only_pages_of_its_own(sh):
+    sh.ok("claim", "s")
+    assert sh.ok("replay", "--out", "out/run.html").startswith("Wrote ")
+    path = os.path.join(sh.cwd, "out", "run.html")
+    with open(path, "rb") as file:
+        assert file.read().startswith(b"<!doctype html>\n" + t.PAGE_MARK)
+    sh.ok("memory", "set", "k", "v")
+    doc = sh.json("replay", "--out", "out/run.html", "--by", "ada", "--since", "1h")
+    assert doc["file"] == "out/run.html" and doc["bytes"] == os.path.getsize(path)
+    with open(os.path.join(sh.cwd, "notes.txt"), "w") as file:
+        file.write("mine")
+    assert "no page of replay" in sh.refused(3, "replay", "--out", "notes.txt")
+    assert "is a directory" in sh.refused(2, "replay", "--out", "out")
+    sh.ok("replay", "--out", "notes.txt", "--force")
+    assert os.listdir(os.path.join(sh.cwd, "out")) == ["run.html"]
+
+
+def test_replay_to_stdout_is_the_page_itself(sh):
+    sh.ok("claim", "s")
+    page = sh.run("replay", "--out", "-", "--step", "s").stdout
+    assert page.startswith(b"<!doctype html>") and page.endswith(b"</html>\n")
+    assert "without" not in sh.refused(2, "replay", "--out", "-", "--json")
+    assert "--out" in sh.refused(2, "replay")
+
+
+# -- the page, in a browser --------------------------------------------
+
+
+class Browser:
+    """A headless Chromium with one page, spoken to over two pipes (the DevTools
+    protocol: JSON messages, each ended by a zero byte)."""
+
+    def __init__(self, program, folder):
+        theirs_in, ours_out = os.pipe()
+        ours_in, theirs_out = os.pipe()
+        renamed = f"import os, sys; os.dup2({theirs_in}, 3); os.dup2({theirs_out}, 4);" \
+            " os.execv(sys.argv[1], sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", renamed, program, "--headless=new", "--no-sandbox",
+             "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
+             "--disable-dev-shm-usage", f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.ours_in, self.ours_out, self.read, self.number = ours_in, ours_out, b"", 0
+        self.heard, self.session = [], None
+        pages = [each for each in self("Target.getTargets")["targetInfos"]
+                 if each["type"] == "page"]
+        self.session = self("Target.attachToTarget", flatten=True,
+                            targetId=pages[0]["targetId"])["sessionId"]
+        for area in ("Page", "Network", "Runtime", "Log"):
+            self(f"{area}.enable")
+
+    def __call__(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.ours_out, json.dumps(message).encode() + b"\0")
+        until = time.monotonic() + SLOW
+        while True:
+            answer = self._next(until)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+            self.heard.append(answer)
+
+    def _next(self, until):
+        while b"\0" not in self.read:
+            assert select.select([self.ours_in], [], [], until - time.monotonic())[0]
+            piece = os.read(self.ours_in, 1 << 16)
+            assert piece, "the browser has ended"
+            self.read += piece
+        message, _, self.read = self.read.partition(b"\0")
+        return json.loads(message)
+
+    def js(self, code):
+        """The value of an expression in the page, a promise's when it is kept."""
+        got = self("Runtime.evaluate", expression=code, returnByValue=True,
+                   awaitPromise=True)
+        assert "exceptionDetails" not in got, got["exceptionDetails"]
+        return got["result"].get("value")
+
+    def until(self, code, wanted=True):
+        """Wait for an expression to have a value."""
+        end = time.monotonic() + SLOW
+        while self.js(code) != wanted:
+            assert time.monotonic() < end, (code, self.js(code), wanted)
+            time.sleep(0.02)
+
+    def open(self, path, fragment=""):
+        self("Page.navigate", url="about:blank")
+        self.heard.clear()
+        self("Page.navigate", url=f"file://{path}{fragment}")
+        self.until("document.documentElement?.dataset.ready", "yes")
+
+    def size(self, width, height):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
+             deviceScaleFactor=1, mobile=width < 600)
+
+    def key(self, key):
+        self("Input.dispatchKeyEvent", type="keyDown", key=key, text=key * (len(key) < 2))
+        self("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def click(self, left, top):
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=left, y=top, button="left",
+                 clickCount=1)
+
+    def troubles(self):
+        """What the console was told, and requests for anything but the page."""
+        asked = [each["params"]["request"]["url"] for each in self.heard
+                 if each.get("method") == "Network.requestWillBeSent"]
+        return [each for each in self.heard if each.get("method") in (
+            "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        ] + [url for url in asked if not url.startswith("file://")] + asked[1:]
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(SLOW)
+        os.close(self.ours_in)
+        os.close(self.ours_out)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = shutil.which("chromium") or shutil.which("google-chrome") \
+        or shutil.which("chromium-browser")
+    if not program or os.name == "nt":
+        pytest.skip("no Chromium here")
+    browser = Browser(program, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """show(model, fragment, width): the page of a model in the browser, checked at the
+    end for errors and requests."""
+    def opened(model, fragment="", width=1200):
+        path = tmp_path / "run.html"
+        path.write_bytes(t.render_replay(model))
+        browser.size(width, 800)
+        browser.open(path, fragment)
+        return browser
+    yield opened
+    assert browser.troubles() == []
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+
+
+COUNT = "document.getElementById('count').textContent"
+CHOSEN = "document.querySelector('#details h2')?.textContent"
+INK = """(() => { const canvas = document.getElementById('lanes'); const seen = new Set();
+  const {data} = canvas.getContext('2d').getImageData(151, 24, canvas.width - 151, 300);
+  for (let at = 0; at < data.length; at += 4) seen.add(data.slice(at, at + 3).join());
+  return seen.size; })()"""
+FRAME = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
+def test_the_page_shows_lanes_events_and_the_record_behind_a_click(worked, show):
+    model = model_of(worked)
+    page = show(model)
+    page.js(FRAME)
+    names = page.js("[...document.querySelectorAll('#agent option')].map(o => o.value)")
+    assert names == ["", *(each["name"] for each in model["lanes"])]
+    assert page.js(COUNT) == f"{len(model['events'])} events"
+    assert page.js("document.querySelectorAll('.row').length") > 5
+    assert page.js(INK) > 10  # marks and bars in their colours
+    claim = points(model, "claim")[0]
+    spot = page.js(f"""(() => {{ const row = rows.find((r) => r.number === {claim['lane']});
+      const box = document.getElementById('lanes').getBoundingClientRect();
+      return [box.left + x({claim['t']}), box.top + AXIS + row.y + MARKS + 5]; }})()""")
+    page.click(*spot)
+    assert page.js(CHOSEN) == "● " + claim["text"]
+    assert claim["key"] in page.js("document.getElementById('details').textContent")
+
+
+def test_the_page_filters_by_kind_agent_step_and_text(worked, show):
+    model = model_of(worked)
+    page = show(model)
+    page.js("document.querySelector('[data-kind=message]').click()")
+    left = len(model["events"]) - len(points(model, "message"))
+    assert page.js(COUNT) == f"{left} of {len(model['events'])} events"
+    page.js("setFilter('agent', 'bob'); setFilter('step', 'b')")
+    assert page.js("shown.map((at) => events[at].text)") == ["bob claimed b"]
+    page.js("setFilter('agent', ''); setFilter('step', '')")
+    page.js("document.getElementById('query').focus()")
+    page("Input.insertText", text="K.V")
+    assert page.js("shown.map((at) => events[at].text)") == ["ada set k.v: 1"]
+
+
+def test_the_page_plays_and_jumps_over_what_is_quiet(ada, bucket, show):
+    for n in range(3):
+        ada.memory.set(f"k{n}", "v")
+        pass_time(bucket, 5000)
+    page = show(model_of(ada))
+    page.key("Home")
+    begun = page.js("state.at")
+    page.key(" ")
+    page.until("state.at > data.from + 5000")
+    page.key(" ")
+    assert page.js("state.playing") is False and page.js("state.at") > begun
+    assert page.js("document.querySelectorAll('.row.later').length") >= 1
+    page.js("faster(9); play()")
+    page.until("state.at === data.to && !state.playing")
+
+
+def test_an_address_shows_the_same_again(worked, show):
+    model = model_of(worked)
+    page = show(model)
+    event = points(model, "memory")[0]
+    page.js(f"select(events.findIndex((e) => e.id === '{event['id']}'))")
+    page.js("setFilter('agent', 'ada'); document.querySelector('[data-kind=ack]').click();"
+            "zoom(.5, state.at)")
+    page.until("location.hash.includes('hide=ack')")
+    view = "[state.from.toFixed(3), state.to.toFixed(3), state.agent, shown.length]"
+    link, before = page.js("location.hash"), page.js(view)
+    page = show(model, link)
+    assert page.js(view) == before and page.js(CHOSEN) == "■ " + event["text"]
+    page.js("location.hash = '#agent=bob'")
+    page.until("state.agent", "bob")
+    assert page.js("state.selected") == -1
+
+
+@pytest.mark.parametrize("fragment", [
+    "#at=x&from=9&to=1&event=none&agent=%3Cscript%3E&hide=%00,", "#%", "#from=-1e99&to=1e99"
+    "&at=1e99", "#agent=" + "x" * 5000])
+def test_an_address_that_is_wrong_breaks_nothing(worked, show, fragment):
+    page = show(model_of(worked), fragment)
+    page.js(FRAME)
+    assert page.js("state.to > state.from && isFinite(state.at)")
+    page.js("setFilter('agent', '')")
+
+
+def test_hostile_records_stay_text_in_the_page(ada, bucket, show):
+    hostile(bucket)
+    page = show(model_of(ada))
+    for n in range(0, page.js("events.length")):
+        page.js(f"select({n})")
+    page.js(FRAME)
+    assert page.js("window.hacked") is None
+    assert page.js("[...document.querySelectorAll('script, img, svg, iframe, a')].length"
+                   ) == 2  # the data and the script of the page
+    texts = page.js("""events.map((event, at) => { select(at);
+      return document.getElementById('details').textContent; }).join('')""")
+    assert "<script>window.hacked=1</script>" in texts and "\\u202eevil" in texts
+    assert not set("\u202e\u2028\x00\x1b") & set(texts)
+
+
+def test_the_policy_of_the_page_stops_every_request(worked, show):
+    hits = []
+
+    class Counter(BaseHTTPRequestHandler):
+        def do_GET(self):
+            hits.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Counter)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page, url = show(model_of(worked)), f"http://127.0.0.1:{server.server_port}/"
+    blocked = page.js(f"""new Promise((done) => {{ const seen = new Set();
+      document.addEventListener('securitypolicyviolation', (event) => {{
+        seen.add(event.effectiveDirective); if (seen.size === 3) done([...seen]); }});
+      fetch('{url}f').catch(() => 0); new Image().src = '{url}i';
+      const script = document.createElement('script'); script.src = '{url}s';
+      document.body.append(script); }})""")
+    server.shutdown()
+    server.server_close()
+    assert sorted(blocked) == ["connect-src", "img-src", "script-src-elem"]
+    assert hits == []
+    page.heard.clear()  # the console was told of what we tried
+
+
+def test_the_page_fits_a_phone_and_follows_the_theme(worked, show):
+    page = show(model_of(worked), width=380)
+    assert page.js("document.documentElement.dataset.theme") == "light"
+    page("Emulation.setEmulatedMedia", features=[
+        {"name": "prefers-color-scheme", "value": "dark"}])
+    page.until("document.documentElement.dataset.theme", "dark")
+    page.js("document.getElementById('theme').click(); select(0)")
+    assert page.js("getComputedStyle(document.body).backgroundColor") == \
+        "rgb(251, 251, 249)"
+    page("Emulation.setEmulatedMedia", features=[])
+    sheet = page.js("(() => { const box = document.getElementById('details')"
+                    ".getBoundingClientRect(); return [box.left, box.right]; })()")
+    assert sheet == [0, 380]
+    page.js("document.getElementById('close').click()")
+    assert page.js("getComputedStyle(document.getElementById('details')).display") == "none"
+
+
+def many_events(count):
+    """A model with so many events of all sorts: 12 agents, bars, arrows, turns."""
+    chance, rows = random.Random(7), []
+    kinds = ["claim", "message", "memory", "turn", "queue", "artifact"]
+    for n in range(count):
+        kind, agent = chance.choice(kinds), f"agent-{chance.randrange(12)}"
+        subject = f"agent-{chance.randrange(12)}" if kind == "message" else f"s{n % 90}"
+        row = t.event(kind, "did", subject, at=n * 3, agent=agent, mark=n,
+                      text=f"something {n}")
+        row.update(at_s=n * 3.0, at="", key=f"key/{n}")
+        if kind in ("claim", "queue"):
+            row.update(holds=True, until=t.iso(n * 3 + chance.random() * 900), ended="done")
+        rows.append(row)
+    return t.replay_model(rows, project="p", now=count * 3.0, notes=[], records={},
+                          curves={})
+
+
+@pytest.mark.soak
+def test_20000_events_stay_smooth(show):
+    page = show(many_events(t.REPLAY_EVENTS), width=1400)
+    frames = page.js("""(async () => { const times = [];
+      const draw = () => { const at = performance.now(); drawLanes(); drawOverview();
+        drawList(); times.push(performance.now() - at); };
+      for (let n = 0; n < 40; n++) { zoom(.8); draw(); }
+      showAll();
+      for (let n = 0; n < 40; n++) { pan(.01); moveTo(data.from + n * 1000); draw(); }
+      return times.sort((a, b) => a - b); })()""")
+    assert frames[len(frames) // 2] < 17 and frames[-4] < 50, frames[::10]
+    filtering = page.js("(() => { const at = performance.now(); setFilter('query', '99');"
+                        "return performance.now() - at; })()")
+    assert filtering < 500
 
 
 # == What an attack found ==============================================

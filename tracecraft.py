@@ -54,15 +54,16 @@ Contents (grep -n '^# == ' prints them with line numbers):
   61 Runs                    62 Artifact trees          63 Queue reader
   64 Queues                  65 Project                 66 Context
   67 Views                   68 Timeline                69 Digest
-  70 Notes                   71 Housekeeping            72 Archive
-  73 Doctor                  74 Trials                  75 Drill
-  76 Bench                   77 Rows                    78 Commands under a lease
-  79 Step commands           80 Task commands           81 Lock commands
-  82 Memory commands         83 Artifact commands       84 Reservation commands
-  85 Commands of presence, views and set-up  86 House commands
-  87 Commands of digest and notes  88 Commands of mail
-  89 Run commands            90 Queue commands          91 Session commands
-  92 Command line
+  70 Notes                   71 Replay                  72 Replay page
+  73 Housekeeping            74 Archive                 75 Doctor
+  76 Trials                  77 Drill                   78 Bench
+  79 Rows                    80 Commands under a lease  81 Step commands
+  82 Task commands           83 Lock commands           84 Memory commands
+  85 Artifact commands       86 Reservation commands
+  87 Commands of presence, views and set-up  88 House commands
+  89 Commands of digest and notes  90 Commands of mail
+  91 Run commands            92 Queue commands          93 Session commands
+  94 Command line
 """
 
 from __future__ import annotations
@@ -2262,9 +2263,10 @@ def handoff_event(sid: str, note: dict) -> dict:
     said = word(note, "note", "next_action")
     return event("handoff", "handed on" if to else "left a note on", sid, at=at,
                  agent=note.get("from_agent"), step=sid, to=to, text=said,
-                 token=number(note, "token") or None, findings=texts(note, "findings"),
-                 warnings=texts(note, "warnings"), next_action=word(note, "next_action"),
-                 changed_files=texts(note, "changed_files"))
+                 token=number(note, "token") or None,
+                 next_action=word(note, "next_action"),
+                 **{name: texts(note, name)
+                    for name in ("findings", "warnings", "changed_files")})
 
 
 def handoff_events(key: str, doc: dict) -> list:
@@ -2422,7 +2424,8 @@ def run_events(key: str, doc: dict) -> list:
     step, out = word(doc, "step"), []
     if doc.get("started_at"):
         out.append(event("run", "started", run, at=doc["started_at"], agent=agent,
-                         step=step))
+                         step=step, holds=True, until=word(doc, "ended_at"),
+                         ended=word(doc, "status") if doc.get("ended_at") else ""))
     for note in dicts(doc, "notes"):
         out.append(event("run", "noted on", run, at=note.get("at"), step=step,
                          agent=word(note, "agent", "by") or agent,
@@ -2472,7 +2475,8 @@ EVENTS = (
     ("runs/*/meta.json", "run", run_events),
     ("sessions/*/*/meta.json", "session", session_events),
 )
-LASTING = (claim_events, lock_events, slot_events, reservation_events, item_events)
+LASTING = (claim_events, lock_events, slot_events, reservation_events, item_events,
+           run_events)  # those that tell what holds for a while
 KINDS = tuple(dict.fromkeys(kind for _, kinds, _ in EVENTS for kind in kinds.split()))
 
 
@@ -20563,13 +20567,15 @@ LOOK = 10  # seconds one look may keep retrying before the store counts as away
 class Wanted:
     """Which events are asked for. since, until: seconds; by, step: "" for any.
 
-    lasting: also what began before `since` and still held then.
+    lasting: also what began before `since` and still held then. docs: whether the
+    documents they were read from are kept.
     """
 
     def __init__(self, *, since: float = 0.0, until: float = float(YEAR_9999),
                  by: str = "", kinds: tuple = (), step: str = "",
-                 secret: str = "", lasting: bool = False) -> None:
-        self.since, self.until, self.by, self.lasting = since, until, by, lasting
+                 secret: str = "", lasting: bool = False, docs: bool = False) -> None:
+        self.since, self.until, self.by = since, until, by
+        self.lasting, self.docs = lasting, docs
         self.step, self.readers = step, Readers(kinds, secret=secret)
 
     def entry(self, entry: object) -> bool:
@@ -20634,10 +20640,12 @@ def latest(entry: object) -> float:
 
 class Past:
     """What a timeline found. events: oldest first. more: how many others there are,
-    None when not all were looked at. damaged: [{key, message}]. timeless: a count."""
+    None when not all were looked at. damaged: [{key, message}]. timeless: a count.
+    docs: {key: document}, where they are wanted."""
 
     def __init__(self) -> None:
         self.rows, self.damaged, self.timeless, self.more = {}, [], 0, 0
+        self.docs: dict = {}
 
     @property
     def events(self) -> list:
@@ -20656,6 +20664,7 @@ class Past:
             twin = self.rows.get(row["id"])
             if wanted.event(row) and (twin is None or twin["at_s"] < row["at_s"]):
                 self.rows[row["id"]] = row
+                self.docs.update({record.key: record.doc} if wanted.docs else ())
 
     def full(self, limit: int, bound: float) -> bool:
         """Whether `limit` events are at least as new as `bound`."""
@@ -21318,7 +21327,1436 @@ class Notes:
         return out
 
 
-# == 71. Housekeeping ==================================================
+# == 71. Replay ========================================================
+#
+# The events of a timeline as the model of a page: a lane for each agent, each event a
+# point in its lane, some with a bar (what lasts) or an arrow (whom it was for). Pure,
+# but for gather_replay(), which reads; the page itself is the next section.
+
+REPLAY_EVENTS = 20_000  # the newest; a page draws as many smoothly
+REPLAY_BYTES = 18 << 20  # of data in a page: a phone still opens it
+CUTS = ((8000, 4000), (2000, 1000), (500, 0), (100, 0))  # characters of a text, record
+DIFF_LINES = 300  # of a value; a longer one is shown, not compared
+CURVES = 12  # metrics of a run
+CURVED_RUNS = 100  # the newest, whose metrics are read
+SAID = ("at", "at_s", "agent", "kind", "what", "subject", "text", "id", "key", "to",
+        "holds", "until", "ended", "state", "why")  # of an event; its point has the rest
+
+
+def gather_replay(project: Project, wanted: Wanted, *,
+                  limit: int = REPLAY_EVENTS) -> dict:
+    """The model of a page with the newest `limit` events that are wanted.
+
+    Reads as gather_past() does, then the metrics of the newest runs and the transcripts
+    of the sessions. What is not on the page is said in its notes.
+    """
+    past = gather_past(project, wanted, limit=limit)
+    rows = past.events + list(turns_of(project, wanted))
+    rows.sort(key=event_order)
+    cut = max(0, len(rows) - limit)
+    rows = rows[cut:]
+    runs = [row["subject"] for row in reversed(rows) if row["kind"] == "run"]
+    runs = list(dict.fromkeys(runs))[:CURVED_RUNS]
+    curves = dict(zip(runs, project.ledger.each(project.runs.metrics, runs)))
+    notes = left_out(None if past.more is None else past.more + cut, past)
+    return replay_model(rows, project=project.settings.project, notes=notes,
+                        now=min(project.ledger.now(), wanted.until),
+                        records=past.docs, curves=curves)
+
+
+def turns_of(project: Project, wanted: Wanted) -> object:
+    """Yield the turns of the transcripts that are wanted, as events."""
+    return ()
+
+
+def left_out(more: int | None, past: Past) -> list:
+    """What a page does not show, in sentences."""
+    notes = []
+    if more != 0:
+        many = "More" if more is None else f"{more} older"
+        notes.append(f"{many} events are not on this page: choose a time with --since"
+                     " and --until, or a step with --step.")
+    if past.damaged or past.timeless:
+        notes.append(f"{len(past.damaged) + past.timeless} records or entries are left"
+                     " out: they are damaged or name no time. doctor lists them.")
+    return notes
+
+
+def replay_model(rows: list, *, project: str, now: float, notes: list, records: dict,
+                 curves: dict) -> dict:
+    """{project, from, to, now, notes, lanes, events, runs, records, tokens, cost}.
+
+    rows: events, oldest first. now: where what lasts is cut off. records: {key: its
+    document}. curves: {run: {metric: its view}}.
+    """
+    names = lane_names(rows)
+    at = {name: number for number, name in enumerate(names)}
+    ends = bar_ends(rows, now)
+    points = [point_of(row, at, end=ends.get(row["id"]), diff=diff)
+              for row, diff in zip(rows, diffs_of(rows))]
+    lanes = [{"name": name, "tokens": 0} for name in names]
+    for point in points:
+        lanes[point["lane"]]["tokens"] += fresh_tokens(point.get("tokens") or {})
+    first, last = span_of(points)
+    keys = {row["key"] for row in rows}
+    return {"project": project, "now": now, "from": first, "to": last, "notes": notes,
+            "lanes": lanes, "events": points,
+            "runs": {run: curves_of(curves[run]) for run in curves if curves[run]},
+            "records": {key: doc for key, doc in records.items() if key in keys},
+            "tokens": sum(lane["tokens"] for lane in lanes),
+            "cost": round(sum(point.get("cost", 0) for point in points), 4)}
+
+
+def fresh_tokens(tokens: dict) -> int:
+    """How many tokens were read and written, without those that came from a cache."""
+    return sum(number(tokens, name) for name in ("input", "output", "cache_write"))
+
+
+# -- lanes and arrows --------------------------------------------------
+
+
+def target_of(row: dict) -> str:
+    """The lane an event points to: an agent, '#channel', 'all', or '' for none."""
+    if row["kind"] == "message":
+        return box_word(row["subject"])
+    if row["kind"] == "ack":
+        return row["subject"]
+    return row.get("to") or row.get("fenced") or ""
+
+
+def lane_names(rows: list) -> list:
+    """A lane for each agent, in the order of their appearance, then the channels."""
+    acted = dict.fromkeys(row["agent"] for row in rows)
+    meant = dict.fromkeys(target_of(row) for row in rows)
+    names = list(dict.fromkeys([*acted, *meant]))
+    return [name for name in names if name[:1] not in ("", "#") and (
+        name != "all" or name in acted)] + [name for name in meant if name[:1] == "#"]
+
+
+def span_of(points: list) -> tuple:
+    """(first, last) second of what the page shows; never the same one."""
+    times = [point["t"] for point in points]
+    first = min(times, default=0.0)
+    last = max(times + [point.get("end", first) for point in points], default=first)
+    return first, max(last, first + 1)
+
+
+def bar_ends(rows: list, now: float) -> dict:
+    """{id: (end in seconds, by which deed, whether it still lasts)} of what holds.
+
+    What another record ended, as a client of 0.2 does, ends with the next event of the
+    same thing. A lease that nobody renewed or took over ends when it ran out.
+    """
+    ends, last = {}, {}
+    for row in rows:
+        thing = row["kind"], row["subject"]
+        if row.get("state") and thing in last:
+            ends[last.pop(thing)] = row["at_s"], row["what"], False
+        if not row.get("holds"):
+            continue
+        over, ended = lasts_until(row), row.get("ended") or ""
+        cut = max(row["at_s"], min(over, now))
+        ends[row["id"]] = cut, ended if over <= now else "", over > now
+        if not ended:
+            last[thing] = row["id"]
+    return ends
+
+
+def point_of(row: dict, lanes: dict, *, end: tuple | None,
+             diff: list | None = None) -> dict:
+    """An event as the page has it. Its id is short, and the same on every page."""
+    import hashlib
+    mark = row["id"].encode("utf-8", "backslashreplace")
+    point = {"id": hashlib.sha256(mark).hexdigest()[:12], "t": round(row["at_s"], 3),
+             "lane": lanes[row["agent"]], "kind": row["kind"], "what": row["what"],
+             "subject": row["subject"], "text": row["text"], "key": row["key"]}
+    target = target_of(row)
+    if target == "all" and row["kind"] == "message":
+        point["to"] = -1
+    elif target in lanes:
+        point["to"] = lanes[target]
+    if end is not None:
+        point.update(end=round(end[0], 3), ended=end[1], open=end[2])
+    if diff:
+        point["diff"] = diff
+    return {**{name: value for name, value in row.items() if name not in SAID},
+            **point}
+
+
+# -- what changed, and curves ------------------------------------------
+
+
+def diffs_of(rows: list) -> list:
+    """For each event the lines that a memory key's new value changed, else None."""
+    out, values = [], {}
+    for row in rows:
+        diff = None
+        if row["kind"] == "memory":
+            new, old = row.get("body", ""), values.get(row["subject"])
+            diff = None if old is None else value_diff(old, new)
+            values[row["subject"]] = new
+        out.append(diff)
+    return out
+
+
+def value_diff(old: str, new: str) -> list | None:
+    """The lines of a unified diff; None for the same and for what is too long.
+
+    >>> value_diff("a", "b")
+    ['-a', '+b']
+    """
+    import difflib
+    before, after = old.splitlines(), new.splitlines()
+    if before == after or max(len(before), len(after)) > DIFF_LINES:
+        return None
+    lines = list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
+    hunks = [line for line in lines if line[:2] == "@@"]
+    return lines if len(hunks) > 1 else [line for line in lines if line[:2] != "@@"]
+
+
+def curves_of(metrics: dict) -> list:
+    """[{name, count, last, min, max, curve}] of a run's metrics, numbers rounded."""
+    return [{"name": name, "curve": [_rounded(value) for value in view["curve"]],
+             **{fact: _rounded(view[fact]) for fact in ("count", "last", "min", "max")}}
+            for name, view in list(metrics.items())[:CURVES]]
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+# -- in bounds ---------------------------------------------------------
+
+
+def cut_texts(value: object, limit: int, *, where: str, depth: int = 0) -> object:
+    """`value` with every text in it cut to `limit` characters, which says how much is
+    missing and `where` it is; only what JSON can hold."""
+    if isinstance(value, str):
+        more = len(value) - limit
+        return value if more <= 0 else f"{value[:limit]}… (+{more} characters: {where})"
+    if isinstance(value, (dict, list)) and depth > 20:
+        return "…"
+    if isinstance(value, list):
+        return [cut_texts(item, limit, where=where, depth=depth + 1)
+                for item in value[:1000]]
+    if isinstance(value, dict):
+        return {name[:200]: cut_texts(item, limit, where=where, depth=depth + 1)
+                for name, item in value.items()}
+    return value if isinstance(value, bool) or value is None or finite_number(value) \
+        else str(value)
+
+
+def record_text(doc: dict, limit: int) -> str:
+    """A stored document for people, without the chain of its revisions."""
+    import json
+    shorter = {name: value for name, value in doc.items() if name not in CHAIN
+               or name == "rev"}
+    return json.dumps(cut_texts(shorter, limit, where="in the bucket"), indent=1,
+                      ensure_ascii=False)[:2 * limit]
+
+
+def replay_json(model: dict, *, most: int = REPLAY_BYTES) -> bytes:
+    """The model as JSON of at most `most` bytes, to stand inside a <script>.
+
+    Texts are cut further and further until it fits; when that is not enough, the older
+    half of the events goes, and the notes say so.
+    """
+    while True:
+        for text, record in CUTS:
+            data = page_json(in_bounds(model, text, record))
+            if len(data) <= most or not model["events"]:
+                return data
+        half = len(model["events"]) // 2 + 1
+        model = {**model, "events": model["events"][half:], "notes": [
+            *model["notes"], f"{half} more events are not on this page: it would have"
+            f" more than {size_text(most)}."]}
+
+
+def in_bounds(model: dict, text: int, record: int) -> dict:
+    """The model with texts of at most so many characters; record 0: no documents."""
+    return {**model, "events": [
+        cut_texts(point, text, where=point["key"]) for point in model["events"]],
+        "lanes": cut_texts(model["lanes"], 200, where="agents"),
+        "runs": cut_texts(model["runs"], 200, where="run show"),
+        "records": {key: record_text(doc, record)
+                    for key, doc in model["records"].items()} if record else {}}
+
+
+def page_json(doc: object) -> bytes:
+    """`doc` as JSON without a character that HTML or a script could take for its own.
+
+    >>> page_json("</script>")
+    b'"\\\\u003c/script\\\\u003e"'
+    """
+    import json
+    text = json.dumps(doc, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \\ud800
+
+
+# == 72. Replay page ===================================================
+#
+# The page as one constant: plain HTML, CSS and script without a framework, to be read
+# in any browser from a file, without a network. Its policy allows exactly this style
+# and this script, by their digests, and no request at all.
+
+PAGE_MARK = b"<!-- tracecraft replay 1 -->"  # in the second line: a page of ours
+REPLAY_PAGE = r"""<!doctype html>
+<!-- tracecraft replay 1 -->
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="@POLICY@">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>tracecraft replay</title>
+<style>
+:root {
+  color-scheme: light; --paper: #fbfbf9; --card: #fff; --band: #f3f3ef; --line: #dcdcd5;
+  --ink: #1c1d1f; --soft: #5d6168; --accent: #2456c9; --bad: #c42b2b;
+  --plus: #e0f3e3; --minus: #fbe2e0;
+}
+:root[data-theme="dark"] {
+  color-scheme: dark; --paper: #16181c; --card: #1d2025; --band: #1b1e23;
+  --line: #343941; --ink: #e7e8ea; --soft: #9aa1ab; --accent: #7ea6ff; --bad: #ff7b72;
+  --plus: #1d3524; --minus: #42211f;
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html, body { height: 100%; margin: 0; }
+body {
+  display: flex; flex-direction: column; background: var(--paper); color: var(--ink);
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
+button, select, input {
+  font: inherit; color: inherit; background: var(--card); border-radius: 6px;
+  border: 1px solid var(--line); padding: 3px 9px; min-height: 30px;
+}
+button { cursor: pointer; }
+button:hover, select:hover { border-color: var(--soft); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+header, #controls, #kinds {
+  display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px; padding: 6px 14px;
+}
+header { padding-top: 10px; }
+h1 { font-size: 17px; margin: 0; overflow-wrap: anywhere; }
+h1, h2, dd, .said, #tip { unicode-bidi: isolate; }
+header p { margin: 0; color: var(--soft); flex: 1 1 260px; }
+#notes { margin: 0 14px; color: var(--bad); font-size: 13px; }
+#controls input[type="search"] { flex: 0 1 300px; min-width: 90px; }
+#controls select { max-width: 170px; }
+#controls label { color: var(--soft); white-space: nowrap; }
+#controls label input { min-height: 0; vertical-align: -2px; }
+#play { min-width: 42px; background: var(--accent); color: var(--paper); border: 0; }
+#clock { font-variant-numeric: tabular-nums; white-space: nowrap; flex: 1; }
+#kinds { padding-top: 0; gap: 5px; }
+#kinds button {
+  padding: 0 9px; min-height: 24px; font-size: 12.5px; border-radius: 12px;
+}
+#kinds button[aria-pressed="false"] { opacity: .5; text-decoration: line-through; }
+.mark { color: var(--mark); }
+main {
+  flex: 1; min-height: 0; display: grid; border-top: 1px solid var(--line);
+  grid-template: 100% / minmax(0, 1fr) minmax(300px, 30%);
+}
+#stage { display: flex; flex-direction: column; min-width: 0; position: relative; }
+#lanes { flex: 1; min-height: 0; width: 100%; touch-action: none; cursor: grab; }
+#overview {
+  height: 44px; width: 100%; touch-action: none; cursor: ew-resize;
+  border-top: 1px solid var(--line);
+}
+#tip {
+  position: absolute; max-width: 360px; padding: 4px 8px; pointer-events: none;
+  background: var(--ink); color: var(--paper); border-radius: 5px; font-size: 12.5px;
+  overflow-wrap: anywhere;
+}
+aside {
+  display: flex; flex-direction: column; min-width: 0; min-height: 0;
+  border-left: 1px solid var(--line); background: var(--card);
+}
+#count { margin: 0; padding: 5px 12px; color: var(--soft); font-size: 12.5px; }
+#list { flex: 1 1 45%; min-height: 90px; overflow-y: auto; position: relative; }
+#rows { position: absolute; left: 0; right: 0; top: 0; }
+.row { display: flex; gap: 8px; align-items: center; padding: 0 12px; cursor: pointer; }
+.said { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row time { color: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.row:hover, .row[aria-selected="true"] { background: var(--band); }
+.row[aria-selected="true"] { box-shadow: inset 3px 0 var(--accent); }
+.later { opacity: .5; }
+#details {
+  flex: 1 1 55%; min-height: 0; overflow-y: auto; padding: 10px 14px 30px;
+  border-top: 1px solid var(--line);
+}
+nav { display: flex; gap: 6px; }
+h2 { font-size: 15px; margin: 6px 0 10px; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 12px;
+  margin: 0; }
+dt, .soft { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+dd button { padding: 0 7px; min-height: 0; font-size: 13px; overflow-wrap: anywhere; }
+summary { cursor: pointer; color: var(--soft); margin: 12px 0 4px; }
+pre {
+  margin: 0; padding: 8px 10px; background: var(--band); border-radius: 6px;
+  font: 12.5px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
+  max-height: 420px; overflow-y: auto;
+}
+pre span { display: block; min-height: 1.45em; }
+.plus { background: var(--plus); }
+.minus { background: var(--minus); }
+.error { border-left: 3px solid var(--bad); }
+.curve { display: flex; align-items: center; gap: 10px; font-size: 12.5px; }
+.curve canvas { width: 150px; height: 34px; flex: none; }
+dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--card);
+  color: var(--ink); max-width: 430px; }
+kbd, code { font: 12.5px ui-monospace, Menlo, Consolas, monospace; }
+#close { display: none; }
+@media (max-width: 760px) {
+  header p { font-size: 12.5px; flex-basis: 100%; order: 9; }
+  h1 { flex: 1; }
+  #kinds { flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
+  #kinds button { flex: none; }
+  #controls select { max-width: 31vw; }
+  #controls .wide { display: none; }
+  #controls input[type="search"] { flex: 1; }
+  main { grid-template: minmax(0, 55%) minmax(0, 45%) / 100%; }
+  aside { border-left: 0; border-top: 1px solid var(--line); }
+  #details { display: none; }
+  #details.open {
+    display: block; position: fixed; left: 0; right: 0; bottom: 0; max-height: 74vh;
+    background: var(--card); border-radius: 12px 12px 0 0; z-index: 5;
+    border-top: 2px solid var(--accent);
+  }
+  #close { display: inline-block; }
+}
+</style>
+</head>
+<body>
+<header>
+  <h1 id="title"></h1><p id="facts"></p>
+  <button id="help-button" title="Keys" aria-label="Keys">?</button>
+  <button id="theme" title="Dark or light" aria-label="Dark or light">◐</button>
+</header>
+<div id="notes"></div>
+<div id="controls">
+  <button id="first" title="To the beginning" class="wide">⇤</button>
+  <button id="play" title="Play, pause"></button>
+  <select id="speed" aria-label="Speed"></select>
+  <label class="wide"><input type="checkbox" id="skip" checked> skip quiet times</label>
+  <span id="clock"></span>
+  <select id="agent" aria-label="Agent"></select>
+  <select id="step" aria-label="Step"></select>
+  <input type="search" id="query" placeholder="Search" aria-label="Search">
+  <button id="out" title="Zoom out" class="wide">−</button>
+  <button id="in" title="Zoom in" class="wide">+</button>
+  <button id="all" title="Show all the time there is" class="wide">all</button>
+</div>
+<div id="kinds" role="group" aria-label="Kinds"></div>
+<main>
+  <div id="stage">
+    <canvas id="lanes" role="img" aria-label="Events by agent and time; the list has the
+      same"></canvas>
+    <canvas id="overview" role="slider" tabindex="0" aria-label="Time"></canvas>
+    <div id="tip" hidden></div>
+  </div>
+  <aside>
+    <p id="count" role="status"></p>
+    <div id="list" role="listbox" tabindex="0" aria-label="Events">
+      <div id="spacer"></div><div id="rows"></div>
+    </div>
+    <section id="details" aria-label="Record"></section>
+  </aside>
+</main>
+<dialog id="help">
+  <h2>Keys</h2>
+  <dl id="keys"></dl>
+  <p class="soft">Drag to move, wheel or two fingers to zoom, click for the record.
+    The address names what is shown: copied, it shows the same.</p>
+  <form method="dialog"><button>Close</button></form>
+</dialog>
+<script type="application/json" id="data">@DATA@</script>
+<script>
+"use strict";
+// What agents wrote reaches the page only as text: through el(), which makes text
+// nodes, and fillText(). Nothing of it is ever markup, a style, an address or a link.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const events = data.events, lanes = data.lanes;
+const curves = new Map(Object.entries(data.runs));  // a run may be called __proto__
+const records = new Map(Object.entries(data.records));
+const AXIS = 24;        // pixels of the scale above the lanes
+const MARKS = 28;       // of a lane's strip of marks ...
+const BAR = 18;         // ... of each row of its bars ...
+const TURNS = 12;       // ... and of its strip of transcript turns
+const BAR_ROWS = 5;     // more bars at once share the last row
+const SPEEDS = [1, 2, 5, 10, 20, 30, 60];
+const QUIET = 2;        // seconds without anything before play jumps ahead ...
+const LATE = 1;         // ... to so many before the next event
+
+const KINDS = {  // kind: [colour on light, colour on dark, glyph]
+  project: ["#6b7280", "#9ca3af", "○"], presence: ["#6b7280", "#9ca3af", "○"],
+  step: ["#2456c9", "#7ea6ff", "○"], claim: ["#2456c9", "#7ea6ff", "●"],
+  handoff: ["#7a3fc4", "#c39bff", "▶"], message: ["#0b7f76", "#4fd1c5", "▲"],
+  ack: ["#0b7f76", "#4fd1c5", "△"], memory: ["#94690a", "#eac54f", "■"],
+  lock: ["#b0286b", "#ff8fc0", "●"], semaphore: ["#b0286b", "#ff8fc0", "●"],
+  barrier: ["#b0286b", "#ff8fc0", "◆"], reservation: ["#b0286b", "#ff8fc0", "■"],
+  queue: ["#4d6b0f", "#a9d65c", "●"], artifact: ["#a8440e", "#ffa366", "◆"],
+  run: ["#1a7a3c", "#5fd889", "●"], session: ["#6b7280", "#9ca3af", "□"],
+  turn: ["#59606b", "#aab2bd", "▪"],
+};
+const TIPS = {  // corners of the glyphs that are no circles
+  "■": [[-4, -4], [4, -4], [4, 4], [-4, 4]], "◆": [[0, -6], [6, 0], [0, 6], [-6, 0]],
+  "▲": [[0, -5], [5, 4], [-5, 4]], "▶": [[-4, -5], [6, 0], [-4, 5]],
+};
+[TIPS["□"], TIPS["▪"], TIPS["△"]] = [TIPS["■"], TIPS["■"], TIPS["▲"]];
+const TROUBLE = new Set(
+  ["took over", "failed", "blocked", "rejected", "forced", "broke", "buried"]);
+
+const $ = (id) => document.getElementById(id);
+const state = {
+  from: 0, to: 1,       // what the lanes show, in seconds since 1970
+  at: 0,                // the time that is being watched
+  selected: -1, agent: "", step: "", query: "", hidden: new Set(),
+  playing: false, speed: 10, scroll: 0, theme: "light",
+};
+const paint = {};       // the colours of the theme
+let shown = [];         // indices of the events that pass the filters ...
+let times = [];         // ... and their times
+let rows = [];          // the lanes that have any, with their marks, bars and turns
+let height = 0, gutter = 150, width = 0;  // of all lanes, of the names, of the canvas
+
+// -- Words -------------------------------------------------------------
+
+const ODD = new RegExp("[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u061c\\u200b" +
+  "\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb" +
+  "\\u{e0000}-\\u{e007f}]", "gu");
+
+/** Text with control and direction characters made visible. */
+function visible(text) {
+  return String(text).replace(/\r\n/g, "\n").replace(ODD,
+    (char) => "\\u" + char.codePointAt(0).toString(16).padStart(4, "0"));
+}
+
+/** An element of a class with children; whatever is no element becomes text. */
+function el(tag, name, ...children) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  for (const child of children) {
+    node.append(child instanceof Node ? child : visible(child));
+  }
+  return node;
+}
+
+function button(label, act) {
+  const node = el("button", "", label);
+  node.addEventListener("click", act);
+  return node;
+}
+
+const stamp = (seconds) => new Date(seconds * 1000).toISOString();
+const clock = (seconds) => stamp(seconds).slice(11, 19);
+const day = (seconds) => stamp(seconds).slice(0, 10);
+const dated = (seconds) => day(seconds) + " " + clock(seconds);
+
+function duration(seconds) {
+  const units = [[86400, "days"], [3600, "h"], [60, "min"], [1, "s"], [.001, "ms"]];
+  const [size, unit] = units.find(([least]) => seconds >= 2 * least) || units[4];
+  return Math.round(seconds / size * 10) / 10 + " " + unit;
+}
+
+function short(number) {
+  if (number >= 1e6) return (number / 1e6).toFixed(1) + "M";
+  return number >= 1e4 ? Math.round(number / 1e3) + "k" : String(number);
+}
+
+const kindOf = (kind) => KINDS[kind] || KINDS.project;
+const tint = (kind) => kindOf(kind)[state.theme === "dark" ? 1 : 0];
+const colour = (event) => TROUBLE.has(event.what) ? paint.bad : tint(event.kind);
+
+function glyph(kind, ink) {
+  const node = el("span", "mark", kindOf(kind)[2]);
+  node.style.setProperty("--mark", ink);
+  return node;
+}
+
+/** The first index of the sorted `list` whose value is over `value`. */
+function above(list, value) {
+  let low = 0, high = list.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (list[middle] > value) high = middle; else low = middle + 1;
+  }
+  return low;
+}
+
+// -- What is shown -----------------------------------------------------
+
+function haystack(event) {
+  if (event.hay === undefined) event.hay = JSON.stringify(event).toLowerCase();
+  return event.hay;
+}
+
+function passes(event) {
+  const named = (lane) => lane >= 0 && lanes[lane].name === state.agent;
+  return !state.hidden.has(event.kind) && (!state.step || event.step === state.step) &&
+    (!state.agent || named(event.lane) || named(event.to)) &&
+    (!state.query || haystack(event).includes(state.query));
+}
+
+/** Apply the filters: which events, in which lanes, and how their bars are stacked. */
+function arrange() {
+  shown = [...events.keys()].filter((index) => passes(events[index]));
+  times = shown.map((index) => events[index].t);
+  const used = new Map();
+  const lane = (number) => {
+    if (!used.has(number)) {
+      used.set(number, {number, marks: [], bars: [], turns: [], ends: []});
+    }
+    return used.get(number);
+  };
+  for (const index of shown) {
+    const event = events[index], row = lane(event.lane);
+    if (event.to >= 0) lane(event.to);
+    (event.kind === "turn" ? row.turns : row.marks).push(index);
+    if (event.end !== undefined) stack(row, index);
+  }
+  rows = [...used.values()].sort((one, other) => one.number - other.number);
+  height = 0;
+  rows.forEach((row, at) => {
+    Object.assign(row, {y: height, odd: at % 2, height: MARKS + 6 +
+      BAR * Math.max(1, row.ends.length) + (row.turns.length ? TURNS : 0)});
+    row.markTimes = row.marks.map((index) => events[index].t);
+    row.turnTimes = row.turns.map((index) => events[index].t);
+    height += row.height;
+  });
+  $("count").textContent = shown.length + (shown.length === events.length ? "" :
+    " of " + events.length) + " events";
+  $("spacer").style.height = shown.length * ROW + "px";
+  refresh();
+}
+
+/** Put a bar into the first row of its lane that is free by then. */
+function stack(row, index) {
+  const event = events[index];
+  let level = row.ends.findIndex((end) => end <= event.t);
+  if (level < 0) level = Math.min(row.ends.length, BAR_ROWS - 1);
+  row.ends[level] = Math.max(row.ends[level] || 0, event.end);
+  row.bars.push({index, level});
+}
+
+// -- Drawing -----------------------------------------------------------
+//
+// The lanes are one canvas, drawn anew when something changed, at most once a frame.
+// Only what is inside the window is looked at, and of marks that fall onto the same
+// pixels one is drawn: the work is bounded by the pixels, not by the number of events.
+
+let asked = 0;
+
+function refresh() {
+  asked = asked || requestAnimationFrame(() => {
+    asked = 0;
+    drawLanes();
+    drawOverview();
+    drawList();
+  });
+}
+
+/** A canvas at the resolution of the screen, empty: [context, width, height]. */
+function prepared(canvas) {
+  const scale = window.devicePixelRatio || 1, pen = canvas.getContext("2d");
+  const wide = canvas.clientWidth, tall = canvas.clientHeight;
+  canvas.width = Math.round(wide * scale);
+  canvas.height = Math.round(tall * scale);
+  pen.scale(scale, scale);
+  pen.font = "12px system-ui, sans-serif";
+  pen.textBaseline = "middle";
+  return [pen, wide, tall];
+}
+
+function x(seconds) {
+  return gutter + (seconds - state.from) / (state.to - state.from) * (width - gutter);
+}
+
+function timeAt(pixel) {
+  return state.from + (pixel - gutter) / (width - gutter) * (state.to - state.from);
+}
+
+/** `text` cut to about so many pixels; measuring each would cost more than drawing. */
+function fitting(text, pixels) {
+  const most = Math.floor(pixels / 6.4);
+  text = visible(text.slice(0, 400)).replace(/\s+/g, " ");
+  return text.length <= most ? text : most < 3 ? "" : text.slice(0, most - 1) + "…";
+}
+
+function drawLanes() {
+  let pen, tall;
+  [pen, width, tall] = prepared($("lanes"));
+  gutter = width < 560 ? 88 : 150;
+  state.scroll = Math.max(0, Math.min(state.scroll, height - (tall - AXIS)));
+  const seen = rows.filter((row) => row.y + row.height > state.scroll &&
+    row.y < state.scroll + tall - AXIS);
+  pen.save();
+  pen.translate(0, AXIS - state.scroll);
+  for (const row of seen) {
+    pen.fillStyle = row.odd ? paint.paper : paint.band;
+    pen.fillRect(0, row.y, width, row.height);
+    drawBars(pen, row);
+    drawTurns(pen, row);
+  }
+  drawArrows(pen);
+  for (const row of seen) drawMarks(pen, row);
+  const left = Math.max(gutter, x(state.at) + 1);  // what comes later is paler
+  pen.globalAlpha = .5;
+  pen.fillStyle = paint.paper;
+  pen.fillRect(left, state.scroll, Math.max(0, width - left), tall);
+  pen.globalAlpha = 1;
+  for (const row of seen) drawName(pen, row);
+  pen.restore();
+  drawAxis(pen, tall);
+}
+
+function drawBars(pen, row) {
+  const last = [];
+  for (const {index, level} of row.bars) {
+    const event = events[index], y = row.y + MARKS + level * BAR;
+    if (event.end < state.from || event.t > state.to) continue;
+    const left = Math.max(gutter - 4, x(event.t));
+    const right = Math.min(width + 4, Math.max(left + 2, x(event.end)));
+    if (right <= last[level] + 1 && index !== state.selected) continue;
+    last[level] = right;
+    pen.globalAlpha = event.open ? .36 : .2;
+    pen.fillStyle = tint(event.kind);
+    pen.fillRect(left, y, right - left, BAR - 3);
+    pen.globalAlpha = 1;
+    pen.fillRect(left, y, Math.min(3, right - left), BAR - 3);
+    if (TROUBLE.has(event.ended)) {
+      pen.fillStyle = paint.bad;
+      pen.fillRect(right - 3, y, 3, BAR - 3);
+    }
+    if (right - left > 30) drawLabel(pen, event, {left, y, wide: right - left});
+    if (index === state.selected) {
+      pen.strokeStyle = paint.accent;
+      pen.strokeRect(left, y, right - left, BAR - 3);
+    }
+  }
+}
+
+/** What a bar is about; that of a run has its first metric as a curve. */
+function drawLabel(pen, event, {left, y, wide}) {
+  const run = event.kind === "run", curve = run && (curves.get(event.subject) || [])[0];
+  const text = (run ? event.subject.replace(/^\d{14}-|-[0-9a-f]{8}$/g, "") :
+    event.subject) + (event.token > 1 ? " #" + event.token : "");
+  const room = curve ? Math.min(wide / 2, 90) : wide - 12;
+  pen.fillStyle = paint.ink;
+  pen.fillText(fitting(text, room), left + 7, y + BAR / 2 - 1);
+  if (curve) drawCurve(pen, curve.curve, {left: left + room, y, wide: wide - room - 6,
+    tall: BAR - 4});
+}
+
+function drawCurve(pen, values, {left, y, wide, tall}) {
+  const low = Math.min(...values), size = Math.max(...values) - low;
+  pen.strokeStyle = tint("run");
+  pen.beginPath();
+  values.forEach((value, at) => pen.lineTo(
+    left + wide * (values.length > 1 ? at / (values.length - 1) : .5),
+    y + 1 + (1 - (size ? (value - low) / size : .5)) * (tall - 2)));
+  pen.stroke();
+}
+
+function drawTurns(pen, row) {
+  const end = above(row.turnTimes, state.to);
+  let last = -9;
+  for (let at = above(row.turnTimes, state.from - 1e-9); at < end; at++) {
+    const index = row.turns[at], event = events[index], left = Math.round(x(event.t));
+    if (left <= last && index !== state.selected) continue;
+    last = left + 1;
+    pen.globalAlpha = event.role === "user" || event.calls ? 1 : .55;
+    pen.fillStyle = index === state.selected ? paint.accent : colour(event);
+    pen.fillRect(left, row.y + row.height - TURNS, 2, TURNS - 4);
+  }
+  pen.globalAlpha = 1;
+}
+
+function drawMarks(pen, row) {
+  const end = above(row.markTimes, state.to), last = {}, y = row.y + MARKS / 2;
+  for (let at = above(row.markTimes, state.from - 1e-9); at < end; at++) {
+    const index = row.marks[at], event = events[index], left = x(event.t);
+    const ink = colour(event);
+    if (left - last[ink] < 2 && index !== state.selected) continue;
+    last[ink] = left;
+    pen.fillStyle = pen.strokeStyle = ink;
+    drawMark(pen, kindOf(event.kind)[2], {left, y});
+    if (index === state.selected) {
+      pen.strokeStyle = paint.accent;
+      pen.beginPath();
+      pen.arc(left, y, 9, 0, 7);
+      pen.stroke();
+    }
+    const next = at + 1 < row.marks.length ? x(row.markTimes[at + 1]) : width;
+    const room = Math.min(260, next - left - 16);
+    pen.fillStyle = paint.soft;
+    if (room > 50) pen.fillText(fitting(event.what + " " + event.subject, room),
+      left + 9, y);
+  }
+}
+
+function drawMark(pen, shape, {left, y}) {
+  pen.beginPath();
+  if (!TIPS[shape]) pen.arc(left, y, 4.5, 0, 7);
+  for (const [right, down] of TIPS[shape] || []) pen.lineTo(left + right, y + down);
+  pen.closePath();
+  pen.lineWidth = 1.5;
+  if ("○□△".includes(shape)) pen.stroke(); else pen.fill();
+}
+
+/** Lines from the lane of who acted to the lane of whom it was for. */
+function drawArrows(pen) {
+  const places = new Map(rows.map((row) => [row.number, row.y + MARKS / 2]));
+  const end = above(times, state.to), drawn = new Set();
+  for (let at = above(times, state.from - 1e-9); at < end; at++) {
+    const index = shown[at], event = events[index], left = Math.round(x(event.t)) + .5;
+    if (event.to === undefined || event.to === event.lane) continue;
+    const place = (left * lanes.length + event.lane) * (lanes.length + 1) + event.to;
+    if (drawn.has(place) && index !== state.selected) continue;
+    drawn.add(place);
+    pen.strokeStyle = pen.fillStyle = colour(event);
+    pen.globalAlpha = index === state.selected ? 1 : event.to < 0 ? .3 : .5;
+    pen.lineWidth = index === state.selected ? 2 : 1;
+    pen.setLineDash(event.fenced ? [4, 3] : []);
+    for (const [lane, y] of places) {
+      const meant = event.to < 0 ? lane !== event.lane : lane === event.to;
+      if (meant) drawArrow(pen, left, {from: places.get(event.lane), to: y});
+    }
+  }
+  pen.setLineDash([]);
+  pen.globalAlpha = pen.lineWidth = 1;
+}
+
+function drawArrow(pen, left, {from, to}) {
+  const back = to > from ? -7 : 7;
+  pen.beginPath();
+  pen.moveTo(left, from);
+  pen.lineTo(left, to);
+  pen.stroke();
+  pen.beginPath();
+  pen.moveTo(left, to);
+  pen.lineTo(left - 4, to + back);
+  pen.lineTo(left + 4, to + back);
+  pen.fill();
+}
+
+/** The lane's name, and what the agent holds at the time that is being watched. */
+function drawName(pen, row) {
+  const lane = lanes[row.number], held = [];
+  for (const {index} of row.bars) {
+    const event = events[index];
+    if (event.kind === "claim" && event.t <= state.at && (event.open ||
+      event.end > state.at)) held.push(event.subject);
+  }
+  pen.fillStyle = row.odd ? paint.paper : paint.band;
+  pen.fillRect(0, row.y, gutter, row.height);
+  pen.fillStyle = paint.line;
+  pen.fillRect(gutter - 1, row.y, 1, row.height);
+  pen.fillStyle = paint.ink;
+  pen.font = "600 13px system-ui, sans-serif";
+  pen.fillText(fitting(lane.name, gutter - 18), 10, row.y + MARKS / 2);
+  pen.font = "12px system-ui, sans-serif";
+  pen.fillStyle = paint.soft;
+  const words = held.length ? "on " + held.join(", ") :
+    lane.tokens ? short(lane.tokens) + " tokens" : "";
+  pen.fillText(fitting(words, gutter - 14), 10, row.y + MARKS + BAR / 2 - 1);
+}
+
+const SCALE = [.001, .01, .1, .5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800,
+  3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800, 2592000, 31536000];
+
+function drawAxis(pen, tall) {
+  const least = (state.to - state.from) / Math.max(1, (width - gutter) / 90);
+  const step = SCALE.find((size) => size >= least) || least;
+  pen.fillStyle = paint.paper;
+  pen.fillRect(0, 0, width, AXIS);
+  let today = "";
+  for (let at = Math.ceil(state.from / step) * step; at <= state.to; at += step) {
+    const words = step < 1 ? stamp(at).slice(11, 23) :
+      step < 60 ? clock(at) : clock(at).slice(0, 5);
+    pen.fillStyle = paint.line;
+    pen.globalAlpha = .6;
+    pen.fillRect(Math.round(x(at)), AXIS - 5, 1, tall);
+    pen.globalAlpha = 1;
+    pen.fillStyle = paint.soft;
+    pen.fillText(day(at) === today ? words : step >= 86400 ? day(at) :
+      day(at).slice(5) + " " + words, x(at) + 4, AXIS / 2);
+    today = day(at);
+  }
+  pen.fillStyle = paint.paper;
+  pen.fillRect(0, 0, gutter, AXIS);
+  pen.fillStyle = paint.soft;
+  pen.fillText("UTC", 10, AXIS / 2);
+  if (x(state.at) < gutter) return;
+  pen.fillStyle = paint.accent;
+  pen.fillRect(x(state.at) - .75, 0, 1.5, tall);
+  pen.beginPath();
+  pen.arc(x(state.at), AXIS - 6, 5, 0, 7);
+  pen.fill();
+}
+
+/** All the time there is: how much happened when, the window, the time watched. */
+function drawOverview() {
+  const [pen, wide, tall] = prepared($("overview"));
+  const place = (seconds) => (seconds - data.from) / (data.to - data.from) * wide;
+  const columns = new Float64Array(Math.ceil(wide / 3) + 1);
+  for (const seconds of times) columns[Math.floor(place(seconds) / 3)]++;
+  const most = Math.max(...columns, 1), left = place(state.from);
+  pen.fillStyle = paint.soft;
+  columns.forEach((number, at) => {
+    const up = number ? Math.max(2, Math.sqrt(number / most) * (tall - 10)) : 0;
+    pen.fillRect(at * 3, tall - up, 2, up);
+  });
+  pen.fillStyle = pen.strokeStyle = paint.accent;
+  pen.globalAlpha = .14;
+  pen.fillRect(left, 0, Math.max(2, place(state.to) - left), tall);
+  pen.globalAlpha = 1;
+  pen.fillRect(place(state.at) - 1, 0, 2, tall);
+  const said = {now: Math.round(state.at - data.from), min: 0,
+    max: Math.round(data.to - data.from), text: stamp(state.at)};
+  for (const name in said) $("overview").setAttribute("aria-value" + name, said[name]);
+}
+
+// -- The list: only the rows inside its window are elements ------------
+
+const ROW = window.matchMedia("(pointer: coarse)").matches ? 36 : 26;
+
+function drawList() {
+  const list = $("list"), first = Math.max(0, Math.floor(list.scrollTop / ROW) - 2);
+  const seen = shown.slice(first, first + Math.ceil(list.clientHeight / ROW) + 5);
+  $("rows").replaceChildren(...seen.map(listRow));
+  $("rows").style.transform = "translateY(" + first * ROW + "px)";
+  if (!shown.length) $("rows").append(el("p", "row soft", "Nothing to show."));
+}
+
+function listRow(index) {
+  const event = events[index], row = el("div", "row", el("time", "", clock(event.t)),
+    glyph(event.kind, colour(event)), el("span", "said", event.text));
+  row.style.height = ROW + "px";
+  row.setAttribute("role", "option");
+  row.setAttribute("aria-selected", index === state.selected);
+  row.dataset.index = index;
+  row.classList.toggle("later", event.t > state.at);
+  return row;
+}
+
+/** Scroll the list so that its row `place` can be seen. */
+function reveal(place) {
+  const list = $("list"), top = place * ROW;
+  if (top < list.scrollTop || top > list.scrollTop + list.clientHeight - 2 * ROW) {
+    list.scrollTop = top - list.clientHeight / 2;
+  }
+}
+
+// -- The record --------------------------------------------------------
+
+/** A text under a title that folds it away. */
+function folded(title, text, {open = true, name = ""} = {}) {
+  const node = el("details", "", el("summary", "", title), el("pre", name, text));
+  node.open = open;
+  return node;
+}
+
+function diffOf(lines) {
+  const node = folded("What changed", "");
+  node.lastChild.append(...lines.map(
+    (line) => el("span", {"+": "plus", "-": "minus"}[line[0]], line)));
+  return node;
+}
+
+function curveRow(metric) {
+  const canvas = el("canvas");
+  requestAnimationFrame(() => {
+    const [pen, wide, tall] = prepared(canvas);
+    drawCurve(pen, metric.curve, {left: 1, y: 1, wide: wide - 2, tall: tall - 2});
+  });
+  return el("div", "curve", canvas, el("span", "", el("b", "", metric.name), " last " +
+    `${metric.last}, ${metric.min} … ${metric.max}, ${metric.count} points`));
+}
+
+const PLAIN = ["what", "token", "rev", "mode", "size", "sha256", "count", "verdict",
+  "status", "role", "model", "message_kind", "thread", "reply_to", "next_action",
+  "claimed_from", "session"];
+const LISTS = ["error", "findings", "warnings", "changed_files", "files", "needs"];
+
+/** The facts of an event as [name, value] pairs; a value may be an element. */
+function facts(event) {
+  const filter = (name, value) => button(value, () => setFilter(name, value));
+  const lane = (at) => at < 0 ? "everybody" : filter("agent", lanes[at].name);
+  const ended = event.ended ? ", then " + event.ended : event.open ? " so far" :
+    ", until the lease ran out";
+  const tokens = Object.entries(event.tokens || {}).map(
+    ([name, number]) => name.replace(/_/g, " ") + " " + short(number)).join(", ");
+  return [["when", stamp(event.t)], ["agent", lane(event.lane)], ["kind", event.kind],
+    ["to", event.to !== undefined && lane(event.to)],
+    ["step", event.step && filter("step", event.step)],
+    ["lasted", event.end !== undefined && duration(event.end - event.t) + ended],
+    ["fenced", event.fenced && `${event.fenced}, token ${event.fenced_token || "?"}`],
+    ...PLAIN.map((name) => [name.replace(/_/g, " "), event[name]]),
+    ["tokens", tokens], ["cost", event.cost > 0 && "$" + event.cost.toFixed(4)],
+    ["key", el("code", "", event.key)]].filter(([, value]) => value);
+}
+
+/** What was written: texts, changes, tool calls, curves and the stored record. */
+function writings(event) {
+  const out = [];
+  if (event.thinking) out.push(folded("Thinking", event.thinking, {open: false}));
+  if (event.diff) out.push(diffOf(event.diff));
+  if (event.body) out.push(folded("Text", event.body, {open: !event.diff}));
+  for (const call of event.calls || []) {
+    out.push(folded("Calls " + call.name, call.input));
+  }
+  for (const result of event.results || []) {
+    out.push(folded(result.is_error ? "Failed" : "Result", result.text,
+      {name: result.is_error ? "error" : ""}));
+  }
+  for (const name of LISTS.filter((each) => event[each])) {
+    out.push(folded(name.replace("_", " "), [].concat(event[name]).join("\n")));
+  }
+  if (event.kind === "run") out.push(...(curves.get(event.subject) || []).map(curveRow));
+  const record = records.get(event.key);
+  if (record) out.push(folded("Record as it is stored", record, {open: false}));
+  return out;
+}
+
+function showDetails() {
+  const box = $("details"), event = events[state.selected];
+  box.classList.toggle("open", event !== undefined);
+  box.scrollTop = 0;
+  if (!event) {
+    box.replaceChildren(el("p", "soft", "Click an event to see its record."));
+    return;
+  }
+  const close = button("Close", () => select(-1));
+  close.id = "close";
+  box.replaceChildren(
+    el("nav", "", button("← before", () => neighbour(-1)),
+      button("after →", () => neighbour(1)), close),
+    el("h2", "", glyph(event.kind, colour(event)), " ", event.text),
+    el("dl", "", ...facts(event).flatMap(
+      ([name, value]) => [el("dt", "", name), el("dd", "", value)])),
+    ...writings(event));
+}
+
+// -- Moving ------------------------------------------------------------
+
+function setView(from, to) {
+  const size = Math.max(.02, Math.min((data.to - data.from) * 1.2, to - from));
+  const middle = Math.max(data.from, Math.min(data.to, (from + to) / 2));
+  [state.from, state.to] = [middle - size / 2, middle + size / 2];
+  remember();
+}
+
+function zoom(factor, about = (state.from + state.to) / 2) {
+  setView(about - (about - state.from) * factor, about + (state.to - about) * factor);
+}
+
+function pan(part) {
+  const by = (state.to - state.from) * part;
+  setView(state.from + by, state.to + by);
+}
+
+function scroll(pixels) {
+  state.scroll += pixels;
+  refresh();
+}
+
+function showAll() {
+  const edge = (data.to - data.from) * .03;
+  setView(data.from - edge, data.to + edge);
+}
+
+/** Watch another time; the window follows when it would lose sight of it. */
+function moveTo(seconds, follow = true) {
+  state.at = Math.max(data.from, Math.min(data.to, seconds));
+  $("clock").textContent = dated(state.at) + " UTC";
+  const size = state.to - state.from, part = (state.at - state.from) / size;
+  if (follow && (part < 0 || part > (state.playing ? .75 : 1))) {
+    const lead = state.playing && part > .75 && part < 1.1 ? .75 : .4;
+    setView(state.at - size * lead, state.at + size * (1 - lead));
+  }
+  reveal(Math.max(0, above(times, state.at) - 1));
+  remember();
+}
+
+function select(index) {
+  state.selected = index;
+  showDetails();
+  remember();
+  const event = events[index];
+  if (!event) return;
+  stop();
+  moveTo(event.t, event.end === undefined || event.end < state.from);
+  reveal(Math.max(0, above(shown, index) - 1));
+  const row = rows.find((each) => each.number === event.lane);
+  const room = $("lanes").clientHeight - AXIS;
+  if (row && (row.y < state.scroll || row.y + row.height > state.scroll + room)) {
+    state.scroll = row.y - room / 3;
+  }
+}
+
+/** Select the event `by` places after the selected one, or after the time watched. */
+function neighbour(by) {
+  let place = shown.indexOf(state.selected);
+  if (place < 0) place = above(times, state.at) - (by > 0 ? 1 : 0);
+  const index = shown[Math.max(0, Math.min(shown.length - 1, place + by))];
+  if (index !== undefined) select(index);
+}
+
+// -- Playing -----------------------------------------------------------
+
+let before = 0;
+
+function play() {
+  if (state.at >= data.to) moveTo(data.from);
+  state.playing = true;
+  before = performance.now();
+  $("play").textContent = "❚❚";
+  requestAnimationFrame(tick);
+}
+
+function stop() {
+  state.playing = false;
+  $("play").textContent = "▶";
+}
+
+function tick(now) {
+  if (!state.playing) return;
+  let at = state.at + Math.max(0, now - before) / 1000 * state.speed;
+  before = now;
+  const after = above(times, state.at);
+  const next = after < times.length ? times[after] : data.to;
+  const quiet = next - at > QUIET * state.speed;
+  if (quiet && $("skip").checked) at = next - LATE * state.speed;
+  moveTo(at);
+  if (state.at >= data.to) stop(); else requestAnimationFrame(tick);
+}
+
+function faster(by) {
+  const place = SPEEDS.indexOf(state.speed) + by;
+  state.speed = SPEEDS[Math.max(0, Math.min(SPEEDS.length - 1, place))];
+  $("speed").value = state.speed;
+}
+
+// -- The address: what follows # names what is shown -------------------
+
+let written = "", waiting = 0;
+
+function remember() {
+  refresh();
+  waiting = waiting || setTimeout(() => {
+    waiting = 0;
+    written = address();
+    history.replaceState(null, "", written);
+  }, 300);
+}
+
+function address() {
+  const parts = {event: state.selected < 0 ? "" : events[state.selected].id,
+    at: state.at.toFixed(3), from: state.from.toFixed(3), to: state.to.toFixed(3),
+    agent: state.agent, step: state.step, query: state.query,
+    hide: [...state.hidden].join(",")};
+  return "#" + new URLSearchParams(Object.entries(parts).filter(([, value]) => value));
+}
+
+function recall() {
+  if (location.hash && location.hash === written) return;
+  const parts = new URLSearchParams(location.hash.slice(1));
+  for (const name of ["agent", "step", "query"]) state[name] = parts.get(name) || "";
+  state.hidden = new Set((parts.get("hide") || "").split(",").filter(Boolean));
+  filtered();
+  const [from, to, at] = ["from", "to", "at"].map((name) => +parts.get(name));
+  const window = from < to && to > data.from && from < data.to;
+  if (window) setView(from, to); else showAll();
+  select(events.findIndex((event) => event.id === parts.get("event")));
+  if (at) moveTo(at, !window); else if (state.selected < 0) moveTo(data.to, false);
+}
+
+// -- Filters, theme, header --------------------------------------------
+
+/** A filter has changed: show it, and what passes. */
+function filtered() {
+  for (const name of ["agent", "step"]) $(name).value = state[name];
+  state.query = state.query.toLowerCase();
+  if ($("query").value.toLowerCase() !== state.query) $("query").value = state.query;
+  for (const chip of $("kinds").children) {
+    chip.setAttribute("aria-pressed", !state.hidden.has(chip.dataset.kind));
+  }
+  arrange();
+  remember();
+}
+
+function setFilter(name, value) {
+  state[name] = state[name] === value ? "" : value;
+  filtered();
+}
+
+function fillChoices(id, choices) {
+  for (const [value, label] of choices) {
+    const option = el("option", "", label);
+    option.value = value;
+    $(id).append(option);
+  }
+}
+
+function buildKinds() {
+  const numbers = new Map();
+  for (const {kind} of events) numbers.set(kind, (numbers.get(kind) || 0) + 1);
+  const order = Object.keys(KINDS).filter((kind) => numbers.has(kind));
+  $("kinds").replaceChildren(...order.map((kind) => {
+    const chip = button(glyph(kind, tint(kind)), (click) => {
+      if (click.shiftKey) state.hidden = new Set(order.filter((one) => one !== kind));
+      else if (!state.hidden.delete(kind)) state.hidden.add(kind);
+      filtered();
+    });
+    chip.append(` ${kind} ${numbers.get(kind)}`);
+    chip.dataset.kind = kind;
+    chip.title = "Show or hide; with shift: only this";
+    chip.setAttribute("aria-pressed", !state.hidden.has(kind));
+    return chip;
+  }));
+}
+
+function setTheme(name) {
+  state.theme = document.documentElement.dataset.theme = name;
+  const style = getComputedStyle(document.documentElement);
+  for (const each of ["paper", "band", "line", "ink", "soft", "accent", "bad"]) {
+    paint[each] = style.getPropertyValue("--" + each).trim();
+  }
+  buildKinds();
+  showDetails();
+  refresh();
+}
+
+function buildHeader() {
+  $("title").textContent = document.title = visible(data.project + " · replay");
+  const agents = lanes.filter((lane) => lane.name[0] !== "#").length;
+  const end = (day(data.to) === day(data.from) ? clock : dated)(data.to);
+  $("facts").textContent = [`${dated(data.from)} – ${end} UTC`,
+    agents + (agents === 1 ? " agent" : " agents"), events.length + " events",
+    data.tokens && short(data.tokens) + " tokens",
+    data.cost && "$" + data.cost.toFixed(2)].filter(Boolean).join(" · ");
+  $("notes").append(...data.notes.map((note) => el("div", "", note)));
+  fillChoices("agent", [["", "all agents"], ...lanes.map(({name}) => [name, name])]);
+  const steps = new Set(events.map((event) => event.step).filter(Boolean));
+  fillChoices("step", [["", "all steps"], ...[...steps].sort().map((id) => [id, id])]);
+  fillChoices("speed", SPEEDS.map((speed) => [speed, speed + "×"]));
+}
+
+// -- Hands -------------------------------------------------------------
+
+const rowAt = (y) => rows.find((row) => y >= row.y && y < row.y + row.height);
+
+/** The index of the event that is drawn at these pixels, or -1. */
+function hit(left, top) {
+  const y = top - AXIS + state.scroll, row = rowAt(y);
+  if (!row || left < gutter || top < AXIS) return -1;
+  const within = y - row.y, far = (index) => Math.abs(x(events[index].t) - left);
+  if (within < MARKS || (row.turns.length && within > row.height - TURNS - 2)) {
+    const list = within < MARKS ? row.marks : row.turns;
+    const after = above(within < MARKS ? row.markTimes : row.turnTimes, timeAt(left));
+    const near = list.slice(Math.max(0, after - 1), after + 1).sort(
+      (one, other) => far(one) - far(other))[0];
+    return near !== undefined && far(near) < 9 ? near : -1;
+  }
+  const level = Math.floor((within - MARKS) / BAR);
+  const bar = row.bars.filter((each) => each.level === level).reverse().find(
+    ({index}) => x(events[index].t) - 3 <= left && x(events[index].end) + 3 >= left);
+  return bar ? bar.index : -1;
+}
+
+function place(event) {
+  const box = event.currentTarget.getBoundingClientRect();
+  return [event.clientX - box.left, event.clientY - box.top];
+}
+
+function showTip(index, left = 0, top = 0) {
+  const box = $("tip");
+  box.hidden = index < 0;
+  $("lanes").style.cursor = index < 0 ? "grab" : "pointer";
+  if (index < 0) return;
+  box.textContent = visible(clock(events[index].t) + "  " + events[index].text);
+  box.style.left = Math.max(4, Math.min(left + 12, width - box.offsetWidth - 4)) + "px";
+  const low = top + 60 + box.offsetHeight > $("stage").clientHeight;
+  box.style.top = (low ? top - box.offsetHeight - 10 : top + 16) + "px";
+}
+
+/** Dragging moves, on the scale it scrubs; two fingers zoom; a click selects. */
+function handleLanes() {
+  const canvas = $("lanes"), fingers = new Map();
+  let moved = 0, scrub = false;
+  const end = (event) => {
+    const still = fingers.delete(event.pointerId) && moved <= 4 && !fingers.size;
+    if (!still || event.type !== "pointerup") return;
+    const [left, top] = place(event), index = hit(left, top);
+    const row = rowAt(top - AXIS + state.scroll);
+    if (index >= 0) select(index);
+    else if (left > gutter) moveTo(timeAt(left), false);
+    else if (row && top > AXIS) setFilter("agent", lanes[row.number].name);
+  };
+  const listeners = {
+    pointerdown(event) {
+      canvas.setPointerCapture(event.pointerId);
+      if (!fingers.size) moved = 0;
+      scrub = place(event)[1] < AXIS;
+      fingers.set(event.pointerId, place(event));
+      showTip(-1);
+    },
+    pointermove(event) {
+      const now = place(event), old = fingers.get(event.pointerId);
+      if (!old) return showTip(hit(...now), ...now);
+      const other = [...fingers].find(([id]) => id !== event.pointerId);
+      moved += Math.abs(now[0] - old[0]) + Math.abs(now[1] - old[1]);
+      fingers.set(event.pointerId, now);
+      if (other) {
+        const far = (point) => Math.max(20, Math.abs(point[0] - other[1][0]));
+        zoom(far(old) / far(now), timeAt((now[0] + other[1][0]) / 2));
+      } else if (scrub) {
+        moveTo(timeAt(now[0]), false);
+      } else if (moved > 4) {
+        pan((old[0] - now[0]) / (width - gutter));
+        scroll(old[1] - now[1]);
+      }
+    },
+    pointerup: end, pointercancel: end, pointerleave() { showTip(-1); },
+  };
+  for (const name in listeners) canvas.addEventListener(name, listeners[name]);
+  canvas.addEventListener("wheel", wheel, {passive: false});
+}
+
+function wheel(event) {
+  event.preventDefault();
+  const [left] = place(event), {deltaX, deltaY} = event;
+  if (event.shiftKey || Math.abs(deltaX) > Math.abs(deltaY)) {
+    pan((deltaX || deltaY) / (width - gutter));
+  } else if (left < gutter) {
+    scroll(deltaY);
+  } else {
+    zoom(Math.exp(Math.max(-300, Math.min(300, deltaY)) / 400), timeAt(left));
+  }
+}
+
+function handleOverview() {
+  const canvas = $("overview");
+  const scrub = (event) => {
+    if (!canvas.hasPointerCapture(event.pointerId)) return;
+    stop();
+    moveTo(data.from + place(event)[0] / canvas.clientWidth * (data.to - data.from));
+  };
+  canvas.addEventListener("pointerdown", (event) => {
+    canvas.setPointerCapture(event.pointerId);
+    scrub(event);
+  });
+  canvas.addEventListener("pointermove", scrub);
+}
+
+const KEYS = {  // key: [act, what it does]
+  " ": [() => (state.playing ? stop() : play()), "play, pause"],
+  "[": [() => faster(-1), "slower"], "]": [() => faster(1), "faster"],
+  ArrowLeft: [(event) => event.shiftKey ? pan(-.2) : neighbour(-1),
+    "the event before; with shift: earlier"],
+  ArrowRight: [(event) => event.shiftKey ? pan(.2) : neighbour(1),
+    "the event after; with shift: later"],
+  ArrowUp: [() => scroll(-60), "lanes above"], ArrowDown: [() => scroll(60), "below"],
+  "+": [() => zoom(.6), "zoom in"], "-": [() => zoom(1 / .6), "zoom out"],
+  "0": [showAll, "show all the time there is"],
+  Home: [() => moveTo(data.from), "to the beginning"],
+  End: [() => moveTo(data.to), "to the end"],
+  "/": [() => $("query").focus(), "search"],
+  t: [() => setTheme(state.theme === "dark" ? "light" : "dark"), "dark or light"],
+  "?": [() => $("help").showModal(), "these keys"],
+  Escape: [() => select(-1), "close the record"],
+};
+
+function handleKeys() {
+  for (const key in KEYS) {
+    $("keys").append(el("dt", "", el("kbd", "", key === " " ? "space" : key)),
+      el("dd", "", KEYS[key][1]));
+  }
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.matches("input, select");
+    if (typing && event.key === "Escape") event.target.blur();
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || $("help").open ||
+      !KEYS[event.key]) return;
+    if (event.key === " " && event.target.matches("button, summary")) return;
+    event.preventDefault();
+    KEYS[event.key][0](event);
+  });
+}
+
+function handleControls() {
+  const keys = {play: " ", first: "Home", in: "+", out: "-", all: "0", theme: "t",
+    "help-button": "?"};
+  for (const id in keys) $(id).addEventListener("click", KEYS[keys[id]][0]);
+  for (const id of ["agent", "step", "query"]) {
+    $(id).addEventListener("input", () => {
+      state[id] = $(id).value;
+      filtered();
+    });
+  }
+  $("speed").addEventListener("input", () => { state.speed = +$("speed").value; });
+  $("list").addEventListener("scroll", refresh);
+  $("rows").addEventListener("click", (event) => {
+    const row = event.target.closest("[data-index]");
+    if (row) select(+row.dataset.index);
+  });
+}
+
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const preferred = () => setTheme(dark.matches ? "dark" : "light");
+buildHeader();
+preferred();
+handleLanes();
+handleOverview();
+handleKeys();
+handleControls();
+faster(0);
+stop();
+recall();
+dark.addEventListener("change", preferred);
+window.addEventListener("hashchange", recall);
+new ResizeObserver(refresh).observe($("stage"));
+document.documentElement.dataset.ready = "yes";
+</script>
+</body>
+</html>
+"""
+
+
+def render_replay(model: dict) -> bytes:
+    """The page with replay_json() of a model in it."""
+    head, _, tail = REPLAY_PAGE.partition("@DATA@")
+    head = head.replace("@POLICY@", content_policy(REPLAY_PAGE))
+    return b"".join((head.encode(), replay_json(model), tail.encode()))
+
+
+def content_policy(page: str) -> str:
+    """A Content-Security-Policy for `page`: its own <style> and <script>, nothing else.
+    """
+    def digest(tag: str) -> str:
+        import base64
+        import hashlib
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'sha256-{digest('style')}'; script-src" \
+           f" 'sha256-{digest('script')}'; img-src data:; base-uri 'none';" \
+           " form-action 'none'"
+
+
+def is_replay(path: str) -> bool:
+    """Whether the file is a page that replay wrote. OSError when it cannot be read."""
+    with open(path, "rb") as file:
+        return PAGE_MARK in file.read(100)
+
+
+# == 73. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -21552,7 +22990,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 72. Archive =======================================================
+# == 74. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -21974,7 +23412,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 73. Doctor ========================================================
+# == 75. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -22323,7 +23761,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 74. Trials ========================================================
+# == 76. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -22858,7 +24296,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 75. Drill =========================================================
+# == 77. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -23122,7 +24560,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 76. Bench =========================================================
+# == 78. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -23493,7 +24931,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 77. Rows ==========================================================
+# == 79. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -23583,12 +25021,13 @@ def say(text: str) -> None:
         quiet(sys.stderr)
 
 
-def put_out(text: str) -> None:
+def put_out(text: str | bytes) -> None:
     """Write to stdout and flush it. A full disk is expected trouble, a closed pipe not
     even that: it passes through to main."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        stream = sys.stdout.buffer if isinstance(text, bytes) else sys.stdout
+        stream.write(text)
+        stream.flush()
     except BrokenPipeError:
         raise
     except OSError as why:
@@ -23744,7 +25183,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 78. Commands under a lease ========================================
+# == 80. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -23950,7 +25389,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 79. Step commands =================================================
+# == 81. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -24240,7 +25679,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 80. Task commands =================================================
+# == 82. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -24412,7 +25851,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 81. Lock commands =================================================
+# == 83. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -24693,7 +26132,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 82. Memory commands ===============================================
+# == 84. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -24812,7 +26251,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 83. Artifact commands =============================================
+# == 85. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -25038,7 +26477,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 84. Reservation commands ==========================================
+# == 86. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -25270,7 +26709,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 85. Commands of presence, views and set-up ========================
+# == 87. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -25775,7 +27214,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 86. House commands ================================================
+# == 88. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -25792,6 +27231,15 @@ def put_line(options: object, text: str, doc: object) -> None:
     put_out(text + "\n")
 
 
+def wanted_by(project: object, options: object, **how: object) -> Wanted:
+    """The events that --since, --until, --by and --step ask for."""
+    now = project.ledger.now()
+    when = {name: since(text, now) for name, text in (
+        ("since", options.since), ("until", options.until)) if text is not None}
+    return Wanted(secret=project.settings.key, by=options.by or "", **when, **how,
+                  step=step_id(options.step) if options.step else "")
+
+
 @command(
     "timeline", "what happened, newest last", SINCE_ARG,
     arg("--until", metavar="WHEN", help="likewise"),
@@ -25802,13 +27250,9 @@ def put_line(options: object, text: str, doc: object) -> None:
     examples=("timeline --since 2h", "timeline --by ada --kind claim handoff --json"),
     exits="0 2 7")
 def cmd_timeline(project: object, options: object) -> None:
-    limit, now = listing_limit(options), project.ledger.now()
-    when = {name: since(text, now) for name, text in (
-        ("since", options.since), ("until", options.until)) if text is not None}
-    past = gather_past(project, Wanted(
-        secret=project.settings.key,
-        **when, by=options.by or "", kinds=tuple(options.kind or ()),
-        step=step_id(options.step) if options.step else ""), limit=limit)
+    limit = listing_limit(options)
+    past = gather_past(project, wanted_by(project, options,
+                                          kinds=tuple(options.kind or ())), limit=limit)
     rows = past.events
     if options.as_json:
         put_out(json_text({"items": rows, "truncated": past.more != 0, "cursor": None}))
@@ -25882,6 +27326,52 @@ def cmd_memory_watch(project: object, options: object) -> None:
     stream_out(project, options, ValueWatch(project, options.key), line)
 
 
+@command(
+    "replay", "the whole run as one page that opens in any browser, offline",
+    arg("--out", metavar="FILE", required=True, help="e.g. run.html; - is stdout"),
+    SINCE_ARG, arg("--until", metavar="WHEN", help="likewise"),
+    arg("--by", metavar="AGENT", help="only what this agent did"),
+    arg("--step", metavar="STEP", help="only of this step"),
+    arg("--force", action="store_true", help="replace a file that is no such page"),
+    examples=("replay --out run.html", "replay --out day.html --since 24h --by ada"),
+    exits="0 2 3 7")
+def cmd_replay(project: object, options: object) -> None:
+    if options.out == "-" and options.as_json:
+        raise Usage("replay --out - writes the page itself to stdout",
+                    hint="leave --json out, or name a file")
+    if options.out != "-":
+        check_page(options.out, force=options.force)
+    model = gather_replay(project, wanted_by(project, options, lasting=True, docs=True))
+    page = render_replay(model)
+    for note in model["notes"]:
+        remark(options, f"warning: {note}")
+    if options.out == "-":
+        put_out(page)
+        return
+    with NewFile(options.out) as temp, FileTrouble("write", options.out):
+        with open(temp, "wb") as file:
+            file.write(page)
+        patiently(os.replace, temp, options.out)
+    count = len(model["events"])
+    answer(options, f"Wrote {count} events to {shown(options.out)}"
+           f" ({size_text(len(page))})",
+           {"file": options.out, "events": count, "bytes": len(page),
+            "agents": len(model["lanes"]), "notes": model["notes"]})
+
+
+def check_page(path: str, *, force: bool) -> None:
+    """Conflict when `path` is there and no page of ours, unless `force`; Usage when it
+    can be no file."""
+    if os.path.isdir(path):
+        raise Usage(f"{shown(path)} is a directory", hint="name a file in it")
+    if force or not os.path.lexists(path):
+        return
+    with FileTrouble("read", path):
+        if not os.path.isfile(path) or not is_replay(path):
+            raise Conflict(f"{shown(path)} is there already, and no page of replay",
+                           hint="choose a new name, or --force")
+
+
 @command("gc", "remove what nobody needs any more; never a record of a step or lock",
          arg("--dry-run", action="store_true", help="only say what would go"),
          arg("--days", type=finite, default=1.0, metavar="N",
@@ -25952,7 +27442,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 87. Commands of digest and notes ==================================
+# == 89. Commands of digest and notes ==================================
 #
 # For a person or a model: what happened in short, and what deserves to be kept.
 
@@ -26045,7 +27535,7 @@ def check_notes(notes: Notes, options: object) -> int:
     return 8 if bad else 3 if stale else 0
 
 
-# == 88. Commands of mail ==============================================
+# == 90. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -26305,7 +27795,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 89. Run commands ==================================================
+# == 91. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -26760,7 +28250,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 90. Queue commands ================================================
+# == 92. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -26951,7 +28441,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 91. Session commands ==============================================
+# == 93. Session commands ==============================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -27059,7 +28549,7 @@ def write_redacted(options: object, redactor: Redactor) -> None:
             patiently(os.replace, temp, options.out)
 
 
-# == 92. Command line ==================================================
+# == 94. Command line ==================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -27087,8 +28577,8 @@ GROUPS = (
     ("artifacts", (cmd_artifact_upload, cmd_artifact_download, cmd_artifact_list,
                    cmd_artifact_show, cmd_artifact_verify, cmd_artifact_lineage,
                    cmd_artifact_url, cmd_artifact_delete)),
-    ("house", (cmd_timeline, cmd_watch, cmd_digest, cmd_promote, cmd_gc, cmd_export,
-               cmd_import)),
+    ("house", (cmd_timeline, cmd_replay, cmd_watch, cmd_digest, cmd_promote, cmd_gc,
+               cmd_export, cmd_import)),
     ("runs", (cmd_run_start, cmd_run_log, cmd_run_note, cmd_run_artifact, cmd_run_end,
               cmd_run_list, cmd_run_show, cmd_run_compare)),
     ("queues", (cmd_queue_push, cmd_queue_pop, cmd_queue_ack, cmd_queue_nack,
@@ -27114,8 +28604,8 @@ TOP_HELP = (
     ("queue", "push / pop / ack / nack / extend / peek / len / dead / requeue"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
     ("session", "redact: take the secrets out of a transcript"),
-    ("timeline", "what happened  (watch, digest, promote, gc, export, import)"),
-    ("doctor", "check store and objects; --fix  (config, install, completion)"),
+    ("timeline", "what happened   (watch, replay: one page, digest, promote)"),
+    ("doctor", "check; --fix  (gc, export, import, config, install, completion)"),
     ("demo", "real processes, two of them crash   (drill, bench)"),
 )
 
