@@ -21967,9 +21967,12 @@ function refresh() {
 function prepared(canvas) {
   const scale = window.devicePixelRatio || 1, pen = canvas.getContext("2d");
   const wide = canvas.clientWidth, tall = canvas.clientHeight;
-  canvas.width = Math.round(wide * scale);
-  canvas.height = Math.round(tall * scale);
-  pen.scale(scale, scale);
+  const size = [Math.round(wide * scale), Math.round(tall * scale)];
+  if (canvas.width !== size[0] || canvas.height !== size[1]) {
+    [canvas.width, canvas.height] = size;
+  }
+  pen.setTransform(scale, 0, 0, scale, 0, 0);
+  pen.clearRect(0, 0, wide, tall);
   pen.font = "12px system-ui, sans-serif";
   pen.textBaseline = "middle";
   return [pen, wide, tall];
@@ -22018,14 +22021,16 @@ function drawLanes() {
 }
 
 function drawBars(pen, row) {
-  const last = [];
+  const drawn = [];  // where the last bar of each row begins and ends
   for (const {index, level} of row.bars) {
     const event = events[index], y = row.y + MARKS + level * BAR;
     if (event.end < state.from || event.t > state.to) continue;
     const left = Math.max(gutter - 4, x(event.t));
     const right = Math.min(width + 4, Math.max(left + 2, x(event.end)));
-    if (right <= last[level] + 1 && index !== state.selected) continue;
-    last[level] = right;
+    const [begun, ended] = drawn[level] || [-9, -9];
+    const over = right <= ended + 1 || (right - left < 30 && left < begun + 2);
+    if (over && index !== state.selected) continue;
+    drawn[level] = [left, right];
     pen.globalAlpha = event.open ? .36 : .2;
     pen.fillStyle = tint(event.kind);
     pen.fillRect(left, y, right - left, BAR - 3);
@@ -22080,14 +22085,17 @@ function drawTurns(pen, row) {
 }
 
 function drawMarks(pen, row) {
-  const end = above(row.markTimes, state.to), last = {}, y = row.y + MARKS / 2;
-  for (let at = above(row.markTimes, state.from - 1e-9); at < end; at++) {
+  const begin = above(row.markTimes, state.from - 1e-9), last = {};
+  const end = above(row.markTimes, state.to), y = row.y + MARKS / 2;
+  const dense = end - begin > width / 4;  // then a mark is a tick
+  for (let at = begin; at < end; at++) {
     const index = row.marks[at], event = events[index], left = x(event.t);
     const ink = colour(event);
     if (left - last[ink] < 2 && index !== state.selected) continue;
     last[ink] = left;
     pen.fillStyle = pen.strokeStyle = ink;
-    drawMark(pen, kindOf(event.kind)[2], {left, y});
+    if (dense) pen.fillRect(left - 1, y - 5, 2, 10);
+    else drawMark(pen, kindOf(event.kind)[2], {left, y});
     if (index === state.selected) {
       pen.strokeStyle = paint.accent;
       pen.beginPath();
@@ -22096,9 +22104,9 @@ function drawMarks(pen, row) {
     }
     const next = at + 1 < row.marks.length ? x(row.markTimes[at + 1]) : width;
     const room = Math.min(260, next - left - 16);
+    if (room < 50) continue;
     pen.fillStyle = paint.soft;
-    if (room > 50) pen.fillText(fitting(event.what + " " + event.subject, room),
-      left + 9, y);
+    pen.fillText(fitting(event.what + " " + event.subject, room), left + 9, y);
   }
 }
 
@@ -22114,23 +22122,23 @@ function drawMark(pen, shape, {left, y}) {
 /** Lines from the lane of who acted to the lane of whom it was for. */
 function drawArrows(pen) {
   const places = new Map(rows.map((row) => [row.number, row.y + MARKS / 2]));
-  const end = above(times, state.to), drawn = new Set();
-  for (let at = above(times, state.from - 1e-9); at < end; at++) {
+  const begin = above(times, state.from - 1e-9), end = above(times, state.to);
+  const drawn = new Set(), faint = Math.max(.05, Math.min(.5, 400 / (end - begin)));
+  for (let at = begin; at < end; at++) {
     const index = shown[at], event = events[index], left = Math.round(x(event.t)) + .5;
     if (event.to === undefined || event.to === event.lane) continue;
     const place = (left * lanes.length + event.lane) * (lanes.length + 1) + event.to;
     if (drawn.has(place) && index !== state.selected) continue;
     drawn.add(place);
     pen.strokeStyle = pen.fillStyle = colour(event);
-    pen.globalAlpha = index === state.selected ? 1 : event.to < 0 ? .3 : .5;
+    pen.globalAlpha = index === state.selected ? 1 : event.to < 0 ? faint / 2 : faint;
     pen.lineWidth = index === state.selected ? 2 : 1;
-    pen.setLineDash(event.fenced ? [4, 3] : []);
-    for (const [lane, y] of places) {
-      const meant = event.to < 0 ? lane !== event.lane : lane === event.to;
-      if (meant) drawArrow(pen, left, {from: places.get(event.lane), to: y});
-    }
+    if (event.fenced) pen.setLineDash([4, 3]);
+    const from = places.get(event.lane);
+    const meant = event.to < 0 ? places.values() : [places.get(event.to)];
+    for (const to of meant) if (to !== from) drawArrow(pen, left, {from, to});
+    if (event.fenced) pen.setLineDash([]);
   }
-  pen.setLineDash([]);
   pen.globalAlpha = pen.lineWidth = 1;
 }
 
