@@ -21626,20 +21626,16 @@ REPLAY_PAGE = r"""<!doctype html>
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html, body { height: 100%; margin: 0; }
-body {
-  display: flex; flex-direction: column; background: var(--paper); color: var(--ink);
-  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-}
-button, select, input {
-  font: inherit; color: inherit; background: var(--card); border-radius: 6px;
-  border: 1px solid var(--line); padding: 3px 9px; min-height: 30px;
-}
+body { display: flex; flex-direction: column; background: var(--paper);
+  color: var(--ink); font: 14px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
+button, select, input { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 6px; padding: 3px 9px;
+  min-height: 30px; }
 button { cursor: pointer; }
 button:hover, select:hover { border-color: var(--soft); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-header, #controls, #kinds {
-  display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px; padding: 6px 14px;
-}
+header, #controls, #kinds { display: flex; flex-wrap: wrap; align-items: center;
+  gap: 6px 10px; padding: 6px 14px; }
 header { padding-top: 10px; }
 h1 { font-size: 17px; margin: 0; overflow-wrap: anywhere; }
 h1, h2, dd, .said, #tip { unicode-bidi: isolate; }
@@ -21652,30 +21648,21 @@ header p { margin: 0; color: var(--soft); flex: 1 1 260px; }
 #play { min-width: 42px; background: var(--accent); color: var(--paper); border: 0; }
 #clock { font-variant-numeric: tabular-nums; white-space: nowrap; flex: 1; }
 #kinds { padding-top: 0; gap: 5px; }
-#kinds button {
-  padding: 0 9px; min-height: 24px; font-size: 12.5px; border-radius: 12px;
-}
+#kinds button { padding: 0 9px; min-height: 24px; font-size: 12px;
+  border-radius: 12px; }
 #kinds button[aria-pressed="false"] { opacity: .5; text-decoration: line-through; }
 .mark { color: var(--mark); }
-main {
-  flex: 1; min-height: 0; display: grid; border-top: 1px solid var(--line);
-  grid-template: 100% / minmax(0, 1fr) minmax(300px, 30%);
-}
+main { flex: 1; min-height: 0; display: grid; border-top: 1px solid var(--line);
+  grid-template: 100% / minmax(0, 1fr) minmax(300px, 30%); }
 #stage { display: flex; flex-direction: column; min-width: 0; position: relative; }
 #lanes { flex: 1; min-height: 0; width: 100%; touch-action: none; cursor: grab; }
-#overview {
-  height: 44px; width: 100%; touch-action: none; cursor: ew-resize;
-  border-top: 1px solid var(--line);
-}
-#tip {
-  position: absolute; max-width: 360px; padding: 4px 8px; pointer-events: none;
+#overview { height: 44px; width: 100%; touch-action: none; cursor: ew-resize;
+  border-top: 1px solid var(--line); }
+#tip { position: absolute; max-width: 360px; padding: 4px 8px; pointer-events: none;
   background: var(--ink); color: var(--paper); border-radius: 5px; font-size: 12.5px;
-  overflow-wrap: anywhere;
-}
-aside {
-  display: flex; flex-direction: column; min-width: 0; min-height: 0;
-  border-left: 1px solid var(--line); background: var(--card);
-}
+  overflow-wrap: anywhere; }
+aside { display: flex; flex-direction: column; min-width: 0; min-height: 0;
+  border-left: 1px solid var(--line); background: var(--card); }
 #count { margin: 0; padding: 5px 12px; color: var(--soft); font-size: 12.5px; }
 #list { flex: 1 1 45%; min-height: 90px; overflow-y: auto; position: relative; }
 #rows { position: absolute; left: 0; right: 0; top: 0; }
@@ -21685,10 +21672,8 @@ aside {
 .row:hover, .row[aria-selected="true"] { background: var(--band); }
 .row[aria-selected="true"] { box-shadow: inset 3px 0 var(--accent); }
 .later { opacity: .5; }
-#details {
-  flex: 1 1 55%; min-height: 0; overflow-y: auto; padding: 10px 14px 30px;
-  border-top: 1px solid var(--line);
-}
+#details { flex: 1 1 55%; min-height: 0; overflow-y: auto; padding: 10px 14px 30px;
+  border-top: 1px solid var(--line); }
 nav { display: flex; gap: 6px; }
 h2 { font-size: 15px; margin: 6px 0 10px; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 12px;
@@ -21697,21 +21682,18 @@ dt, .soft { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 dd button { padding: 0 7px; min-height: 0; font-size: 13px; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--soft); margin: 12px 0 4px; }
-pre {
-  margin: 0; padding: 8px 10px; background: var(--band); border-radius: 6px;
-  font: 12.5px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+pre, kbd, code { font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; }
+pre { margin: 0; padding: 8px 10px; background: var(--band); border-radius: 6px;
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
-  max-height: 420px; overflow-y: auto;
-}
+  max-height: 420px; overflow-y: auto; }
 pre span { display: block; min-height: 1.45em; }
 .plus { background: var(--plus); }
 .minus { background: var(--minus); }
 .error { border-left: 3px solid var(--bad); }
-.curve { display: flex; align-items: center; gap: 10px; font-size: 12.5px; }
+.curve { display: flex; align-items: center; gap: 10px; margin-top: 8px; }
 .curve canvas { width: 150px; height: 34px; flex: none; }
 dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--card);
   color: var(--ink); max-width: 430px; }
-kbd, code { font: 12.5px ui-monospace, Menlo, Consolas, monospace; }
 #close { display: none; }
 @media (max-width: 760px) {
   header p { font-size: 12.5px; flex-basis: 100%; order: 9; }
@@ -21724,11 +21706,9 @@ kbd, code { font: 12.5px ui-monospace, Menlo, Consolas, monospace; }
   main { grid-template: minmax(0, 55%) minmax(0, 45%) / 100%; }
   aside { border-left: 0; border-top: 1px solid var(--line); }
   #details { display: none; }
-  #details.open {
-    display: block; position: fixed; left: 0; right: 0; bottom: 0; max-height: 74vh;
-    background: var(--card); border-radius: 12px 12px 0 0; z-index: 5;
-    border-top: 2px solid var(--accent);
-  }
+  #details.open { display: block; position: fixed; left: 0; right: 0; bottom: 0;
+    max-height: 74vh; background: var(--card); border-radius: 12px 12px 0 0;
+    border-top: 2px solid var(--accent); }
   #close { display: inline-block; }
 }
 </style>
@@ -21812,7 +21792,8 @@ const TIPS = {  // corners of the glyphs that are no circles
 };
 [TIPS["□"], TIPS["▪"], TIPS["△"]] = [TIPS["■"], TIPS["■"], TIPS["▲"]];
 const TROUBLE = new Set(
-  ["took over", "failed", "blocked", "rejected", "forced", "broke", "buried"]);
+  ["took over", "failed", "blocked", "rejected", "forced", "broke", "buried",
+    "had an error", "got an error"]);
 
 const $ = (id) => document.getElementById(id);
 const state = {
@@ -22077,9 +22058,10 @@ function drawTurns(pen, row) {
     const index = row.turns[at], event = events[index], left = Math.round(x(event.t));
     if (left <= last && index !== state.selected) continue;
     last = left + 1;
-    pen.globalAlpha = event.role === "user" || event.calls ? 1 : .55;
-    pen.fillStyle = index === state.selected ? paint.accent : colour(event);
-    pen.fillRect(left, row.y + row.height - TURNS, 2, TURNS - 4);
+    const loud = index === state.selected || event.role === "user";
+    pen.globalAlpha = loud || event.calls ? 1 : .6;
+    pen.fillStyle = loud ? paint.accent : colour(event);
+    pen.fillRect(left, row.y + row.height - TURNS, 2, TURNS - 3);
   }
   pen.globalAlpha = 1;
 }
@@ -22289,7 +22271,7 @@ function curveRow(metric) {
     `${metric.last}, ${metric.min} … ${metric.max}, ${metric.count} points`));
 }
 
-const PLAIN = ["what", "token", "rev", "mode", "size", "sha256", "count", "verdict",
+const PLAIN = ["token", "rev", "mode", "size", "sha256", "count", "verdict",
   "status", "role", "model", "message_kind", "thread", "reply_to", "next_action",
   "claimed_from", "session"];
 const LISTS = ["error", "findings", "warnings", "changed_files", "files", "needs"];
@@ -22308,7 +22290,7 @@ function facts(event) {
     ["lasted", event.end !== undefined && duration(event.end - event.t) + ended],
     ["fenced", event.fenced && `${event.fenced}, token ${event.fenced_token || "?"}`],
     ...PLAIN.map((name) => [name.replace(/_/g, " "), event[name]]),
-    ["tokens", tokens], ["cost", event.cost > 0 && "$" + event.cost.toFixed(4)],
+    ["tokens", tokens], ["cost", event.cost > 0 && "$" + +event.cost.toPrecision(3)],
     ["key", el("code", "", event.key)]].filter(([, value]) => value);
 }
 
@@ -22328,7 +22310,8 @@ function writings(event) {
   for (const name of LISTS.filter((each) => event[each])) {
     out.push(folded(name.replace("_", " "), [].concat(event[name]).join("\n")));
   }
-  if (event.kind === "run") out.push(...(curves.get(event.subject) || []).map(curveRow));
+  const metrics = event.kind === "run" && curves.get(event.subject);
+  if (metrics) out.push(...metrics.map(curveRow));
   const record = records.get(event.key);
   if (record) out.push(folded("Record as it is stored", record, {open: false}));
   return out;
@@ -22401,7 +22384,7 @@ function select(index) {
   const event = events[index];
   if (!event) return;
   stop();
-  moveTo(event.t, event.end === undefined || event.end < state.from);
+  moveTo(event.t, !(event.t <= state.to && event.end >= state.from));
   reveal(Math.max(0, above(shown, index) - 1));
   const row = rows.find((each) => each.number === event.lane);
   const room = $("lanes").clientHeight - AXIS;
