@@ -7609,9 +7609,6 @@ class MemoryStore:
     def ensure(self):
         return None
 
-    def credentials(self):
-        return tracecraft.Keys("x", "y", source="memory")
-
     def close(self):
         return None
 

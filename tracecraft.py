@@ -8942,10 +8942,6 @@ class S3Reader(S3Client):
         if not load.whole():
             raise Lost(f"cannot {doing}: it ended at byte {load.done}")
 
-    def credentials(self) -> object:
-        """The Keys in use, None for unsigned requests. Denied without a usable one."""
-        return self._keys()
-
     def presigned(self, key: str, expires: int) -> dict:
         """{url, expires_in_s, temporary}: whoever has the URL may GET the object.
 
@@ -17854,7 +17850,7 @@ class Files:
                         hint="S3 signs for a week at most")
         head = self._heads.checked(
             place, lambda now: (now["sha256"], store.head(now["key"]).size))
-        if store.kind == "file":
+        if not hasattr(store, "presigned"):
             path = os.path.join(store.bucket, store.project, *head["key"].split("/"))
             raise Usage(f"{store.url} is a directory and has no URLs", path=path,
                         hint=f"the file is {shown(path)}")
@@ -23511,14 +23507,14 @@ class Checkup:
         if self.store.kind == "file":
             self.say("credentials", True, "none needed for a directory")
             return
+        if self.store.kind == "hf":
+            self.say("credentials", True, self.store.credentials())
+            self.say("visibility", *self._visibility())
+            return
         try:
-            keys = self.store.credentials()
+            keys = CredentialChain(settings.environ, settings.config)()
         except Error as why:
             self.say("credentials", False, why.message, code=why.exit)
-            return
-        if self.store.kind == "hf":
-            self.say("credentials", True, keys)
-            self.say("visibility", *self._visibility())
             return
         if keys is None:
             self.say("credentials", None, "none found: requests go unsigned")
@@ -26810,8 +26806,7 @@ def cmd_doctor(project: object, options: object) -> int:
 
 @command(
     "init", "name the store, the project and me",
-    arg("url", nargs="?", help="s3://bucket/project?endpoint=…,"
-        " hf://user/bucket/project or file:///dir/project"),
+    arg("url", nargs="?", help="s3://bucket/project?…, hf://user/bucket/project, file:…"),
     arg("--backend", choices=("s3", "hf", "file"), help="default s3"),
     arg("--endpoint", metavar="URL", help="of an S3 store"),
     arg("--region", metavar="NAME", help="of an S3 store"),
