@@ -5422,37 +5422,40 @@ class XetPack:
 
 SHORTEST = 8  # characters of a value; shorter ones are words too often
 
-SECRET_ENDS = (b"password", b"passwd", b"passphrase", b"passcode", b"pwd", b"secret",
-               b"secrets", b"credential", b"credentials", b"creds", b"apikey",
-               b"authkey", b"accesskey", b"secretkey", b"privatekey", b"authtoken",
-               b"accesstoken")
+SECRET_ENDS = tuple(  # of a word in the name
+    b"password passwd passphrase passcode pwd secret credential credentials creds"
+    b" apikey authkey accesskey secretkey privatekey authtoken accesstoken".split())
 BEFORE_KEY = frozenset(  # such a key or token is as secret as a password
-    b"api access secret private auth client refresh bearer account signing encryption"
+    b"api access secret private auth refresh bearer account signing encryption"
     b" master personal service webhook bot deploy license storage admin app consumer"
     b" shared integration subscription".split())
-WEAK_WORDS = (b"auth", b"authorization", b"jwt", b"psk", b"cookie")
+WEAK_ENDS = (b"auth", b"jwt", b"psk", b"cookie")
 OTHER_ENDS = frozenset(  # a name that ends so is about a secret, not one
-    b"id ids name names file files path dir folder url uri type types count limit length"
-    b" size ttl expiry expires expired expiration at in hint policy field fields label"
-    b" prefix suffix header headers version algorithm alg format env var ref arn status"
-    b" endpoint source provider manager store rotation placeholder usage budget index"
-    b" number error message text input form reset changed hash digest sha fingerprint"
-    b" checksum created updated scope scopes rule pattern regex test class method func"
-    b" valid enabled required mode kind group title description host port email role"
-    b" region zone tokens keys page".split())
-PUBLIC_WORDS = frozenset(
-    b"public pub publishable primary foreign cache sort partition idempotency row object"
-    b" page next continuation cursor max min num total input output prompt completion"
-    b" cached count style color hot map lookup group index known ssh host csrf xsrf s3"
-    b" dedupe routing site etag".split())
+    b"address alg algorithm arn array at budget callback checksum class cls config"
+    b" count created data description dict digest dir enabled endpoint env error"
+    b" event expired expires expiry expiration expression factory field fields file"
+    b" files fingerprint flag fn folder form format func group handler hash header"
+    b" headers hint host id ids in index info input iter keys kind label length limit"
+    b" list manager map message method mode name names node number obj object option"
+    b" options page params parameters path pattern placeholder policy port prefix"
+    b" provider ref regex region request required reset response result role rotation"
+    b" rule scope scopes set sha size source spec status store strategy stream struct"
+    b" suffix test text title tokens ttl type types updated uri url usage userdata"
+    b" valid var variable vault verifier version zone".split())
+PUBLIC_WORDS = frozenset(  # a key or token with one of them is none to keep
+    b"bucket cache cached client color completion continuation continue count csrf"
+    b" cursor dedupe etag foreign group hot idempotency idx index input known lookup"
+    b" map max min monkey natural next num object output page partition primary"
+    b" prompt pub public publishable routing row s3 schema scroll sequence site sort"
+    b" ssh style total turkey upload xsrf".split())
 
 # What stays although it has the shape or the name: documentation's examples, fillers.
 FILLER = (rb"(?i)EXAMPLE|x{6}|\*{3}|\.{3}|your[-_a-z]|placeholder|redacted|dummy|<[a-z]"
           rb"|change[-_]?(?:me|this)|(?:goes|insert|replace)[-_]|[-_]here\b")
 REFERENCE = (
-    FILLER + rb"|\$\{|\{\{|#\{|\{\w+\}|%s|^(?:[<{\[(]|\$[a-z_{(]|%\w+%|%[sd(]|&\w+$|file:"
-    rb"|https?:|arn:|op:|vault:|ref\+|ssm:|data:|sha\d+[:-]|[~.]{1,2}/|[~.]{0,2}/[\w.@-]+/"
-    rb"|(?:process|os|self|this|ctx|env|config|settings|secrets)\.|[a-z]:\\"
+    FILLER + rb"|\$\{|\{\{|#\{|\{\w+\}|%s|^(?:[<{\[(]|\$[a-z_{(]|%\w+%|%[sd(]|&\w+$"
+    rb"|file:|https?:|arn:|op:|vault:|ref\+|ssm:|data:|sha\d+[:-]|[a-z]:\\|[~.]{1,2}/"
+    rb"|[~.]{0,2}/[\w.@-]+/|(?:process|os|self|this|ctx|env|config|settings|secrets)\."
     rb"|\d{4}-\d\d-\d\d|v?\d+(?:\.\d+)+$|[\w.+-]+@[\w-]+\.\w+$)")
 
 
@@ -5465,10 +5468,12 @@ class Judge:
         self._reference, self._filler = re.compile(REFERENCE), re.compile(FILLER)
         self._word = re.compile(rb"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
         self._turn = re.compile(rb"(?<=[A-Za-z])\d|(?<=\d)[A-Za-z]")
+        self._spoken = re.compile(rb"(?i)(?=.*[aeiouy])(?!.*[bcdfghjklmnpqrstvwxz]{6})"
+                                  rb".{2,24}")
         self._sign = re.compile(rb"[!@#$%^&*+=?~]")
-        self._digest = re.compile(
-            rb"(?:0x)?[0-9a-fA-F]{16,}|[\da-fA-F]{8}(?:-[\da-fA-F]{4}){3}-[\da-fA-F]{12}")
-        self._dotted = re.compile(rb"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Z]+(?:_[A-Z\d]+)+")
+        self._digest = re.compile(rb"(?i)(?:0x)?[\da-f]{16,}|[\da-f]{8}(?:-[\da-f]{4}){3}"
+                                  rb"-[\da-f]{12}")  # or a UUID
+        self._random = re.compile(rb"[A-Za-z0-9_+/]{20,}={0,2}")
 
     def is_filler(self, value: bytes) -> bool:
         """Whether `value` is an example of documentation, or says that it is none."""
@@ -5479,14 +5484,14 @@ class Judge:
         return self._reference.search(value) is not None
 
     def is_plain(self, value: bytes) -> bool:
-        """Whether `value` is made of words, or of numbers: no digit stands beside a
-        letter, and the words are as long as words are."""
+        """Whether `value` is made of words or of numbers: no digit stands beside a
+        letter, and most letters are in words that could be spoken."""
         if self._turn.search(value):
             return False
         words = [word for word in self._word.findall(value) if word.isalpha()]
+        spoken = sum(len(word) for word in words if self._spoken.fullmatch(word))
         letters = sum(map(len, words))
-        return max(map(len, words), default=0) <= 24 \
-            and (letters < 16 or len(words) * 3 <= letters)
+        return spoken * 10 >= letters * (7 if letters > 15 else 4)
 
     def is_pair(self, value: bytes) -> bool:
         """Whether `value` is user:password in base64 (HTTP Basic, Docker's auth)."""
@@ -5495,14 +5500,15 @@ class Judge:
             text = base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
         except ValueError:
             return False
-        return b":" in text[1:-1] and text.isascii() and text.decode().isprintable()
+        return b":" in text[1:] and len(text) > 4 and text.isascii() \
+            and text.decode().isprintable()
 
     def strength(self, name: bytes) -> int:
         """How much a name promises a secret: 3 password or API key, 2 token, 1 key,
         0 nothing.
 
-        >>> [Judge().strength(name) for name in (b"apiKey", b"csrf_token", b"max_tokens")]
-        [3, 0, 0]
+        >>> [Judge().strength(name) for name in (b"apiKey", b"DB_PASS", b"csrf_token")]
+        [3, 3, 0]
         """
         if name not in self._known:
             if len(self._known) > 4096:
@@ -5513,17 +5519,21 @@ class Judge:
     def _strength(self, name: bytes) -> int:
         words = [word.lower() for word in self._word.findall(name)]
         words = [word for word in words if not word.isdigit()] or [b""]
+        tail = name.rpartition(b".")[2]  # of token.address only the address counts
+        if tail != name and tail not in (b"key", b"value") and not self.strength(tail):
+            return 0
         last, pairs = words[-1], set(zip(words, words[1:]))
         if last in OTHER_ENDS or len(words) > 8:
             return 0
-        if any(word.endswith(SECRET_ENDS) for word in words) or last == b"pass" \
+        if any(word.endswith(SECRET_ENDS) for word in words) \
+                or last in (b"pass", b"authorization") \
                 or any(a in BEFORE_KEY and b in (b"key", b"token") for a, b in pairs):
             return 0 if words[0] in (b"no", b"is", b"has", b"public") else 3
         if not PUBLIC_WORDS.isdisjoint(words):
             return 0
-        if any(word.endswith(b"token") for word in words) or last in WEAK_WORDS:
+        if any(word.endswith(b"token") for word in words) or last in WEAK_ENDS:
             return 2
-        return int(b"key" in words)
+        return int(last == b"key")
 
     def is_secret(self, value: bytes, strength: int, *, loose: bool = False) -> bool:
         """Whether `value` is one under a name of that strength.
@@ -5536,13 +5546,12 @@ class Judge:
             return strength == 3
         turns = len(self._turn.findall(value))
         if strength < 2:
-            return len(value) >= 16 and turns > 2
-        if not loose and turns < 4 and self._dotted.fullmatch(value):
-            return False
+            return turns > 3 and self._random.fullmatch(value) is not None
+        signed = strength == 3 and self._sign.search(value) is not None
         if not turns:
-            signed = loose and strength == 3 and self._sign.search(value)
-            return not self.is_plain(value) or bool(signed and not value.isdigit())
-        return turns >= (1 if loose and strength == 3 else 2)
+            long = strength == 3 and len(value) >= 20
+            return (loose or long) and (signed or not self.is_plain(value))
+        return turns > (3 if loose or signed else 4) - strength
 
 
 # == 22. Secret shapes =================================================
@@ -5559,7 +5568,7 @@ TOKEN_BYTES = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-
 
 # What may stand before a token: nothing of its own alphabet, or an escape whose last
 # letter only looks like it (\n, the m of a colour, %3D, \u2192). \b takes none of them.
-ESCAPED = rb"(?<=\\[nrtbf])|(?<=[\d;\[]m)|(?<=%[0-9A-F]{2})|(?<=\\u[0-9a-f]{4})"
+ESCAPED = rb"(?<=\\[nrtbf])|(?<=[\d;\[]m)|(?<=%[\da-fA-F]{2})|(?<=\\u[0-9a-f]{4})"
 LEFT = rb"(?:(?<![A-Za-z0-9_])|" + ESCAPED + rb")"
 
 # kind, how it begins, how it goes on. The first eight kinds are those of 0.2 and take
@@ -5574,6 +5583,7 @@ aws_session_token  ASIA                  [0-9A-Z]{16}(?![A-Za-z0-9])
 aws_access_key    A(?:KIA|BIA|CCA|3T[A-Z0-9])  [0-9A-Z]{16}(?![A-Za-z0-9])
 hf_token          (?:hf|api_org)_        [A-Za-z0-9]{30,}
 github_pat        github_pat_            \w{40,}
+github_pat        ghs_  (?:\d+_)?ey[\w-]{10,1024}\.[\w-]{10,}\.[\w-]{10,}
 github_pat        gh[pousr]_             (?:\d+_)?[A-Za-z0-9]{30,}(?:\.[\w-]{8,})*
 slack_token       xapp-                  \d-[A-Za-z0-9-]{20,}
 aws_bedrock_key   bedrock-api-key-       [A-Za-z0-9+/=]{20,}
@@ -5587,7 +5597,7 @@ perplexity_key    pplx-                  [A-Za-z0-9]{40,}
 replicate_token   r8_                    [A-Za-z0-9]{37}(?!\w)
 fireworks_key     fw_                    [A-Za-z0-9]{22,24}(?!\w)
 nvidia_key        nvapi-                 [\w-]{50,}
-gitlab_token      gl(?:pat|dt|rt|rtr|cbt|ptt|ft|oas|soat|imt|agent|ffct)-  [\w.-]{20,}
+gitlab_token      gl(?:pat|dt|rtr?|cbt|ptt|ft|oas|soat|imt|agent|ffct)- [\w.-]{20,}
 gitlab_token      GR1348941              [\w-]{20}(?![\w-])
 npm_token         npm_                   [A-Za-z0-9]{36}(?!\w)
 pypi_token        pypi-AgE               [\w-]{50,}
@@ -5648,7 +5658,7 @@ artifactory_key   AKCp                   [A-Za-z0-9]{60,}
 artifactory_key   cmVmd                  [A-Za-z0-9]{55,}
 discord_token     [MNO][\w-]{23,27}\.[\w-]{6}\.  [\w-]{27,38}(?![\w-])
 telegram_token    AA(?<=\d{8}:AA)       [\w-]{32,33}(?![\w-])
-azure_secret      [\w~.-]{3}\dQ~         [\w~.-]{31,34}(?![\w~.-])
+azure_secret      [\w~.-]{3}\dQ~         [\w~.-]{31,34}(?![\w~-])
 heroku_key        HRKU-                  [\w-]{36,}
 cohere_key        co_                    [A-Za-z0-9]{40}(?!\w)
 tavily_key        tvly-                  [\w-]{20,}
@@ -5687,7 +5697,7 @@ render_key        rnd_                   [A-Za-z0-9]{20,}
 # kind, a word that is always there, what to look for in lower case: `s` is replaced.
 # Tokens with '+' and '/', which would end a run, and what commands and headers show.
 QUOTES = rb"[\\\"']{0,4}"
-WORD = rb"(?P<s>[^\s\"'\\|;&]{4,})"
+BARE_WORD = rb"(?P<s>[^\s\"'\\|;&]{4,})"
 MNEMONIC = rb"[^a-z]{1,9}(?P<s>(?:[a-z]{3,8} ){11,23}[a-z]{3,8})"
 PHRASE_TABLE = (
     ("slack_webhook", b"slack.com/",
@@ -5699,16 +5709,17 @@ PHRASE_TABLE = (
     ("bearer_token", b"bearer", rb"bearer(?:\s|%20|\+){1,4}(?P<s>[\w.~+/=-]{20,})"),
     ("bearer_token", b"authorization",
      rb"authorization" + QUOTES + rb"\s?[:=]\s?" + QUOTES +
-     rb"(?:token|key|api-?key|bot|ssws|oauth|splunk|geniekey)\s(?P<s>[\w.~+/=-]{12,})"),
+     rb"(?:token|key|api-?(?:key|token)|bot|ssws|oauth|splunk|geniekey)\s"
+     rb"(?P<s>[\w.~+/=-]{12,})"),
     ("basic_auth", b"basic", rb"basic(?:\s|%20){1,4}(?P<s>[a-z0-9+/]{8,}={0,2})"),
     ("password", b"curl", rb"curl\b[^|;]{0,400}?\s(?:-u|--user|--proxy-user)[\s=]?"
      + QUOTES + rb"[^\s:\"'$]{1,80}:(?P<s>[^\s\"'\\]{3,})"),
-    ("password", b"sshpass", rb"sshpass\s{1,3}-p\s?" + QUOTES + WORD),
-    ("password", b" -p", rb"mysql\w{0,8}\b[^\n|;&]{0,200}?\s-p" + QUOTES + WORD),
+    ("password", b"sshpass", rb"sshpass\s{1,3}-p\s?" + QUOTES + BARE_WORD),
+    ("password", b" -p", rb"mysql\w{0,8}\b[^\n|;&]{0,200}?\s-p" + QUOTES + BARE_WORD),
     ("password", b"redis-cli",
-     rb"redis-cli\b[^\n|;&]{0,200}?\s(?:-a|--pass)\s{1,3}" + QUOTES + WORD),
+     rb"redis-cli\b[^\n|;&]{0,200}?\s(?:-a|--pass)\s{1,3}" + QUOTES + BARE_WORD),
     ("password", b" login", rb"(?:docker|podman)\s[^\n|;&]{0,60}?\blogin\b"
-     rb"[^\n|;&]{0,200}?\s(?:-p|--password)[\s=]" + QUOTES + WORD),
+     rb"[^\n|;&]{0,200}?\s(?:-p|--password)[\s=]" + QUOTES + BARE_WORD),
     ("password", b"login",
      rb"\blogin\s{1,9}\S{1,99}\s{1,9}password\s{1,9}(?P<s>[^\s\\]{4,})"),  # .netrc
     ("password", b"password", rb"\s--?[a-z-]{0,30}password\s{1,3}" + QUOTES +
@@ -5722,19 +5733,20 @@ PHRASE_TABLE = (
     ("mnemonic", b"phrase", rb"(?:seed|recovery|secret)[ _-]?phrase" + MNEMONIC),
 )
 
-# What stands between a secret-looking name and a value of sufficient length, at any depth
-# of escapes, in code, config, headers, JSON, XML and YAML; in lower case.
+# What stands between a secret-looking name and a value of sufficient length: at any
+# depth of escapes, in code, config, headers, JSON, XML and YAML; in lower case.
 SPACE = rb"(?:\s|\\[tnr])"
-REST = (rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?" + SPACE + rb"{0,20}\\*[\"']?value"
-        rb"\\*[\"']?\s?[:=]|" + SPACE + rb"{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?"
-        + SPACE + rb"{0,8})(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
+REST = (
+    rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?" + SPACE + rb"{0,20}\\*[\"']?value\\*"
+    rb"[\"']?\s?[:=]|" + SPACE + rb"{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?" + SPACE
+    + rb"{0,8})(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
 NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|w(?<=pw)d|pass|c(?<=sec)ret|cred"
                rb"|u(?<=au)th)" + REST)
 
 # Where a word of PHRASE_TABLE or a named value may be. A search for one letter is ten
-# times as fast as one for any of two: so each word is looked for by its rarest letter
-# (and one it shares), followed by a letter and preceded by the others. In a line without
-# any of them nothing else is looked for.
+# times as fast as one for any of two: so words that share a rare letter are looked for
+# by it, and preceded by the letters before it. In a line without any of these words
+# there is nothing for PhraseRule to find.
 HINTS = (
     rb"k(?:ey(?:REST|(?<=private key)|-file(?<=user-key-file))|e(?<=toke)nREST"
     rb"|i(?<=cooki)eREST|\.(?<=slack.)com/|s(?<=webhooks)/|(?<=absk)|e(?<=docke)r\s)",
@@ -5784,9 +5796,13 @@ class TokenRule:
             while start < end:
                 lead = leads.search(text, start, end)
                 token = lead and self._token.match(text, lead.start())
-                start = token.end() if token else lead.end() if lead else end
-                if token and not self._judge.is_filler(token.group()):
+                start = token.end() if token else lead.start() + 1 if lead else end
+                if token and self._is_secret(token.group()):
                     yield token.start(), start, self._kinds[token.lastindex - 1]
+
+    def _is_secret(self, token: bytes) -> bool:
+        words = not token.isupper() and self._judge.is_plain(token)
+        return not words and not self._judge.is_filler(token)
 
     def _runs(self, text: bytes) -> object:
         mask, long = text.translate(self._mask), b"a" * TOKEN_RUN
@@ -5842,7 +5858,7 @@ class KeyRule:
     def __init__(self) -> None:
         import re
         self._begin, self._end = re.compile(self.BEGIN), re.compile(self.END)
-        self._body = re.compile(rb"[A-Za-z0-9+/]{32}")
+        self._body = re.compile(rb"(?!(.)\1{15})[A-Za-z0-9+/]{32}")
         self._rest = re.compile(rb"[^\"'`<>{}]*")
         self._putty = re.compile(rb"Private-Lines: ?\d+(?:\s|\\[rn])+((?:[A-Za-z0-9+/=]"
                                  rb"{1,64}(?:\s|\\[rn]){1,4}){1,400})")
@@ -5876,7 +5892,7 @@ class NamedRule:
     def __init__(self, judge: Judge) -> None:
         import re
         self._judge, self._named = judge, re.compile(NAMED_VALUE)
-        self._bare = re.compile(rb"[^\s\"'`<>]+")
+        self._bare = re.compile(rb"[^\s\"'`<>]*")
         self._inner = {quote: re.compile(rb"[^\\\n" + quote + rb"]*")
                        for quote in (b'"', b"'", b"`")}
         self._line = re.compile(rb"[^\\\n\"']*")
@@ -5885,9 +5901,14 @@ class NamedRule:
         self._before = re.compile(rb"(?:api|access|secret|auth|private|client|refresh|"
                                   rb"signing|encryption|account|master|webhook) $")
         self._place = re.compile(
-            rb"(?:server|host|data source|endpoint|accountname|user ?id|uid|user|username"
-            rb"|database|initial catalog|dbname|sslmode)\s?=")
+            rb"(?:server|host|data source|endpoint|accountname|user ?id|uid|user"
+            rb"|username|database|initial catalog|dbname|sslmode)\s?=")
         self._pair = re.compile(rb"[\w.-]{1,80}=([^;,\s\"'\\]{8,})")
+        self._header = re.compile(rb"(?:-h|--header)[\s=]?\\*[\"']$")
+        # settings.api_key2, API_KEY_V2, PKCS8Key: names in code, not values.
+        word = rb"[A-Za-z_]+(?:\d{1,4}[A-Za-z_]+){0,2}\d{0,2}"
+        self._code = re.compile(word + rb"(?:\." + word + rb")+|[A-Z]+(?:_[A-Z\d]+)+"
+                                rb"|(?:[A-Z]*\d{0,3}[A-Z][a-z]{2,})+")
         self._ended = re.compile(rb"\\+[nrt\"'`]")
 
     def may_be(self, text: bytes, low: bytes, at: int) -> object:
@@ -5915,7 +5936,8 @@ class NamedRule:
             name, strength = self._name(text, low, found=found) if found else (b"", 0)
             if not strength:
                 continue
-            for start, end, kind in self._found(text, low, found=found, name=name):
+            for start, end, kind in self._found(text, low, found=found, name=name,
+                                                strength=strength):
                 yield start, end, kind
                 done = end
 
@@ -5924,9 +5946,11 @@ class NamedRule:
         if name.lower().endswith(b"cookie"):
             yield from self._cookies(value, 0)
             return
-        strength = self._judge.strength(name)
+        odd = name.translate(None, TOKEN_BYTES + b" $@")  # a sentence, a path, a type
+        strength = 0 if odd else self._judge.strength(name)
         start = value.find(b" ") + 1 if name.lower() == b"authorization" else 0
-        if strength and self._is_value(value[start:], name, strength=strength, loose=True):
+        if strength and self._is_value(value[start:], name, strength=strength,
+                                       loose=True):
             yield start, len(value), "assignment"
 
     def _name(self, text: bytes, low: bytes, *, found: object) -> tuple:
@@ -5939,15 +5963,18 @@ class NamedRule:
         # "API key: …", as prose and headings write it
         before = self._before.search(low, max(0, start - 12), start)
         start = before.start() if before else start
-        if text.endswith(b"[REDACTED:", 0, start):
-            return b"", 0  # a kind is no name
+        if text.endswith(b"[REDACTED:", 0, start) or (  # a kind; a part of an ARN
+                text[start - 1:start] == b":" and found.group("sep") == b":"):
+            return b"", 0
         name = text[start:found.start("sep")]
-        return name, self._judge.strength(name)
+        strength = self._judge.strength(name)
+        sent = strength == 2 and self._header.search(low, max(0, start - 16), start)
+        return name, 3 if sent else strength
 
-    def _found(self, text: bytes, low: bytes, *, found: object, name: bytes) -> object:
+    def _found(self, text: bytes, low: bytes, *, found: object, name: bytes,
+               strength: int) -> object:
         start, end, loose = self._span(text, found=found, name=name)
         link = self._link_end(text, low, found=found, name=name)
-        strength = self._judge.strength(name)
         if name.lower().endswith(b"cookie"):
             yield from self._cookies(text, start)
         elif link:
@@ -5966,16 +5993,20 @@ class NamedRule:
     def _span(self, text: bytes, *, found: object, name: bytes) -> tuple:
         """(start, end, loose) of the value: to its quote, or to where it ends as a word
         of code; after NAME= to the next space. Empty for a call and an index."""
-        quote, start = found.group("quote")[-1:], found.end()
+        quote, sep, start = found.group("quote")[-1:], found.group("sep"), found.end()
+        listed = b"," in sep and b"value" not in sep  # f("name", "value"), or a list
         if quote:
-            return start, self._inner[quote].match(text, start, start + JUDGED).end(), True
+            return start, self._inner[quote].match(text, start, start + JUDGED).end(), \
+                not listed
         end = self._bare.match(text, start, start + JUDGED).end()
-        if name.isupper() and found.group("sep") == b"=":
+        if name.isupper() and sep == b"=":
             stop = text.find(b"\\", start, end)
             return start, stop if stop >= 0 else end, True
         cut = self._cut.search(text, start, end)
         if cut:
             end = start if cut.group() in b"([" else cut.start()
+        if listed or self._code.fullmatch(text, start, end):
+            end = start
         return start, end, text[end:end + 1] in b"\r\n\"'`<&\\"
 
     def _link_end(self, text: bytes, low: bytes, *, found: object, name: bytes) -> int:
@@ -6008,7 +6039,8 @@ class PhraseRule:
         import re
         rest = REST.replace(b"?P<sep>", b"?:").replace(b"?P<quote>", b"?:")
         self._judge, self.named, self._keys = judge, NamedRule(judge), KeyRule()
-        self._hints = [re.compile(hint.replace(b"REST", rest + b"()")) for hint in HINTS]
+        self._hints = [re.compile(hint.replace(b"REST", rest + b"()"))
+                       for hint in HINTS]
         self._rows = [(kind, word, re.compile(shape))
                       for kind, word, shape in PHRASE_TABLE]
 
@@ -6040,9 +6072,10 @@ class PhraseRule:
     def _counts(self, kind: str, value: bytes) -> bool:
         if kind == "basic_auth":
             return self._judge.is_pair(value)
-        if kind in ("password", "bearer_token") and self._judge.is_reference(value):
-            return False
-        return kind != "bearer_token" or not self._judge.is_plain(value)
+        if kind in ("password", "bearer_token"):
+            return not self._judge.is_reference(value) \
+                and not self._judge.is_plain(value)
+        return not self._judge.is_filler(value)
 
 
 # == 23. Redaction =====================================================
@@ -6095,10 +6128,13 @@ def in_json(text: str) -> list:
 def user_patterns(given: object) -> list:
     """[(kind, compiled)] of the config's `redact`: a pattern, a list of them (kind
     custom), or an object {kind: pattern}. Usage for what cannot be used."""
+    if given is None:
+        return []
+    listed = given if isinstance(given, list) else [given]
     named = given.items() if isinstance(given, dict) else \
-        [("custom", pattern) for pattern in (given if isinstance(given, list) else [given])]
+        [("custom", pattern) for pattern in listed]
     return [(check_name("kind in redact", kind), _compiled(pattern))
-            for kind, pattern in named if given is not None]
+            for kind, pattern in named]
 
 
 def _compiled(pattern: object) -> object:
@@ -6292,7 +6328,8 @@ class Redactor:
                     break
                 if spot <= end or self._user:
                     raw = text[start:end]
-                    new = self._value(raw, name, armed=[self._user] if spot > end else armed)
+                    new = self._value(raw, name, armed=[self._user]
+                                      if spot > end else armed)
                     if new is not raw:
                         pieces += [text[kept:start], new]
                         kept = end
@@ -28434,7 +28471,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
 
 @command("session redact", "take the secrets out of a transcript",
          arg("path", metavar="FILE", help="JSON lines or text; - is stdin"),
-         arg("--dry-run", action="store_true", help="only say what would go, and where"),
+         arg("--dry-run", action="store_true", help="only say what would go, where"),
          arg("--out", metavar="PATH", help="into this new file; default stdout"),
          LIMIT_ARG,
          examples=("session redact --dry-run session.jsonl",
@@ -28496,7 +28533,8 @@ def show_findings(options: object, redactor: Redactor, *, paths: Redactor) -> No
 def counts_text(counts: dict) -> str:
     """Counts per kind in a few words, the most frequent first."""
     rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
-    return ", ".join(f"{count} {shown(kind)}" for kind, count in rows) or "no secret found"
+    return ", ".join(f"{count} {shown(kind)}" for kind, count in rows) \
+        or "no secret found"
 
 
 def put_redacted(options: object, redactor: Redactor) -> None:
@@ -28570,6 +28608,15 @@ GROUPS = (
     ("queues", (cmd_queue_push, cmd_queue_pop, cmd_queue_ack, cmd_queue_nack,
                 cmd_queue_extend, cmd_queue_peek, cmd_queue_len, cmd_queue_dead,
                 cmd_queue_requeue)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_redact,)),
     ("sessions", (cmd_session_redact,)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
