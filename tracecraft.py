@@ -21373,7 +21373,7 @@ DIFF_LINES = 300  # of a value; a longer one is shown, not compared
 CURVES = 12  # metrics of a run
 CURVED_RUNS = 100  # the newest, whose metrics are read
 SAID = ("at", "at_s", "agent", "kind", "what", "subject", "text", "id", "key", "to",
-        "holds", "until", "ended", "state", "why")  # of an event; its point has the rest
+        "holds", "until", "ended", "state", "why")  # a point has the rest
 
 
 def gather_replay(project: Project, wanted: Wanted, *,
@@ -21394,7 +21394,7 @@ def gather_replay(project: Project, wanted: Wanted, *,
     notes = left_out(None if past.more is None else past.more + cut, past)
     return replay_model(rows, project=project.settings.project, notes=notes,
                         now=min(project.ledger.now(), wanted.until),
-                        records=past.docs, curves=curves)
+                        since=wanted.since, records=past.docs, curves=curves)
 
 
 def turns_of(project: Project, wanted: Wanted) -> object:
@@ -21416,11 +21416,11 @@ def left_out(more: int | None, past: Past) -> list:
 
 
 def replay_model(rows: list, *, project: str, now: float, notes: list, records: dict,
-                 curves: dict) -> dict:
-    """{project, from, to, now, notes, lanes, events, runs, records, tokens, cost}.
+                 curves: dict, since: float = 0.0) -> dict:
+    """{project, from, to, notes, lanes, events, runs, records, tokens, cost}.
 
-    rows: events, oldest first. now: where what lasts is cut off. records: {key: its
-    document}. curves: {run: {metric: its view}}.
+    rows: events, oldest first. now, since: seconds; what lasts is cut off there.
+    records: {key: its document}. curves: {run: {metric: its view}}.
     """
     names = lane_names(rows)
     at = {name: number for number, name in enumerate(names)}
@@ -21430,10 +21430,9 @@ def replay_model(rows: list, *, project: str, now: float, notes: list, records: 
     lanes = [{"name": name, "tokens": 0} for name in names]
     for point in points:
         lanes[point["lane"]]["tokens"] += fresh_tokens(point.get("tokens") or {})
-    first, last = span_of(points)
     keys = {row["key"] for row in rows}
-    return {"project": project, "now": now, "from": first, "to": last, "notes": notes,
-            "lanes": lanes, "events": points,
+    return {"project": project, "notes": notes, "lanes": lanes, "events": points,
+            **span_of(points, since),
             "runs": {run: curves_of(curves[run]) for run in curves if curves[run]},
             "records": {key: doc for key, doc in records.items() if key in keys},
             "tokens": sum(lane["tokens"] for lane in lanes),
@@ -21449,29 +21448,27 @@ def fresh_tokens(tokens: dict) -> int:
 
 
 def target_of(row: dict) -> str:
-    """The lane an event points to: an agent, '#channel', 'all', or '' for none."""
-    if row["kind"] == "message":
+    """The lane an event points to: an agent, '#channel', BROADCAST, or '' for none."""
+    if row["kind"] == "message" and row["subject"] != BROADCAST:
         return box_word(row["subject"])
-    if row["kind"] == "ack":
+    if row["kind"] in ("ack", "message"):
         return row["subject"]
     return row.get("to") or row.get("fenced") or ""
 
 
 def lane_names(rows: list) -> list:
     """A lane for each agent, in the order of their appearance, then the channels."""
-    acted = dict.fromkeys(row["agent"] for row in rows)
-    meant = dict.fromkeys(target_of(row) for row in rows)
-    names = list(dict.fromkeys([*acted, *meant]))
-    return [name for name in names if name[:1] not in ("", "#") and (
-        name != "all" or name in acted)] + [name for name in meant if name[:1] == "#"]
+    meant = [target_of(row) for row in rows]
+    names = dict.fromkeys([row["agent"] for row in rows] + [
+        name for name in meant if name not in ("", BROADCAST)])
+    return sorted(names, key=lambda name: name[:1] == "#")
 
 
-def span_of(points: list) -> tuple:
-    """(first, last) second of what the page shows; never the same one."""
-    times = [point["t"] for point in points]
-    first = min(times, default=0.0)
-    last = max(times + [point.get("end", first) for point in points], default=first)
-    return first, max(last, first + 1)
+def span_of(points: list, since: float = 0.0) -> dict:
+    """{from, to}: the first and last second that is shown; never the same one."""
+    first = max(since, min([point["t"] for point in points], default=0.0))
+    last = max([point.get("end", point["t"]) for point in points], default=first)
+    return {"from": first, "to": max(last, first + 1)}
 
 
 def bar_ends(rows: list, now: float) -> dict:
@@ -21504,7 +21501,7 @@ def point_of(row: dict, lanes: dict, *, end: tuple | None,
              "lane": lanes[row["agent"]], "kind": row["kind"], "what": row["what"],
              "subject": row["subject"], "text": row["text"], "key": row["key"]}
     target = target_of(row)
-    if target == "all" and row["kind"] == "message":
+    if target == BROADCAST:
         point["to"] = -1
     elif target in lanes:
         point["to"] = lanes[target]
@@ -21520,14 +21517,17 @@ def point_of(row: dict, lanes: dict, *, end: tuple | None,
 
 
 def diffs_of(rows: list) -> list:
-    """For each event the lines that a memory key's new value changed, else None."""
-    out, values = [], {}
+    """For each event the lines that a memory key's new value changed; None for others,
+    and where the value before is not among the events."""
+    out, known = [], {}
     for row in rows:
         diff = None
         if row["kind"] == "memory":
-            new, old = row.get("body", ""), values.get(row["subject"])
-            diff = None if old is None else value_diff(old, new)
-            values[row["subject"]] = new
+            rev, new = row.get("rev"), row.get("body", "")
+            before, old = known.get(row["subject"], (0, None))
+            if old is not None and (not rev or not before or rev == before + 1):
+                diff = value_diff(old, new)
+            known[row["subject"]] = rev, new
         out.append(diff)
     return out
 
@@ -21600,7 +21600,8 @@ def replay_json(model: dict, *, most: int = REPLAY_BYTES) -> bytes:
             if len(data) <= most or not model["events"]:
                 return data
         half = len(model["events"]) // 2 + 1
-        model = {**model, "events": model["events"][half:], "notes": [
+        newer = model["events"][half:]
+        model = {**model, "events": newer, **span_of(newer, model["from"]), "notes": [
             *model["notes"], f"{half} more events are not on this page: it would have"
             f" more than {size_text(most)}."]}
 
@@ -26843,7 +26844,7 @@ def cmd_doctor(project: object, options: object) -> int:
 
 @command(
     "init", "name the store, the project and me",
-    arg("url", nargs="?", help="s3://bucket/project?…, hf://user/bucket/project, file:…"),
+    arg("url", nargs="?", help="s3://bucket/project?…, hf://user/bucket/project, …"),
     arg("--backend", choices=("s3", "hf", "file"), help="default s3"),
     arg("--endpoint", metavar="URL", help="of an S3 store"),
     arg("--region", metavar="NAME", help="of an S3 store"),
