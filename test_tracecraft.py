@@ -23285,6 +23285,164 @@ def test_a_crash_at_any_request_to_the_gateway_is_understood_afterwards(hfhub, v
             assert tracecraft.diagnose(again, fix=True)["ok"], (number, when)
 
 
+# -- what an attack found ----------------------------------------------
+
+
+@pytest.mark.parametrize("gateway", [True, False])
+def test_bytes_that_the_etag_does_not_name_are_never_believed(hfhub, gateway):
+    ada, bob = hf_project(hfhub), hf_project(hfhub, "bob", gateway=gateway, deadline=1)
+    ada.claim("s")
+    ada.release("s")
+    ada.memory.set("k", "old")
+    stale = hfhub.files("alice/b")
+    ada.claim("s")
+    ada.memory.set("k", "new")
+    act = hfhub.act
+
+    def behind(req):  # a CDN that confuses its objects
+        if req.origin == "bytes":
+            return S3Reply(200, {}, stale["p/memory/k.json"])
+        return act(req)
+    hfhub.act = behind
+    error = refused(tracecraft.Unavailable, bob.memory.get, "k")
+    assert "bytes" in error.message
+    if gateway:
+        refused(tracecraft.Unavailable, bob.claim, "s")
+        refused(tracecraft.Unavailable, bob.memory.set, "k", "lost update")
+
+
+def test_the_etag_that_a_redirect_carries_may_be_anybodys(hfhub):
+    ada = hf_project(hfhub)
+    ada.memory.set("k", "1")
+    route = hfhub.gate.route
+
+    def labelled(req):
+        reply = route(req)
+        if reply.status == 302:
+            reply.headers["ETag"] = 'W/"29-abc"'
+        return reply
+    hfhub.gate.route = labelled
+    assert ada.memory.set("k", "2")["rev"] == 2 and ada.memory.get("k")["value"] == "2"
+
+
+def test_a_key_pair_needs_no_good_token_beside_it(tmp_path, hfhub):
+    ada = hf_project(hfhub, HF_TOKEN="hf_" + "0" * 30)
+    ada.claim("s").complete()
+    assert ada.wait_for(["s"], timeout=0)[0]["state"] == "complete"
+    assert ada.store.ensure() is False
+    assert ada.init(races=False)["atomic"]
+    assert any(row["detail"].startswith("unknown") for row in
+               tracecraft.diagnose(ada)["checks"] if row["name"] == "visibility")
+    os.mkdir(tmp_path / "folder")
+    hf_project(hfhub, native=False, HF_TOKEN_PATH=str(tmp_path / "folder")).claim("t")
+
+
+def test_a_bucket_of_the_hub_is_never_guessed_from_the_project(tmp_path, hfhub):
+    shell = hf_shell(tmp_path, hfhub)
+    said = shell.refused(2, "init", "--backend", "hf", "--bucket", "alice")
+    assert "USER/BUCKET" in said and sorted(hfhub.buckets) == ["alice/b"]
+
+
+def test_projections_are_written_where_an_advisory_claim_was_allowed(hfhub):
+    ada = hf_project(hfhub, gateway=False)
+    ada.ledger.allow_advisory = True
+    ada.claim("s").complete(note="done")
+    files = hfhub.files("alice/b")
+    assert b"complete" in files["p/steps/s/status.json"]
+    assert b"done" in files["p/steps/s/handoff.json"]
+
+
+def test_a_wait_sits_a_rate_limit_out(hfhub):
+    ada = hf_project(hfhub, gateway=False, deadline=1)
+    for _ in range(2):
+        hfhub.fault(429, origin="hub", retry_after=1)
+    threading.Timer(2.5, lambda: hf_project(hfhub, "bob").send("ada", "hi")).start()
+    assert ada.inbox(new=True, wait=20).messages[0]["message"] == "hi"
+
+
+@pytest.mark.parametrize("name", ["x\x1b[31m", "a\\b", "a.."])
+def test_an_odd_name_in_the_bucket_stops_nobody(hfhub, name):
+    hfhub.put("alice/b", f"p/agents/{name}.json", b'{"id": "x"}')
+    hfhub.put("alice/b", f"p/memory/{name}/v.json", b'{"value": "x"}')
+    ada = hf_project(hfhub, gateway=False)
+    ada.presence.beat()
+    assert "ada" in [row["id"] for row in ada.agents()]
+    ada.memory.list()
+    tracecraft.diagnose(ada)
+    refused(tracecraft.Usage, ada.store.put, f"agents/{name}/../x", b"")
+
+
+@pytest.mark.parametrize("place", ["http://[", "https://h:999999/x", "//", "javascript:x"])
+@pytest.mark.parametrize("gateway", [True, False])
+def test_a_redirect_to_no_address_is_trouble_with_a_sentence(hfhub, place, gateway):
+    hf_project(hfhub).memory.set("k", "v")
+    project = hf_project(hfhub, gateway=gateway, deadline=0.5)
+    server = hfhub.gate if gateway else hfhub
+    act = server.act if not gateway else server.route
+
+    def elsewhere(req):
+        reply = act(req)
+        return reply._replace(headers={**reply.headers, "Location": place}) \
+            if reply.status == 302 else reply
+    setattr(server, "route" if gateway else "act", elsewhere)
+    assert "redirect" in refused(tracecraft.Unavailable, project.memory.get, "k").message
+
+
+def test_no_secret_survives_in_the_details_of_an_error(hfhub):
+    ada = hf_project(hfhub)
+    for secret, origin in ((hfhub.token, "hub"), (hfhub.keys[1], "gateway")):
+        error = tracecraft.without_secrets(tracecraft.Denied(
+            f"no {secret}", hint=f"not {secret}", request_id=secret, status=403), (secret,))
+        assert secret not in json.dumps(vars(error)) + str(error) and error.details["status"]
+    assert "***" in ada.store.fail(tracecraft.Answer(
+        403, {"x-amz-request-id": hfhub.keys[1]}, sent_at=0, got_at=0), "x").details[
+            "request_id"]
+
+
+@pytest.mark.parametrize("pasted, store", [
+    ("hf://buckets/alice/b/p", "hf://alice/b/p"), ("hf://alice/b", "hf://alice/b")])
+def test_the_hubs_own_spelling_of_a_bucket_is_taken(pasted, store):
+    assert tracecraft.store_url(tracecraft.parse_store_url(pasted)) == store
+
+
+def test_a_page_of_the_hub_is_told_as_the_store_it_shows():
+    error = refused(tracecraft.Usage, tracecraft.parse_store_url,
+                    "https://huggingface.co/buckets/alice/b/tree/main")
+    assert error.hint == "a bucket of the Hub is hf://alice/b/PROJECT"
+
+
+def test_a_convoy_longer_than_one_request_takes_everybody_along(monkeypatch):
+    monkeypatch.setattr(tracecraft, "PATHS", 3)
+    sent = []
+
+    def send(documents):
+        time.sleep(0.02)
+        sent.append(len(documents))
+        return {key: key.upper() for key in documents}
+    convoy = tracecraft.Convoy(send)
+    came = together(*(lambda n=n: convoy.put(f"k{n}", b"") for n in range(20)))
+    assert came == [f"K{n}" for n in range(20)]
+    assert max(sent) == 3 and sum(sent) == 20
+
+
+def test_who_talks_in_escape_sequences_is_not_heard(tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(5)
+
+        def talk():
+            with contextlib.suppress(OSError):
+                while True:
+                    link = server.accept()[0]
+                    link.recv(4096)
+                    link.sendall(b"HTTP/1.1 \x1b[31mEVIL\x1b]0;pwn\x07\r\n\r\n")
+                    link.close()
+        threading.Thread(target=talk, daemon=True).start()
+        link = tracecraft.Http("http://127.0.0.1:%d" % server.getsockname()[1])
+        error = refused(tracecraft.Lost, link.send, "GET", "/")
+    assert error.message.isprintable()
+
+
 # == The Hub of our own, tried =========================================
 #
 # First by hand, what it refuses above all; then by the real clients, whose view of

@@ -5101,6 +5101,12 @@ def xet_text(raw: bytes) -> str:
     return "%016x%016x%016x%016x" % struct.unpack("<4Q", raw)
 
 
+def is_xet_text(text: object) -> bool:
+    """Whether `text` is a hash in its text form."""
+    return isinstance(text, str) and len(text) == 64 \
+        and set(text) <= set("0123456789abcdef")
+
+
 def xet_bytes(text: object) -> bytes:
     """The 32 bytes of a hash in its text form. Corrupt if a server sent another."""
     import struct
@@ -6503,6 +6509,7 @@ def new_kinds(old: str, new: str) -> list:
 # proxies; must not know S3, retries (but one, below) or who asks.
 
 MAX_ANSWER = MULTIPART + (1 << 20)  # bytes of a body kept in memory
+BODY_TIME = 120  # seconds for a body that is kept in memory: 17 MiB on a slow line
 BLOCK = 1 << 18  # bytes moved at a time; bigger ones gain nothing
 PIECE = 1 << 14  # bytes read at a time of what comes slowly: a TLS record
 IDLE = 30  # seconds; load balancers and NAT drop idle connections silently after 60+
@@ -6880,7 +6887,7 @@ class Http:
 
     def _lost(self, why: Exception) -> Lost:
         said = "no answer in time" if _timed_out(why) else \
-            f"the connection broke ({type(why).__name__}: {str(why)[:80]})"
+            f"the connection broke ({type(why).__name__}: {shown(str(why)[:80])})"
         return Lost(f"{self.netloc}: {said}", hint="try again; see also --deadline")
 
     # connections
@@ -6923,7 +6930,7 @@ class Http:
     def _not_sent(self, said: str, hint: str, *, last: bool = False) -> NotSent:
         proxy = self._proxy.hostname
         via = f" through the proxy {proxy}" if proxy else ""
-        error = NotSent(f"{self.netloc}{via}: {said}", hint=hint)
+        error = NotSent(f"{self.netloc}{via}: {shown(said)}", hint=hint)
         error.retryable = not last
         return error
 
@@ -7069,8 +7076,10 @@ def read_body(reply: object, answer: Answer, *, sink: object, limit: int) -> boo
     if answer.status == 200 and "etag" in answer.headers and not told:
         raise IncompleteRead(b"")
     write = sink(answer) if sink else None
-    room, parts, got = limit, [], 0
+    room, parts, got, ends = limit, [], 0, time.monotonic() + BODY_TIME
     while write or room > 0:
+        if not write and time.monotonic() > ends:  # each wait is short, but no end
+            raise IncompleteRead(b"")
         data = reply.read(BLOCK if write else min(BLOCK, room))
         if not data:
             break
@@ -7249,6 +7258,19 @@ class Clock:
     def now(self) -> float:
         """The store's time, seconds since 1970."""
         return time.time() + self.offset()
+
+
+def without_secrets(error: Error, secrets: tuple) -> Error:
+    """`error`, with these taken out of all its texts: a server may repeat anything."""
+    for secret in secrets:
+        if len(secret) > 7:  # moto's "test" is in many words
+            error.message = error.message.replace(secret, "***")
+            error.hint = error.hint and error.hint.replace(secret, "***")
+            error.details = {
+                name: value.replace(secret, "***") if isinstance(value, str) else value
+                for name, value in error.details.items()}
+    error.args = (error.message,)
+    return error
 
 
 class Remote:
@@ -8419,7 +8441,11 @@ class S3Client(Remote):
                 headers: dict, how: dict) -> Answer:
         """Read where a GET is sent to (a CDN), without credentials; else refuse."""
         from urllib.parse import urlsplit
-        there = urlsplit(answer.headers.get("location", ""))
+        try:
+            there = urlsplit(answer.headers.get("location", ""))
+            there.port  # raises for what is no port
+        except ValueError:
+            there = urlsplit("")
         here = s3_place(self.bucket, endpoint=self.endpoint, region=self.region,
                         path_style=self._path_style)[0]
         if method != "GET" or there.scheme not in self._cdn_schemes() \
@@ -8452,11 +8478,8 @@ class S3Client(Remote):
     def fail(self, answer: Answer, doing: str, **how: object) -> Error:
         """The error of an answer, cleaned of the keys in use."""
         error, keys = s3_failure(answer, doing, bucket=self.bucket, **how), self._keys()
-        for secret in (keys.secret_key, keys.token, keys.access_key) if keys else ():
-            if len(secret) > 7:  # moto's "test" is in many words
-                error.message = error.message.replace(secret, "***")
-        error.args = (error.message,)
-        return error
+        return without_secrets(error, (keys.secret_key, keys.token, keys.access_key)
+                               if keys else ())
 
 
 # -- listings ----------------------------------------------------------
@@ -9210,8 +9233,9 @@ HUB = "https://huggingface.co"
 WINDOW = 300  # seconds after which the Hub counts requests anew
 REDIRECTS = (301, 302, 303, 307, 308)
 HUB_FAILURES = {  # status: (class, what to do)
-    401: (Denied, "`hf auth login` makes a new token; HF_TOKEN comes before that one"),
-    403: (Denied, "the token needs the right to write there:"
+    401: (Denied, "make a new token (`hf auth login`); one in the config or HF_TOKEN"
+                  " comes before it"),
+    403: (Denied, "the token needs the right to read, or the right to write, there:"
                   " https://huggingface.co/settings/tokens"),
     404: (NotFound, "nothing is stored under that key"),
     409: (Busy, "a rival request was under way; try again"),
@@ -9392,13 +9416,16 @@ def identified(found: Answer, heard: Answer) -> Answer:
     return found
 
 
-def web_parts(url: object, *, plain: bool) -> object:
-    """The split parts of an https URL (plain: http will do); None if it is none."""
-    from urllib.parse import urlsplit
+def web_parts(url: object, *, plain: bool, base: str = "") -> object:
+    """The split parts of an https URL (plain: http will do); None if it is none.
+
+    base: what a relative one belongs to.
+    """
+    from urllib.parse import urljoin, urlsplit
     if not is_token(url):
         return None
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(urljoin(base, url))
         parts.port  # raises for what is no port
     except ValueError:
         return None
@@ -9504,10 +9531,7 @@ class HubReader(Remote):
         token = self._token()
         error = hub_failure(answer, doing, bucket=self.bucket, anonymous=not token,
                             **how)
-        for secret in filter(None, (token, self.lent())):
-            error.message = error.message.replace(secret, "***")
-        error.args = (error.message,)
-        return error
+        return without_secrets(error, (token, self.lent()))
 
     def lent(self) -> str:
         """The token of the content store, if there is one."""
@@ -9634,9 +9658,8 @@ class HubReader(Remote):
 
         Trouble there will pass, at a new address: it is signed for some minutes.
         """
-        from urllib.parse import urljoin
-        there = web_parts(urljoin(self._origin, heard.headers.get("location", "")),
-                          plain=self._plain)
+        there = web_parts(heard.headers.get("location", ""), plain=self._plain,
+                          base=self._origin)
         if there is None or "etag" not in heard.headers:
             raise Unavailable(f"cannot {doing}: the Hub redirects ({heard.status}), but"
                               " not to a file at an https address",
@@ -9735,7 +9758,11 @@ class Hub(HubReader):
                     or kept.ends_at - TOKEN_SPARE < self.clock():
                 doc, _ = self.read("GET", f"{self._api}/xet-write-token",
                                    doing=f"upload to {shown(self.bucket)}")
-                self._grant = XetGrant(doc, plain=self._plain)
+                grant = XetGrant(doc, plain=self._plain)
+                if grant.token == self._token():
+                    raise Denied("the Hub's leave to upload is the token itself, which"
+                                 " goes nowhere else", hint="is that endpoint a Hub?")
+                self._grant = grant
             return self._grant
 
     # files
@@ -10085,11 +10112,15 @@ class NativeReader:
             found = self.head(key)
             return Found(key, b"", etag=found.etag, modified=found.modified,
                          now=found.now, size=found.size)
-        if answer.status == 304:
+        if answer.status == 304 and unless and "etag" in answer.headers:
             return self._found(key, None, answer=answer, size=0)
         if answer.status not in (200, 206):
             raise self._failed(key, answer, doing=doing)
         body, size = object_part(answer, key, start=start, limit=limit)
+        if len(body) == size and not same_etag(self.etag_of(body),
+                                               answer.headers["etag"]):
+            raise Unavailable(f"cannot {doing}: other bytes came than the Hub named",
+                              hint="try again")
         return self._found(key, body, answer=answer, size=size)
 
     def _found(self, key: str, body: bytes | None, *, answer: Answer,
@@ -10196,7 +10227,10 @@ class NativeReader:
                      hint=KEY_HINT)
 
     def _path(self, key: str) -> str:
-        return hub_key(self._prefix + key)
+        return self._prefix + key  # what somebody has stored can be read
+
+    def _place(self, key: str) -> str:
+        return hub_key(self._prefix + key)  # what we store keeps the rules
 
 
 class Ride:
@@ -10232,13 +10266,15 @@ class Convoy:
         ride = Ride(key, data)
         with self._moved:
             self._queue.append(ride)
-            while self._away and ride.came is None:
-                self._moved.wait()
-            if ride.came is not None:
-                return ride.end()
-            rides, self._queue = self._queue[:PATHS], self._queue[PATHS:]
-            self._away = True
-        self._drive(rides)
+        while ride.came is None:
+            with self._moved:
+                while self._away and ride.came is None:
+                    self._moved.wait()
+                if ride.came is not None:
+                    break
+                rides, self._queue = self._queue[:PATHS], self._queue[PATHS:]
+                self._away = True
+            self._drive(rides)  # perhaps without us: more may wait than one takes
         return ride.end()
 
     def _drive(self, rides: list) -> None:
@@ -10283,7 +10319,7 @@ class NativeStore(NativeReader):
         one takes, for 1,000 of them. Not one step: others may see some of them."""
         if not documents:
             return {}
-        paths = [self._path(key) for key in documents]
+        paths = [self._place(key) for key in documents]
         hashes = self.hub.upload((data,) for data in documents.values())
         answer = self.hub.batch(additions(paths, hashes))
         return {key: self._stamp(key, digest, answer=answer)
@@ -10294,7 +10330,7 @@ class NativeStore(NativeReader):
         """The local file `path` to `key`. progress(bytes done, bytes in all)."""
         if if_none_match:
             raise self._unsafe(key)
-        where = self._path(key)
+        where = self._place(key)
         with FileTrouble("read", path):
             source = open(path, "rb")
         with source:
@@ -10311,7 +10347,7 @@ class NativeStore(NativeReader):
 
     def copy(self, key_from: str, key_to: str) -> Stamp:
         """One object over another by its hash: no bytes move. NotFound."""
-        etag, where = self.head(key_from).etag, self._path(key_to)
+        etag, where = self.head(key_from).etag, self._place(key_to)
         copying = [{"type": "copyFile", "path": where, "xetHash": bare_etag(etag),
                     "sourceRepoType": "bucket", "sourceRepoId": self.bucket}]
         answer = self.hub.retry(lambda: self.hub.batch(copying))
@@ -10390,6 +10426,7 @@ class GatewayStore(S3Store):
         super().__init__(bucket, project, endpoint=gateway or GATEWAY_URL,
                          region="us-east-1", path_style=True, **how)
         self.url, self._dialect = native.url, "quoted"
+        self._alone = False  # whether the Hub's own API has failed us
         if native.hub.trusted:
             self.feed = hub_feed(native.hub, project, clock=self.clock)
 
@@ -10423,19 +10460,25 @@ class GatewayStore(S3Store):
 
     def _follow(self, answer: Answer, method: str, *, path: str, doing: str,
                 headers: dict, how: dict) -> Answer:
-        digest = answer.headers.get("x-xet-hash", "")
-        if digest:
-            answer.headers.setdefault("etag", f'"{digest}"')
-        told = "etag" in answer.headers
+        # Whose ETag a redirect carries is not documented; a Xet hash is the object's.
+        told = next((f'"{digest}"' for digest in (
+            answer.headers.pop("x-xet-hash", ""), bare_etag(answer.headers.pop(
+                "etag", ""))) if is_xet_text(digest)), "")
         whole = not ("range" in headers or how.get("sink"))
         if not (told or whole):
-            answer.headers["etag"] = self.call("HEAD", path, doing=doing).headers.get(
-                "etag", "")
+            told = self.call("HEAD", path, doing=doing).headers.get("etag", "")
+        if told:
+            answer.headers["etag"] = told
         found = super()._follow(answer, method, path=path, doing=doing, headers=headers,
                                 how=how)
-        if whole and not told and found.status == 200:
-            # Not from a HEAD: that may be about the next version already.
-            found.headers["etag"] = self.etag_of(found.body)
+        if whole and found.status == 200 and not found.truncated:
+            # Never a label that the bytes do not have: a CAS on it would lose what it
+            # stands for, or let a second agent win.
+            own = self.etag_of(found.body)
+            if told and told != own:
+                raise Lost(f"cannot {doing}: other bytes came than the store named",
+                           hint="try again")
+            found.headers["etag"] = own
         return found
 
     def _relabelled(self, found: Answer, redirect: Answer) -> Answer:
@@ -10447,8 +10490,15 @@ class GatewayStore(S3Store):
         return ("https", self.endpoint.partition(":")[0])
 
     def heads(self, keys: list) -> dict | None:
-        """NativeStore.heads(), which needs a token; None without."""
-        return self.native.heads(keys) if self.native.hub.trusted else None
+        """NativeStore.heads(); None without a token, or with one that is refused: the
+        key pair is enough."""
+        if not self.native.hub.trusted or self._alone:
+            return None
+        try:
+            return self.native.heads(keys)
+        except Error:
+            self._alone = True
+            return None
 
     def _copy_source(self, key: str) -> str:
         name = self.bucket.partition("/")[2]
@@ -10471,14 +10521,19 @@ class GatewayStore(S3Store):
 
         With a token: the gateway's own creation would leave the visibility open.
         """
+        why = None
         if self.native.hub.trusted:
-            return self.native.ensure(public=public)
+            try:
+                return self.native.ensure(public=public)
+            except (Denied, NotFound) as refused:
+                why = refused  # of the token; what matters is what the keys may do
         doing = f"look for the bucket {shown(self.bucket)}"
         answer = self.retry(lambda: self.call("HEAD", "", doing=doing))
         if answer.status == 404:
-            raise NoBucket(f"there is no bucket {shown(self.bucket)!r}",
-                           bucket=self.bucket, hint="set HF_TOKEN so that `init` can"
-                           f" create it, or make it, private, at {HUB}/new-bucket")
+            raise why or NoBucket(
+                f"there is no bucket {shown(self.bucket)!r}", bucket=self.bucket,
+                hint="set HF_TOKEN so that `init` can"
+                f" create it, or make it, private, at {HUB}/new-bucket")
         if answer.status // 100 != 2:
             raise self.fail(answer, doing)
         return False
@@ -10761,6 +10816,9 @@ def _bad_url(url: str, why: str, *, hint: str = "") -> Error:
 
 
 def _url_hint(url: str) -> str:
+    page = url.partition("://")[2].partition("/buckets/")[2].split("/")
+    if url.startswith("https://") and len(page) > 1 and "@" not in url:
+        return f"a bucket of the Hub is hf://{shown(page[0])}/{shown(page[1])}/PROJECT"
     if url.startswith(("http://", "https://")) and "@" not in url:
         return f"an endpoint is an option: s3://BUCKET/PROJECT?endpoint={shown(url)}"
     if url.startswith(("/", "./", "../", "~")) or url[1:3] == ":\\":
@@ -10796,7 +10854,8 @@ def _split_s3(place: str, url: str) -> tuple:
 
 
 def _split_hf(place: str, url: str) -> tuple:
-    user, _, rest = place.partition("/")
+    place = place[len("buckets/"):] if place.startswith("buckets/") else place
+    user, _, rest = place.partition("/")  # the Hub's own tools write buckets/ first
     bucket, _, project = rest.partition("/")
     if not user or not bucket or not NAME_CHARS.issuperset(user + bucket):
         raise _bad_url(url, "it needs hf://USER/BUCKET/PROJECT")
@@ -12725,8 +12784,8 @@ def _choose_endpoint(found: Settings, *, from_config: bool) -> None:
 
 
 def _same_place(a: dict, b: dict | None) -> bool:
-    return b is not None and all(a.get(name) == b.get(name)
-                                 for name in ("kind", "bucket", "endpoint"))
+    return b is not None and all(a.get(name) == b.get(name) for name in (
+        "kind", "bucket", "endpoint", "gateway"))
 
 
 def _choose_numbers(found: Settings, flags: dict) -> None:
@@ -13374,6 +13433,9 @@ def naming(subject: str, decide: object) -> object:
     return deciding
 
 
+OUTLASTED = 660  # seconds that a wait sits out trouble: two windows of a rate limit
+
+
 def told_first(told: set) -> object:
     """first(name) -> bool: whether it is the first time that it is asked for `name`."""
     def first(name: str) -> bool:
@@ -13415,15 +13477,25 @@ class Ledger:
         self.store, self.verdicts = store, verdicts
         self.allow_advisory, self.warn = allow_advisory, warn or (lambda text: None)
         self.allow_seconds, self.writer = deadline, ""
-        self.first = told_first(set())
+        self.first, self._awaited = told_first(set()), 0.0
         self._held: dict = {}
         self.restart()
 
     def restart(self, seconds: float | None = None) -> None:
-        """Begin the time allowed for retries anew, as each verb does."""
-        self.until = time.monotonic() + (
-            self.allow_seconds if seconds is None else seconds)
+        """Begin the time allowed for retries anew, as each verb does.
+
+        Within a wait (see await_until) it lasts to the end of that, a while at most: a
+        rate limit or an outage is waited out like the rest.
+        """
+        now = time.monotonic()
+        self.until = now + (self.allow_seconds if seconds is None else seconds)
+        if seconds is None:
+            self.until = max(self.until, min(self._awaited, now + OUTLASTED))
         self.store.deadline = self.until
+
+    def await_until(self, until: float) -> None:
+        """What is done from now on is part of a wait until then (time.monotonic())."""
+        self._awaited = until
 
     def now(self) -> float:
         """Seconds since 1970, corrected by the store's clock (protocol.md 1.5)."""
@@ -13886,6 +13958,8 @@ class Pace:
         self._begun = time.monotonic()
         self._until = float("inf") if wait is None else self._begun + wait
         self._usual, self._pause, self.tries = usual, pause, 0
+        if wait is None or wait > 0:
+            ledger.await_until(self._until)
         self._feed = ledger.store.feed
         self._mark = 0 if self._feed is None else self._feed.mark()
         self._calm = self._vain = 0  # rests since a wake-up, wake-ups without a find
@@ -14566,10 +14640,11 @@ class Projector:
                 return
             if seen.doc is not None and bare(seen.doc):
                 self._fold(key, seen, sid)
+            condition = {"if_none_match": True} if seen.doc is None \
+                else {"if_match": seen.etag}
             try:
-                self.ledger.store.put(key, data, **(
-                    {"if_none_match": True} if seen.doc is None
-                    else {"if_match": seen.etag}))
+                self.ledger.store.put(
+                    key, data, **condition if self.ledger.conditional() else {})
                 return
             except (Moved, Unknown, Unavailable) as why:
                 self.ledger.pause(tries, why)
@@ -16123,8 +16198,10 @@ class Memory:
                               hint="try again") from why
 
     def _forget(self, keys: list) -> None:
-        """Remove the snapshots of attempts that definitely were not applied."""
-        for key in keys:
+        """Remove the snapshots of attempts that definitely were not applied.
+
+        Where plain overwrites go together, neither they nor the value were written."""
+        for key in keys if self.ledger.conditional() else ():
             try:
                 self.ledger.store.delete(key)
             except (Unavailable, Denied) as why:
@@ -20023,7 +20100,14 @@ def _open_hf(settings: Settings, trace: object, warn: object) -> object:
     """The gateway with a key pair, the Hub's own API with a token alone. Denied."""
     from random import random
     parts, environ, config = settings.store, settings.environ, settings.config
-    keys, token = hf_keys(environ, config), hf_token(environ, config)
+    keys = hf_keys(environ, config)
+    try:
+        token = hf_token(environ, config)
+    except Denied as why:  # the file cannot be read
+        if keys is None:
+            raise
+        token = ""
+        (warn or (lambda text: None))(f"{why.message}; the key pair is used alone")
     endpoint = parts.get("endpoint") or HUB
     own = {HUB, environ.get("HF_ENDPOINT", "").rstrip("/")}
     if token and endpoint not in own and not config.get("hf_token"):
@@ -23565,8 +23649,10 @@ class Checkup:
             seen = self.store.visibility()
         except Error as why:
             return None, why.message
+        if seen == "unknown":
+            return None, "unknown: the Hub refuses the token"
         return (None, "PUBLIC: everybody can read this bucket") if seen == "public" \
-            else (True if seen == "private" else None, seen)
+            else (True, seen)
 
     def reach(self) -> bool:
         """Whether the store answers at all; the rest needs that."""
@@ -26941,6 +27027,9 @@ def init_url(options: object) -> str:
     url = options.url or options.flags.get("store") or ""
     if not url and options.bucket:
         project = options.flags.get("project") or os.path.basename(os.getcwd())
+        if options.backend == "hf" and len(options.bucket.split("/")) != 2:
+            raise Usage(f"--bucket {shown(options.bucket[:80])!r} is no bucket of the"
+                        " Hub", hint="it is written USER/BUCKET")
         url = store_url({"kind": options.backend or "s3", "bucket": options.bucket,
                          "project": project})
     if not url:
