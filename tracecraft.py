@@ -5477,8 +5477,8 @@ class Judge:
         self._spoken = re.compile(rb"(?i)(?=.*[aeiouy])(?!.*[bcdfghjklmnpqrstvwxz]{6})"
                                   rb".{2,24}")
         self._sign = re.compile(rb"[!@#$%^&*+=?~]")
-        self._digest = re.compile(rb"(?i)(?:0x)?[\da-f]{16,}|[\da-f]{8}(?:-[\da-f]{4}){3}"
-                                  rb"-[\da-f]{12}")  # or a UUID
+        self._digest = re.compile(  # or a UUID
+            rb"(?i)(?:0x)?[\da-f]{16,}|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}")
         self._random = re.compile(rb"[A-Za-z0-9_+/]{20,}={0,2}")
 
     def is_filler(self, value: bytes) -> bool:
@@ -5545,19 +5545,26 @@ class Judge:
         """Whether `value` is one under a name of that strength.
 
         loose: it is quoted or ends its line, so it is no piece of code or prose."""
-        if len(value) < SHORTEST or b" " in value or value.isdigit() \
-                or self.is_reference(value):
+        if len(value) < SHORTEST or b" " in value or value.isdigit():
             return False
         if self._digest.fullmatch(value):
             return strength == 3
         turns = len(self._turn.findall(value))
         if strength < 2:
-            return turns > 3 and self._random.fullmatch(value) is not None
-        signed = strength == 3 and self._sign.search(value) is not None
-        if not turns:
-            long = strength == 3 and len(value) >= 20
-            return (loose or long) and (signed or not self.is_plain(value))
-        return turns > (3 if loose or signed else 4) - strength
+            good = turns > 3 and self._random.fullmatch(value) is not None
+        elif turns:
+            signed = strength == 3 and self._sign.search(value) is not None
+            good = turns > (3 if loose or signed else 4) - strength
+        else:
+            good = self._is_odd(value, strength, loose=loose)
+        return good and not self.is_reference(value)
+
+    def _is_odd(self, value: bytes, strength: int, *, loose: bool) -> bool:
+        """is_secret for a value without a digit beside a letter."""
+        if not loose and (strength < 3 or len(value) < 20):
+            return False
+        return strength == 3 and self._sign.search(value) is not None \
+            or not self.is_plain(value)
 
 
 # == 22. Secret shapes =================================================
@@ -5568,7 +5575,7 @@ class Judge:
 # so that time grows with the text. Shapes: the vendors' documents and the rules of
 # gitleaks; what may stand around them is ours.
 
-JUDGED = 256  # bytes of a value that are looked at: values may follow one another
+JUDGED = 128  # bytes of a value that are looked at: values may follow one another
 TOKEN_RUN = 20  # characters of every token below, all of them of TOKEN_BYTES
 TOKEN_BYTES = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.~"
 
@@ -5612,8 +5619,8 @@ crates_token      cio                    [A-Za-z0-9]{32}(?!\w)
 docker_token      dckr_[po]at_           [\w-]{20,}
 age_key           AGE-SECRET-KEY-1       [A-Z0-9]{50,}
 grafana_token     eyJrIjoi               [A-Za-z0-9+/=]{40,}
-jwt               ey[A-Za-z0-9]          [\w-]{14,1024}(?:\.ey[\w-]{17,}\.[\w-]{10,})
-jwt               eyJ                    [\w-]{14,1024}(?:\.[\w-]{0,4096}){4}(?![\w.-])
+jwt               ey[A-Za-z0-9]          [\w-]{14,512}(?:\.ey[\w-]{17,}\.[\w-]{10,})
+jwt               eyJ                    [\w-]{14,512}(?:\.[\w-]{0,4096}){4}(?![\w.-])
 stripe_key        [sr]k_(?:live|test|prod)_  [A-Za-z0-9_]{12,}
 twilio_key        SK                     [\da-f]{32}(?!\w)
 sendgrid_key      SG\.                   [\w-]{16,}\.[\w-]{30,}
@@ -5744,8 +5751,8 @@ PHRASE_TABLE = (
 SPACE = rb"(?:\s|\\[tnr])"
 REST = (
     rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?" + SPACE + rb"{0,20}\\*[\"']?value\\*"
-    rb"[\"']?\s?[:=]|" + SPACE + rb"{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?" + SPACE
-    + rb"{0,8})(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
+    rb"[\"']?\s?[:=]|" + SPACE + rb"{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?"
+    + SPACE + rb"{0,8})(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
 NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|w(?<=pw)d|pass|c(?<=sec)ret|cred"
                rb"|u(?<=au)th)" + REST)
 
@@ -5942,6 +5949,10 @@ class NamedRule:
             name, strength = self._name(text, low, found=found) if found else (b"", 0)
             if not strength:
                 continue
+            if name.lower().endswith(b"cookie"):
+                done = self._line.match(text, found.end()).end()
+                yield from self._cookies(text, found.end(), done)
+                continue
             for start, end, kind in self._found(text, low, found=found, name=name,
                                                 strength=strength):
                 yield start, end, kind
@@ -5950,7 +5961,7 @@ class NamedRule:
     def member(self, name: bytes, value: bytes) -> object:
         """The same for the whole value of a JSON member."""
         if name.lower().endswith(b"cookie"):
-            yield from self._cookies(value, 0)
+            yield from self._cookies(value, 0, len(value))
             return
         odd = name.translate(None, TOKEN_BYTES + b" $@")  # a sentence, a path, a type
         strength = 0 if odd else self._judge.strength(name)
@@ -5981,9 +5992,7 @@ class NamedRule:
                strength: int) -> object:
         start, end, loose = self._span(text, found=found, name=name)
         link = self._link_end(text, low, found=found, name=name)
-        if name.lower().endswith(b"cookie"):
-            yield from self._cookies(text, start)
-        elif link:
+        if link:
             yield start, link, "connection_string"
         elif self._is_value(text[start:end], name, strength=strength, loose=loose):
             # A value is judged by its beginning, but goes as a whole.
@@ -6030,9 +6039,8 @@ class NamedRule:
             and not any(sign in value for sign in (b"(", b"[", b"{", b","))
         return end if fits and not self._judge.is_reference(value) else 0
 
-    def _cookies(self, text: bytes, start: int) -> object:
-        """The values of name=value pairs on the rest of the line that are no words."""
-        stop = self._line.match(text, start).end()
+    def _cookies(self, text: bytes, start: int, stop: int) -> object:
+        """The values of name=value pairs up to `stop` that are no words."""
         for pair in self._pair.finditer(text, start, stop):
             if self._judge.is_secret(pair.group(1), 3, loose=True):
                 yield (*pair.span(1), "cookie")
@@ -6127,8 +6135,9 @@ def written_forms(value: bytes) -> set:
 def in_json(text: str) -> list:
     """`text` as it stands between the quotes of a JSON string: [ASCII only, UTF-8]."""
     import json
+    # Lone surrogates cannot be UTF-8; Python's escape for them is that of JSON.
     return [json.dumps(text, ensure_ascii=ascii_only)[1:-1].encode(
-        "utf-8", "surrogateescape") for ascii_only in (True, False)]
+        "utf-8", "backslashreplace") for ascii_only in (True, False)]
 
 
 def user_patterns(given: object) -> list:
@@ -6254,6 +6263,10 @@ class HomeRule:
                 yield start, end, "home"
 
 
+class NotJson(Exception):
+    """A line is not made as JSON is; passes between methods of Redactor."""
+
+
 class Redactor:
     """Takes secrets out of transcripts, line by line.
 
@@ -6339,14 +6352,14 @@ class Redactor:
                     if new is not raw:
                         pieces += [text[kept:start], new]
                         kept = end
-        except ValueError:
+        except NotJson:
             self.counts = before
             return None
         return b"".join([*pieces, text[kept:]]) if pieces else text
 
     def _values(self, text: bytes) -> object:
         """(start, end, name) of the string values of JSON, between their quotes. Raises
-        ValueError where something else begins.
+        NotJson where something else begins.
 
         Not parsed: a line of a JSON document that was printed over many, numbers and
         spaces as they are, duplicate keys and any depth come through."""
@@ -6355,7 +6368,7 @@ class Redactor:
             quote = text.find(b'"', at)
             gap = text[at:quote if quote >= 0 else len(text)]
             if gap not in (b",", b":") and not self._gap.fullmatch(gap):
-                raise ValueError("not JSON")
+                raise NotJson
             if quote < 0:
                 return
             at = self._string_end(text, quote + 1)
@@ -6372,7 +6385,7 @@ class Redactor:
         while True:
             found = self._quote.search(text, at)
             if not found:
-                raise ValueError("no end")
+                raise NotJson
             at = found.end()
             back = at - 2
             while text[back] == 92:  # its first quote ends this at the latest
@@ -6389,8 +6402,7 @@ class Redactor:
                 new = self._json(text, spots, armed)
         if new is None:
             new = self._text(text, armed)
-        if new is text:
-            new = self._splice(text, list(self._named.member(name, text)))
+        new = self._splice(new, list(self._named.member(name, new)))
         if new is text:
             return raw
         return new if text is raw else in_json(
@@ -6403,6 +6415,7 @@ class Redactor:
                 text = self._splice(text, list(rule.find(text)))
             if text is before:
                 break
+            armed = self._suspect(text)[1]
         return text
 
     def _splice(self, text: bytes, spans: list) -> bytes:
