@@ -27195,6 +27195,65 @@ def test_a_replay_reads_what_a_timeline_reads_and_the_metrics(worked):
                     "LIST runs/r1/metrics/": 1, "GET runs/r1/metrics/*": 1}
 
 
+# -- transcripts -------------------------------------------------------
+
+
+def turn_of(role="assistant", **facts):
+    return t.turn_event(t.turn(role, **facts), agent="ada", session="jsonl/s",
+                        at=AT_2026, mark=1, prices=t.price_table())
+
+
+@pytest.mark.parametrize("role, facts, says", [
+    ("user", {"text": "do it"}, "ada was told: do it"),
+    ("assistant", {"text": "done"}, "ada said: done"),
+    ("assistant", {"thinking": "hm"}, "ada thought: hm"),
+    ("assistant", {"text": "I look", "calls": [
+        {"id": "1", "name": "Bash", "input": {"command": "ls"}}]},
+     "ada called Bash: ls"),
+    ("tool", {"results": [{"id": "1", "text": "a.txt", "is_error": False}]},
+     "ada got an answer: a.txt"),
+    ("tool", {"results": [{"id": "1", "text": "no", "is_error": True}]},
+     "ada got an error: no"),
+    ("system", {"error": "overloaded", "text": "x"}, "ada had an error: overloaded"),
+    ("system", {"mark": "compaction"}, "ada forgot: compaction"),
+    ("assistant", {"usage": {"input": 5}}, "ada used tokens")])
+def test_a_turn_is_told_by_the_most_telling_thing_in_it(role, facts, says):
+    assert turn_of(role, **facts)["text"] == says
+
+
+def test_a_turn_has_its_calls_answers_thoughts_tokens_and_cost():
+    row = turn_of(text="t", thinking="hm", model="claude-sonnet-4-5", files=["x.py"],
+                  usage={"input": 1_000_000, "cache_read": 7}, side=True, calls=[
+                      {"id": "1", "name": "Edit", "input": {"path": "x.py", "n": [1]}},
+                      {"id": "2", "name": "Bash", "input": "ls"}])
+    assert row["subject"] == "Edit, Bash" and row["thinking"] == "hm" and row["side"]
+    assert [json.loads(call["input"]) if call["name"] == "Edit" else call["input"]
+            for call in row["calls"]] == [{"path": "x.py", "n": [1]}, "ls"]
+    assert (round(row["cost"], 3), row["tokens"]["input"]) == (3.0, 1_000_000)
+    assert "cost" not in turn_of(text="t", usage={"input": 1}, model="nobody-knows")
+
+
+def test_a_turn_belongs_to_the_step_that_its_agent_held_then(ada, bob, bucket):
+    begun = bucket.clock_at
+    ada.claim("one")
+    pass_time(bucket, 100)
+    ada.claim("two")
+    bob.claim("other")
+    pass_time(bucket, 100)
+    ada.complete("two", note="n")
+    turns = [{**turn_of(text="t"), "at_s": begun + at} for at in (-5, 50, 150, 250)]
+    t.give_steps(turns, t.gather_past(ada, t.Wanted()).events)
+    assert [row.get("step") for row in turns] == [None, "one", "two", "one"]
+
+
+def test_tokens_are_added_up_by_lane_without_those_from_a_cache():
+    rows = [turn_of(usage={"input": 1, "output": 2, "cache_read": 100, "cache_write": 4,
+                           "cache_write_1h": 4})]
+    rows[0].update(at_s=1.0, key="k")
+    model = t.replay_model(rows, project="p", now=2.0, notes=[], records={}, curves={})
+    assert (model["tokens"], model["lanes"]) == (7, [{"name": "ada", "tokens": 7}])
+
+
 # -- in bounds, and inside a page --------------------------------------
 
 

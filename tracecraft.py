@@ -21478,6 +21478,8 @@ REPLAY_EVENTS = 20_000  # the newest; a page draws as many smoothly
 REPLAY_BYTES = 18 << 20  # of data in a page: a phone still opens it
 CUTS = ((8000, 4000), (2000, 1000), (500, 0), (100, 0))  # characters of a text, record
 DIFF_LINES = 300  # of a value; a longer one is shown, not compared
+TURN_TEXT = 4000  # characters of each text in a turn of a transcript
+LEASES_BACK = 50  # of an agent's claims that are looked at for the step of a turn
 CURVES = 12  # metrics of a run
 CURVED_RUNS = 100  # the newest, whose metrics are read
 SAID = ("at", "at_s", "agent", "kind", "what", "subject", "text", "id", "key", "to",
@@ -21664,6 +21666,75 @@ def curves_of(metrics: dict) -> list:
 
 def _rounded(value: object) -> object:
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+# -- transcripts -------------------------------------------------------
+
+
+def turn_event(made: dict, *, agent: str, session: str, at: str, mark: object,
+               prices: dict) -> dict:
+    """What a turn of a transcript tells, as an event of kind turn.
+
+    session: HARNESS/ID. at: its time, or the latest known. mark: tells it from others.
+    """
+    what, text = turn_words(made)
+    names = ", ".join(dict.fromkeys(call["name"] for call in made["calls"]))
+    calls = [{"name": call["name"], "input": input_text(call["input"])}
+             for call in made["calls"]]
+    results = [{"text": result["text"], "is_error": result["is_error"]}
+               for result in made["results"]]
+    cost = cost_of(made["usage"], made["model"], prices=prices)
+    row = event("turn", what, names, at=at, agent=agent, text=text, body=made["text"],
+                mark=f"{session} {mark}", session=session, role=made["role"],
+                model=made["model"], thinking=made["thinking"], error=made["error"],
+                files=made["files"], calls=calls, results=results, side=made["side"],
+                tokens=made["usage"] or None, cost=cost or None)
+    return cut_texts(row, TURN_TEXT, where=f"session show {session}")
+
+
+def turn_words(made: dict) -> tuple:
+    """(verb, text) of the most telling thing in a turn."""
+    said = {"user": "was told", "system": "noted"}.get(made["role"], "said")
+    calls = [input_text(call["input"]) for call in made["calls"][:1]]
+    answers = [result["text"] for result in made["results"][:1]]
+    errors = [result["text"] for result in made["results"] if result["is_error"]]
+    for what, there in (("had an error", made["error"]), ("called", calls),
+                        ("got an error", errors), ("got an answer", answers),
+                        (said, made["text"]), ("thought", made["thinking"]),
+                        ("forgot", made["mark"]), ("is on", made["title"])):
+        if there:
+            return what, there[0] if isinstance(there, list) else there
+    return "used tokens", ""
+
+
+def input_text(value: object) -> str:
+    """What a tool was called with, for people: the only text in it, or JSON."""
+    import json
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    if isinstance(value, str):
+        return value
+    bounded = cut_texts(value, TURN_TEXT, where="in the transcript")
+    return json.dumps(bounded, ensure_ascii=False, indent=1)
+
+
+def give_steps(turns: list, rows: list) -> None:
+    """Give each turn the step that its agent held then, the last claimed of several.
+
+    rows: the other events, oldest first."""
+    import bisect
+    held: dict = {}
+    for row in rows:
+        if row["kind"] == "claim" and row.get("holds"):
+            held.setdefault(row["agent"], []).append(
+                (row["at_s"], lasts_until(row), row["subject"]))
+    for turn_row in turns:
+        at, spans = turn_row["at_s"], held.get(turn_row["agent"], [])
+        end = bisect.bisect_right(spans, (at, float(YEAR_9999)))
+        steps = [sid for _, over, sid in spans[max(0, end - LEASES_BACK):end]
+                 if over >= at]
+        if steps:
+            turn_row["step"] = steps[-1]
 
 
 # -- in bounds ---------------------------------------------------------
@@ -22414,7 +22485,7 @@ function curveRow(metric) {
 }
 
 const PLAIN = ["token", "rev", "mode", "size", "sha256", "count", "verdict",
-  "status", "role", "model", "message_kind", "thread", "reply_to", "next_action",
+  "status", "model", "message_kind", "thread", "reply_to", "next_action",
   "claimed_from", "session"];
 const LISTS = ["error", "findings", "warnings", "changed_files", "files", "needs"];
 
@@ -22429,6 +22500,7 @@ function facts(event) {
   return [["when", stamp(event.t)], ["agent", lane(event.lane)], ["kind", event.kind],
     ["to", event.to !== undefined && lane(event.to)],
     ["step", event.step && filter("step", event.step)],
+    ["role", event.role && event.role + (event.side ? ", a sub-agent" : "")],
     ["lasted", event.end !== undefined && duration(event.end - event.t) + ended],
     ["fenced", event.fenced && `${event.fenced}, token ${event.fenced_token || "?"}`],
     ...PLAIN.map((name) => [name.replace(/_/g, " "), event[name]]),
