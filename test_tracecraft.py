@@ -27487,9 +27487,10 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    program = shutil.which("chromium") or shutil.which("google-chrome") \
-        or shutil.which("chromium-browser")
-    if not program or os.name == "nt":
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if not program or os.name == "nt" or subprocess.run(
+            [program, "--version"], capture_output=True).returncode:
         pytest.skip("no Chromium here")
     browser = Browser(program, tmp_path_factory.mktemp("chromium"))
     yield browser
