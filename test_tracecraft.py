@@ -2320,7 +2320,7 @@ class HubServer(Loopback):
         return env
 
 
-# == 3. Records ========================================================
+# == Records ===========================================================
 #
 # Tables of protocol.md 4 and 5, the protocol as a state space, and checkers of
 # histories that other tests use.
@@ -4072,7 +4072,7 @@ def test_the_search_ends_soon_on_a_wide_history():
     assert not linearizable(ops, Register())
 
 
-# == 4. Wire ===========================================================
+# == Wire ==============================================================
 #
 # Signatures against the published vectors and against botocore; dates, ETags, XML.
 
@@ -4249,7 +4249,7 @@ def test_an_error_document_is_read_and_nothing_else_is():
     assert tracecraft.xml_error(b"") == {}
 
 
-# == 5. HTTP ===========================================================
+# == HTTP ==============================================================
 #
 # One request over real sockets: a server that plays back bytes, proxies, TLS.
 
@@ -4672,7 +4672,7 @@ def test_a_fork_does_not_share_connections():
     assert server.connections == 2
 
 
-# == 6. Stores =========================================================
+# == Stores ============================================================
 #
 # The directory store, with real processes, real kills and a real disk.
 
@@ -5537,7 +5537,7 @@ def test_a_read_only_mount_can_be_read(small_disk):
     store.close()
 
 
-# == 7. S3 =============================================================
+# == S3 ================================================================
 #
 # The bucket store against the suite's own strict server, with faults per request.
 
@@ -6255,7 +6255,7 @@ def test_a_directory_passes_the_probe(tmp_path):
     assert verdict["atomic"] and keys_of(store.list("")) == []
 
 
-# == 8. Settings =======================================================
+# == Settings ==========================================================
 #
 # Where a command works and as whom: real files, real git, no mocks of our own.
 
@@ -6965,7 +6965,7 @@ def test_settings_of_a_directory_load_neither_ssl_nor_http(work, home):
     assert said.strip() == "[]"
 
 
-# == 9. Credentials ====================================================
+# == Credentials =======================================================
 #
 # Every source of keys with a local stand-in for the service behind it.
 
@@ -7369,7 +7369,7 @@ def test_no_secret_in_what_is_shown(renewing):
     assert "s3cr3t" not in repr(keys) and "container" in repr(keys)
 
 
-# == 10. Ledger ========================================================
+# == Ledger ============================================================
 #
 # Everything between the pure records and the commands, on a store in memory that
 # loses, delays, repeats or refuses any answer, and whose clock is a number.
@@ -8079,7 +8079,7 @@ def chain_faults(bucket):
     return wrong
 
 
-# == 11. Steps =========================================================
+# == Steps =============================================================
 #
 # The table of protocol.md 4 with two agents, and one agent in two instances.
 
@@ -8895,7 +8895,7 @@ def test_a_damaged_presence_does_not_hide_the_others(ada, bob, bucket):
     assert "ada" in [row["id"] for row in bob.agents()]
 
 
-# == 12. Memory ========================================================
+# == Memory ============================================================
 #
 # Values with revisions; their history; what 0.2 wrote between.
 
@@ -9184,7 +9184,7 @@ def test_a_denied_update_leaves_no_snapshot(ada, bucket):
     assert bucket.under("memory/") == []
 
 
-# == 13. Mail ==========================================================
+# == Mail ==============================================================
 #
 # A cursor that trusts only the store's clock, moved after the output was flushed.
 
@@ -16612,7 +16612,7 @@ def test_a_call_that_cannot_be_meant_is_refused_and_writes_nothing(sh, words):
     assert sh.objects() == before
 
 
-# == Requests per command ==============================================
+# == Requests per command =============================================
 #
 # What a command costs once verdict and local state are warm (protocol.md 1.7).
 
@@ -18640,7 +18640,7 @@ def soak_round(server, url, rng, **where):
     [store.close() for store in stores]
 
 
-# == 14. Artifacts =====================================================
+# == Artifacts =========================================================
 #
 # Files and manifests on a directory store: what is written in which order, crashes
 # between any two requests, lost answers, 0.2 clients, names that would escape.
@@ -19757,7 +19757,7 @@ def test_the_hidden_command_runs_from_the_file_itself(tmp_path):
     assert events[1]["won"] == 1
 
 
-# == 18. Rows ==========================================================
+# == Rows ==============================================================
 #
 # The commands as real processes: an empty environment, an empty directory, the
 # directory store. Texts are those of 0.2.5 where it has the command.
@@ -19874,7 +19874,7 @@ def test_global_flags_stand_anywhere_before_the_dashes(sh):
     assert "ada: --json\n" in sh.ok("inbox", TRACECRAFT_AGENT="bob")
 
 
-# == 19. Step commands =================================================
+# == Step commands =====================================================
 
 
 def test_a_step_goes_from_hand_to_hand_in_the_words_of_0_2(sh):
@@ -20142,8 +20142,8 @@ def test_context_is_what_went_before(sh):
     sh.refused(1, "context", "nobody")
 
 
-# == 20. Commands of memory, mail and files ============================
-# == 20. Commands of memory and mail ===================================
+# == Commands of memory, mail and files ================================
+# == Commands of memory and mail =======================================
 
 
 def test_memory_is_set_read_counted_and_deleted(sh):
@@ -20235,7 +20235,7 @@ def test_files_are_shared_in_the_words_of_0_2(sh):
     sh.refused(1, "artifact", "download", "nope")
 
 
-# == 21. Commands of presence, views and set-up ========================
+# == Commands of presence, views and set-up ============================
 
 
 def test_presence_and_views_answer(sh):
@@ -20323,7 +20323,7 @@ def test_bash_completes(sh, words, found):
     assert found in done.stdout.decode().split()
 
 
-# == 22. Command line ==================================================
+# == Command line ======================================================
 
 LONG = "x" * 201
 
@@ -20515,7 +20515,7 @@ def test_a_script_and_a_module_are_the_same_program(sh):
     assert done.stdout.decode() == sh.ok("--version")
 
 
-# == 19. Interoperation with 0.2.5 =====================================
+# == Interoperation with 0.2.5 =========================================
 #
 # The released CLI and ours, as processes, on one bucket: each reads what the other
 # wrote (protocol.md 3, 4, 11.7). A call of 0.2.5 takes half a second: there are few.
@@ -21048,7 +21048,7 @@ def test_both_clients_work_together_on_a_real_server(peer_server, tmp_path):
                 project.store.delete(entry.key)
 
 
-# == 20. README ========================================================
+# == README ============================================================
 #
 # Every ```console block is run: its commands in order, in a fresh directory; what it
 # shows is what they print. Every ```python block runs; the tables name what exists.
@@ -22241,6 +22241,1027 @@ def test_where_etags_are_digests_one_head_settles_a_lost_answer():
     assert ada.claim("s").token == 1
     asked = [pair for pair in store.counts if pair[1].endswith("claim.json")]
     assert store.counts["HEAD", "steps/s/claim.json"] == 1, asked
+# == Session records ===================================================
+#
+# The decisions alone: every interleaving of two mirrors, a compaction, crashes, lost
+# answers and a source that is rewritten, with the store reduced to a dict.
+
+
+def a_cursor(**fields):
+    return {**t.first_cursor({"harness": "jsonl", "session_id": "s"}), **fields}
+
+
+def a_part(uuid, start=None, end=1, *, generation=0, records=1):
+    return {"uuid": uuid * 8, "generation": generation, "from": start, "to": end,
+            "records": records, "source_bytes": 10 * records, "source_sha256": "x",
+            "redactions": {"jwt": 1}}
+
+
+def cursor_of(cursor, *parts):
+    """The cursor once these parts are reserved and committed."""
+    for part in parts:
+        made = t.stored_part(part, b"x" * part["source_bytes"])
+        cursor = t.commit_part(t.reserve_part(cursor, part), made, at="T")
+    return cursor
+
+
+THREE_PARTS = (a_part("a"), a_part("b", 1, 2), a_part("c", 2, 3))
+
+
+def test_parts_are_numbered_and_counted_as_they_are_cursor_of():
+    cursor = cursor_of(a_cursor(), *THREE_PARTS)
+    assert [t.part_leaf(part) for part in cursor["parts"]] == [
+        "part-00000-aaaaaaaa.jsonl", "part-00001-bbbbbbbb.jsonl",
+        "part-00002-cccccccc.jsonl"]
+    assert (cursor["position"], cursor["reserved"], cursor["generation"]) == (3, None, 0)
+    assert cursor["totals"] == {
+        "parts": 3, "skipped": 0, "records": 3, "source_bytes": 30,
+        "uploaded_bytes": 30, "redactions": {"jwt": 3}}
+
+
+RESERVED_A = t.reserve_part(a_cursor(), THREE_PARTS[0])
+MADE_A = t.stored_part(THREE_PARTS[0], b"x")
+
+
+@pytest.mark.parametrize("decide", [
+    lambda: t.reserve_part(RESERVED_A, THREE_PARTS[1]),
+    lambda: t.reserve_part(a_cursor(), THREE_PARTS[1]),
+    lambda: t.reserve_part(cursor_of(a_cursor(), THREE_PARTS[0]), THREE_PARTS[0]),
+    lambda: t.reserve_part(a_cursor(), a_part("a", generation=1)),
+    lambda: t.commit_part(a_cursor(), MADE_A, at="T"),
+    lambda: t.commit_part(RESERVED_A, {**MADE_A, "uuid": "b" * 8}, at="T"),
+    lambda: t.skip_part(a_cursor(), "a" * 8, at="T", by="x"),
+    lambda: t.turn_generation(RESERVED_A, (0, None), why="", at="T", by="x"),
+    lambda: t.turn_generation(a_cursor(), (0, 1), why="", at="T", by="x"),
+    lambda: t.turn_generation(a_cursor(), (1, None), why="", at="T", by="x"),
+    lambda: t.listed_parts(a_cursor(pages=["_parts-00000-x.json"]), {})])
+def test_a_mirror_whose_view_is_old_is_refused(decide):
+    refused(tracecraft.Moved, decide)
+
+
+def test_to_commit_or_skip_twice_is_once():
+    done = t.commit_part(RESERVED_A, MADE_A, at="T")
+    assert t.commit_part(done, MADE_A, at="later") is done
+    skipped = t.skip_part(RESERVED_A, "a" * 8, at="T", by="x")
+    assert t.skip_part(skipped, "a" * 8, at="later", by="y") is skipped
+    assert (skipped["generation"], skipped["position"]) == (1, None)
+
+
+@pytest.mark.parametrize("doc", [
+    {}, {"generation": 0}, a_cursor(parts=[{}]), a_cursor(parts={}),
+    a_cursor(parts=[{"seq": 0, "uuid": "../../x"}]), a_cursor(reserved={}),
+    a_cursor(parts=[{"seq": True, "uuid": "a" * 8}]), a_cursor(reserved=[]),
+    a_cursor(parts=[{"seq": 10**6, "uuid": "a" * 8}]), a_cursor(reserved=5),
+    a_cursor(reserved={"seq": 1, "uuid": "a" * 8}), a_cursor(pages=[1]),
+    a_cursor(doomed=None), a_cursor(merging="x"), a_cursor(totals=[]),
+    a_cursor(generation="0")])
+def test_what_is_no_cursor_is_corrupt(doc):
+    refused(tracecraft.Corrupt, t.checked_cursor, doc, "k")
+    assert t.checked_cursor(None, "k") is None
+    assert t.checked_cursor(RESERVED_A, "k") is RESERVED_A
+
+
+def test_old_parts_move_to_a_page_and_the_newest_stay():
+    cursor, start = a_cursor(), None
+    for n in range(t.PAGE_PARTS + t.META_PARTS):
+        assert t.next_page(cursor) is None
+        cursor = cursor_of(cursor, {**a_part("a", start, n), "uuid": f"{n:08x}"})
+        start = n
+    leaf, data = t.next_page(cursor)
+    turned = t.turn_page(cursor, leaf)
+    assert (len(turned["parts"]), turned["pages"]) == (t.META_PARTS, [leaf])
+    pages = {leaf: t.page_parts(json.loads(data), leaf)}
+    assert t.listed_parts(turned, pages) == cursor["parts"]
+    assert t.turn_page(turned, leaf) is turned
+    assert t.turn_page(a_cursor(), leaf)["doomed"] == [leaf]
+    again = {**cursor, "compactions": 1}  # its page may be doomed: never the same name
+    assert t.next_page(again)[0] != leaf
+
+
+def test_only_neighbours_of_one_generation_are_merged_up_to_a_size():
+    parts = [{**a_part(name), "uploaded_bytes": 4} for name in "abcde"]
+    parts[2]["skipped"], parts[4]["generation"] = True, 1
+    assert t.merge_groups(parts) == [parts[:2]]
+    assert t.merge_groups(parts[:2], limit=7) == []
+    assert t.merge_groups(parts[:2] * 3, limit=8) == [parts[:2]] * 3
+
+
+def merged_ab(cursor):
+    group = cursor["parts"][:2]
+    part = t.merged_part(group, uuid="f" * 8, data=b"x" * 20)
+    cursor = t.announce_merge(cursor, [t.part_leaf(part)])
+    return cursor, [(part, [old["uuid"] for old in group])]
+
+
+def test_a_merge_replaces_its_parts_and_dooms_them():
+    cursor, merged = merged_ab(cursor_of(a_cursor(), *THREE_PARTS))
+    done = t.merge_parts(cursor, {}, merged, at="T")
+    assert [part["uuid"][0] for part in done["parts"]] == ["f", "c"]
+    assert done["doomed"] == ["part-00000-aaaaaaaa.jsonl", "part-00001-bbbbbbbb.jsonl"]
+    assert (done["position"], done["totals"]) == (3, cursor["totals"])
+    assert done["parts"][0]["records"] == 2 and done["parts"][0]["compacted_from"] == 2
+    assert t.sweep_doomed(done, done["doomed"])["doomed"] == []
+    assert t.sweep_doomed(cursor, ["x"]) is cursor
+
+
+def test_of_two_compactions_one_is_refused_and_its_objects_are_doomed():
+    cursor, merged = merged_ab(cursor_of(a_cursor(), *THREE_PARTS))
+    other = t.announce_merge(cursor, ["part-00000-eeeeeeee.jsonl"])
+    assert other["doomed"] == ["part-00000-ffffffff.jsonl"]
+    refused(tracecraft.Moved, t.merge_parts, other, {}, merged, at="T")
+    done = t.merge_parts(cursor, {}, merged, at="T")
+    again = t.announce_merge(done, ["part-00000-ffffffff.jsonl"])
+    refused(tracecraft.Moved, t.merge_parts, again, {}, merged, at="T")
+
+
+# -- every interleaving ------------------------------------------------
+
+
+class Mirroring(NamedTuple):
+    """A mirror in the model: the cursor it read (None: none) and what it did since."""
+    seen: object = None
+    made: object = None  # uuid
+    held: object = None  # (uuid, records) of a part to be created
+    crashes: int = 1
+
+
+class Bucket(NamedTuple):
+    """The model's world. file: (version, records in it)."""
+    cursor: str
+    rev: int
+    objects: tuple  # ((uuid, records), ...)
+    file: tuple
+    mirrors: tuple
+    names: int
+    lost: int  # answers that may still get lost
+
+
+class Interleavings:
+    """All the ways in which two mirrors store a file of records, one record a part,
+    while it is rewritten. Decisions are looked up here, so that one can be broken."""
+
+    reserve = staticmethod(t.reserve_part)
+    commit = staticmethod(t.commit_part)
+    turn = staticmethod(t.turn_generation)
+    skip = staticmethod(t.skip_part)
+    tombstones = True
+    FILES = (("a1", "a2"), ("b1",))
+
+    def explore(self, limit=200_000):
+        """What is wrong in any state that can be reached; how many those are."""
+        first = Bucket(json.dumps(a_cursor()), 0, (), (0, 2),
+                       (Mirroring(), Mirroring(crashes=0)), 0, 1)
+        seen, todo = {first}, [first]
+        while todo:
+            world = todo.pop()
+            nexts = list(self.moves(world))
+            wrong = self.wrong(world, quiet=not nexts)
+            if wrong:
+                return wrong, len(seen)
+            for after in nexts:
+                if after not in seen:
+                    seen.add(after)
+                    todo.append(after)
+            assert len(seen) < limit
+        return "", len(seen)
+
+    def moves(self, world):
+        if world.file == (0, 2):
+            yield world._replace(file=(1, 1))
+        for who, mirror in enumerate(world.mirrors):
+            for after, me in self.steps(world, mirror, who):
+                mirrors = list(world.mirrors)
+                mirrors[who] = me
+                yield after._replace(mirrors=tuple(mirrors))
+            if mirror.crashes and mirror.seen:
+                mirrors = list(world.mirrors)
+                mirrors[who] = Mirroring(crashes=mirror.crashes - 1)
+                yield world._replace(mirrors=tuple(mirrors))
+
+    def steps(self, world, me, who):
+        """(world, mirror) after the next request of a mirror."""
+        if me.held:
+            yield self.create(world, me)
+            return
+        me = me._replace(seen=me.seen or (world.cursor, world.rev))
+        cursor = json.loads(me.seen[0])
+        if cursor["reserved"] and cursor["reserved"]["uuid"] != me.made:
+            yield self.finish(world, me, cursor["reserved"])
+            return
+        part = self.next_part(world, cursor, f"{world.names:08x}")
+        if part is None and me.made:
+            yield from self.swap(world, me, lambda doc: self.commit(
+                doc, {"uuid": me.made}, at="T"), me._replace(made=None))
+        elif part is not None:
+            records = part.pop("lines")
+            seen = (cursor["generation"], (cursor["reserved"] or {}).get(
+                "to", cursor["position"]))
+            yield from self.swap(
+                world, me, lambda doc: self.reserved(doc, me.made, part, seen, who),
+                me._replace(made=None, held=(part["uuid"], records)))
+
+    def reserved(self, doc, made, part, seen, who):
+        if made:
+            doc = self.commit(doc, {"uuid": made}, at="T")
+        if part["generation"] != seen[0]:
+            doc = self.turn(doc, seen, at="T", why="rewritten", by=str(who))
+        return self.reserve(doc, part)
+
+    def next_part(self, world, cursor, uuid):
+        version, count = world.file
+        reserved = cursor["reserved"] or {}
+        generation = cursor["generation"]
+        start = reserved.get("to", cursor["position"])
+        at, of = start or (0, version)
+        if of != version:
+            generation, start, at = generation + 1, None, 0
+        if at >= count:
+            return None
+        return {**a_part("a", start, [at + 1, version], generation=generation),
+                "uuid": uuid, "lines": (self.FILES[version][at],)}
+
+    def swap(self, world, me, decide, after):
+        """Compare and swap: decided anew when somebody was faster."""
+        reset = Mirroring(crashes=me.crashes)
+        try:
+            text = json.dumps(decide(json.loads(world.cursor)))
+        except tracecraft.Moved:
+            yield world, reset
+            return
+        done = world._replace(cursor=text, rev=world.rev + 1, names=world.names + 1)
+        yield done, after._replace(seen=(text, done.rev))
+        if world.lost:
+            yield done._replace(lost=0), reset
+
+    def create(self, world, me):
+        uuid, records = me.held
+        objects = dict(world.objects)
+        objects.setdefault(uuid, records)
+        world = world._replace(objects=tuple(sorted(objects.items())))
+        if objects[uuid]:
+            return world, me._replace(held=None, made=uuid)
+        return self.skipped(world, me._replace(held=None), uuid)
+
+    def finish(self, world, me, reserved):
+        objects = dict(world.objects)
+        if objects.get(reserved["uuid"]):
+            return world, me._replace(made=reserved["uuid"],
+                                      seen=me.seen or (world.cursor, world.rev))
+        at, version = reserved["from"] or (0, reserved["to"][1])
+        there = version == world.file[0] and at < world.file[1]
+        if there:
+            records = self.FILES[version][at:at + 1]
+            return world, me._replace(held=(reserved["uuid"], records))
+        if self.tombstones:
+            return world, me._replace(held=(reserved["uuid"], ()))
+        return self.skipped(world, me, reserved["uuid"])
+
+    def skipped(self, world, me, uuid):
+        try:
+            new = self.skip(json.loads(world.cursor), uuid, at="T", by="x")
+        except tracecraft.Moved:
+            return world, Mirroring(crashes=me.crashes)
+        return world._replace(cursor=json.dumps(new), rev=world.rev + 1), \
+            Mirroring(crashes=me.crashes)
+
+    def wrong(self, world, *, quiet):
+        """What a reader finds that should not be."""
+        cursor, objects = json.loads(world.cursor), dict(world.objects)
+        found = {}
+        for part in [*cursor["parts"], *filter(None, [cursor["reserved"]])]:
+            if not part.get("skipped"):
+                lines = objects.get(part["uuid"], ())
+                found.setdefault(part["generation"], []).extend(lines)
+        for lines in found.values():
+            if not any(list(file[:len(lines)]) == lines for file in self.FILES):
+                return f"{lines} in one generation"
+        listed = {part["uuid"] for part in cursor["parts"] if not part.get("skipped")}
+        reserved = (cursor["reserved"] or {}).get("uuid")
+        for uuid, lines in objects.items():
+            if lines and uuid not in listed | {reserved}:
+                return f"{lines} are there and do not count"
+        last = found.get(cursor["generation"], [])
+        version, count = world.file
+        if quiet and last != list(self.FILES[version][:count]):
+            return f"at rest with {last} of {self.FILES[version]}"
+        return ""
+
+
+class NoPosition(Interleavings):
+    """Reserves without a look at where the cursor ends."""
+
+    @staticmethod
+    def reserve(cursor, part):
+        return {**cursor, "reserved": {**part, "seq": len(cursor["parts"])}}
+
+
+class NoTombstone(Interleavings):
+    """Skips a part that somebody may still create."""
+    tombstones = False
+
+
+class SkipInPlace(Interleavings):
+    """Goes on in the same generation behind a part that was skipped."""
+
+    @staticmethod
+    def skip(cursor, uuid, **how):
+        return {**t.skip_part(cursor, uuid, **how), "generation": cursor["generation"],
+                "position": cursor["reserved"]["to"] if cursor["reserved"] else None}
+
+
+class OldGeneration(Interleavings):
+    """Goes on in the same generation when the source was rewritten."""
+
+    def reserved(self, doc, made, part, seen, who):
+        done = super().reserved(doc, made, part, seen, who)
+        reserved = {**done["reserved"], "generation": 0}
+        return {**done, "generation": 0, "reserved": reserved}
+
+
+def test_no_interleaving_loses_or_doubles_a_record():
+    wrong, states = Interleavings().explore()
+    assert wrong == "" and states > 500
+
+
+@pytest.mark.parametrize("broken", [NoPosition, NoTombstone, SkipInPlace, OldGeneration])
+def test_the_model_catches_a_decision_that_is_wrong(broken):
+    assert broken().explore()[0]
+
+
+# == Mirror ============================================================
+#
+# A file that grows, mirrors that crash before and after every request, and a bucket
+# that loses answers. What a reader gets must be the file, byte for byte.
+
+
+class Transcript:
+    """A file of records, as a harness writes it."""
+
+    def __init__(self, path):
+        self.path, self.count = str(path), 0
+        self.write(b"")
+
+    def add(self, count=1, size=0):
+        lines = [b'{"n": %d, "text": "%s"}\n' % (n, b"x" * size)
+                 for n in range(self.count, self.count + count)]
+        self.count += count
+        with open(self.path, "ab") as file:
+            file.write(b"".join(lines))
+        return self
+
+    def write(self, data):
+        with open(self.path, "wb") as file:
+            file.write(data)
+        return self
+
+    @property
+    def data(self):
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def source(self, session="s"):
+        return t.any_source(self.path, session)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return Transcript(tmp_path / "s.jsonl")
+
+
+def mirror_of(file, bucket, *, name="ada", kind=tracecraft.Mirror, deadline=5, **how):
+    """A mirror in a process of its own: nothing is known but the file."""
+    agent = agent_on(bucket, name, deadline=deadline)
+    mirror = kind(agent.sessions.named("jsonl", "s"), file.source(), agent=name, **how)
+    mirror.store, mirror.project = agent.store, agent
+    return mirror
+
+
+def stored(bucket, generation=None):
+    """What a reader gets of the session."""
+    return b"".join(agent_on(bucket, "reader").sessions.read("s", generation=generation))
+
+
+SESSION = "sessions/jsonl/s/"
+CURSOR = SESSION + "_cursor.json"
+
+
+def part_faults(bucket):
+    """What is wrong with the objects of the session: those that nothing lists."""
+    cursor = bucket.doc(CURSOR)
+    pages = [f"{SESSION}{leaf}" for leaf in cursor["pages"]]
+    parts = [p for page in pages for p in bucket.doc(page)["parts"]] + cursor["parts"]
+    listed = {SESSION + t.part_leaf(part) for part in parts}
+    there = set(bucket.under(SESSION)) - {CURSOR, SESSION + "meta.json", *pages}
+    return [f"missing {key}" for key in listed - there] \
+        + [f"left over {key}" for key in there - listed]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Parts of two records, pages of three parts."""
+    monkeypatch.setattr(tracecraft, "CUT_BYTES", 40)
+    monkeypatch.setattr(tracecraft, "PAGE_PARTS", 3)
+    monkeypatch.setattr(tracecraft, "META_PARTS", 2)
+
+
+def test_what_is_mirrored_is_the_file_and_meta_says_so(bucket, file):
+    told = []
+    assert mirror_of(file.add(5), bucket, told=told.append).flush() == len(file.data)
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+    meta = bucket.doc(SESSION + "meta.json")
+    assert (meta["total_source_bytes"], meta["total_records"]) == (len(file.data), 5)
+    assert meta["harness"] == "jsonl" and meta["source_path"] == file.path
+    part = meta["parts"][0]
+    assert part["cursor_range"] == [0, len(file.data)] and part["seq"] == 0
+    assert [one["uuid"] for one in told] == [part["uuid"]]
+
+
+def test_a_half_written_record_waits_for_its_end(bucket, file):
+    file.write(b'{"n": 0}\n{"n": ')
+    mirror = mirror_of(file, bucket)
+    assert mirror.flush() == 9
+    file.write(b'{"n": 0}\n{"n": 1}\n')
+    assert mirror.look() == 9
+    assert stored(bucket) == file.data
+
+
+def test_a_last_record_without_its_end_counts_once_the_file_is_left(bucket, file):
+    file.write(b'{"n": 0}\n{"n": 1}')
+    os.utime(file.path, (1, 1))
+    mirror_of(file, bucket).flush()
+    assert stored(bucket) == file.data + b"\n"
+    mirror_of(file.write(b'{"n": 0}\n{"n": 1}\n{"n": 2}\n'), bucket).flush()
+    assert stored(bucket) == file.data and bucket.doc(CURSOR)["generation"] == 0
+
+
+# -- requests ----------------------------------------------------------
+
+
+def tally(mirror):
+    """How many requests of each method since the last tally."""
+    found = collections.Counter()
+    for (method, _), times in mirror.store.counts.items():
+        found[method] += times
+    mirror.store.forget()
+    return dict(found)
+
+
+def test_a_flush_of_follow_mode_is_two_puts_and_idling_none(bucket, file):
+    mirror = mirror_of(file.add(3), bucket)
+    mirror.look()
+    assert tally(mirror) == {"GET": 2, "LIST": 1, "PUT": 3}  # cursor, part, meta
+    for _ in range(3):
+        file.add()
+        mirror.look()
+        assert tally(mirror) == {"PUT": 2}  # commit and reserve in one; the part
+    for requests in ({"PUT": 1}, {"PUT": 1}, {}, {}):  # commit; meta.json; nothing
+        mirror.look()
+        assert tally(mirror) == requests
+
+
+def test_one_shot_costs_six_requests_and_two_when_nothing_is_new(bucket, file):
+    mirror = mirror_of(file.add(3), bucket)
+    mirror.flush()
+    assert tally(mirror) == {"GET": 2, "LIST": 1, "PUT": 4}
+    again = mirror_of(file, bucket)
+    again.flush()
+    assert tally(again) == {"GET": 2}
+
+
+def test_the_cursor_stays_small_however_many_parts_there_are(bucket, file):
+    mirror = mirror_of(file, bucket)
+    for _ in range(3 * t.PAGE_PARTS):
+        file.add()
+        mirror.look()
+    mirror.flush()
+    most = t.PAGE_PARTS + t.META_PARTS
+    assert all(len(doc["parts"]) <= most for doc in bucket.history(CURSOR))
+    assert len(bucket.doc(SESSION + "meta.json")["parts"]) == t.META_PARTS
+    assert max(len(data) for key, data in mirror.store.sent if key == CURSOR) < 40_000
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+
+
+def test_min_bytes_are_waited_for_but_not_at_the_end(bucket, file):
+    mirror = mirror_of(file.add(1), bucket, min_bytes=1000)
+    assert mirror.look() == 0 and bucket.under("") == []
+    assert mirror.flush(end=True) == len(file.data)
+    assert bucket.doc(SESSION + "meta.json")["ended_at"]
+
+
+# -- what sources do ---------------------------------------------------
+
+
+REWRITES = {
+    "shrunk": lambda data: data[:len(data) // 2].rpartition(b"\n")[0] + b"\n",
+    "rewritten": lambda data: data.replace(b'"n": 0', b'"n": 9'),
+    "its end cut and gone on": lambda data: data[:-10] + b'9"}\n{"m": 1}\n',
+    "swapped": lambda data: b'{"other": true}\n' * 9}
+
+
+@pytest.mark.parametrize("how", REWRITES)
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_source_that_is_another_begins_a_generation(bucket, file, how, alive):
+    mirror = mirror_of(file.add(3), bucket)
+    mirror.look()
+    first = file.data
+    file.write(REWRITES[how](first))
+    mirror = mirror if alive else mirror_of(file, bucket)
+    mirror.flush()
+    assert stored(bucket) == first + file.data and part_faults(bucket) == []
+    assert stored(bucket, -1) == file.data and stored(bucket, 0) == first
+    mirror_of(file.add(2), bucket).flush()
+    assert stored(bucket, -1) == file.data
+
+
+def test_two_files_under_one_id_are_refused_instead_of_alternating(bucket, file,
+                                                                   tmp_path):
+    other = Transcript(tmp_path / "other.jsonl").write(b'{"other": 1}\n')
+    mine, theirs = mirror_of(file.add(2), bucket), mirror_of(other, bucket, name="bob")
+    mine.flush()
+    theirs.flush()
+    file.add()
+    error = refused(tracecraft.Conflict, mine.flush)
+    assert "another file" in error.message
+    assert bucket.doc(CURSOR)["generation"] == 1
+
+
+def test_records_are_redacted_one_by_one_and_what_went_is_counted(bucket, file):
+    class Shouting:
+        def __init__(self):
+            self.counts = {}
+
+        def line(self, data):
+            hits = data.count(b"secret")
+            if hits:
+                self.counts["word"] = self.counts.get("word", 0) + hits
+            return data.replace(b"secret", b"[REDACTED:word]")
+    file.write(b'{"a": "secret"}\n{"b": "secret secret"}\n')
+    mirror = mirror_of(file, bucket, redactor=Shouting())
+    mirror.look()
+    file.write(file.data + b'{"c": "secret"}\n{"d": 1}\n')
+    mirror.flush()
+    assert stored(bucket) == file.data.replace(b"secret", b"[REDACTED:word]")
+    meta = bucket.doc(SESSION + "meta.json")
+    assert [part["redactions"] for part in meta["parts"]] == [{"word": 3}, {"word": 1}]
+    assert meta["redaction_counts"] == {"word": 4}
+    assert meta["total_source_bytes"] == len(file.data)
+
+
+# -- crashes -----------------------------------------------------------
+
+
+def crash_points(prepare, act):
+    """`act(mirror)` ended before and after each of its requests; yields the bucket."""
+    for point in itertools.count(2):
+        number, when = point // 2, ("before", "after")[point % 2]
+        bucket = MemoryStore()
+        mirror = prepare(bucket)
+        mirror.store.forget()
+        mirror.store.crash_at = (number, when)
+        try:
+            act(mirror)
+        except Crash:
+            yield bucket, f"{when} request {number}"
+        else:
+            return
+
+
+def mirrored(file, bucket, looks=1):
+    """A mirror that has stored some records, its last part not yet committed."""
+    mirror = mirror_of(file, bucket)
+    for _ in range(looks):
+        file.add(2)
+        mirror.look()
+    return mirror
+
+
+@pytest.mark.parametrize("looks", [0, 1, 4])
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_mirror_may_crash_at_every_request(small, tmp_path, looks, alive):
+    """Invariant 2 of protocol.md 11 for transcripts; the file may grow meanwhile."""
+    points = 0
+    files = map(Transcript, (tmp_path / f"{n}.jsonl" for n in itertools.count()))
+    file = None
+
+    def prepare(bucket):
+        nonlocal file
+        file = next(files)
+        mirror = mirrored(file, bucket, looks)
+        file.add(5)
+        return mirror if alive else mirror_of(file, bucket)
+    for bucket, where in crash_points(prepare, lambda mirror: mirror.flush(end=True)):
+        points += 1
+        before = stored(bucket) if bucket.under(SESSION) else b""
+        assert file.data.startswith(before), where
+        mirror_of(file.add(), bucket, name="bob").flush()
+        assert stored(bucket) == file.data, where
+        assert part_faults(bucket) == [], where
+        meta, cursor = bucket.doc(SESSION + "meta.json"), bucket.doc(CURSOR)
+        assert meta["total_source_bytes"] == len(file.data), where
+        assert meta["cursor_rev"] == cursor["rev"], where
+    assert points >= 14
+
+
+def test_a_mirror_may_crash_at_every_request_and_its_source_be_rewritten(small, tmp_path):
+    path, points = tmp_path / "s.jsonl", 0
+
+    def prepare(bucket):
+        file = Transcript(path)
+        mirrored(file, bucket)
+        return mirror_of(file.add(4), bucket)
+    for bucket, where in crash_points(prepare, lambda mirror: mirror.flush()):
+        points += 1
+        file = Transcript(path)
+        old = prepare(MemoryStore()) and file.data
+        mirror_of(file.write(b'{"m": 1}\n{"m": 2}\n'), bucket).flush()
+        whole = stored(bucket)
+        assert stored(bucket, -1) == file.data, where
+        assert whole.endswith(file.data), where
+        assert old.startswith(whole[:-len(file.data)]), where
+        assert part_faults(bucket) == [], where
+    assert points >= 16
+
+
+def test_a_reserved_part_that_nobody_can_read_any_more_is_skipped(bucket, file):
+    mirror = mirror_of(file.add(2), bucket)
+    mirror.store.fault("crash-before", key="part-")
+    with pytest.raises(Crash):
+        mirror.flush()
+    late = bucket.doc(CURSOR)["reserved"]
+    mirror_of(file.write(b'{"m": 1}\n'), bucket).flush()
+    assert stored(bucket) == file.data
+    assert bucket.doc(SESSION + "meta.json")["skipped_parts"] == 1
+    # The first one was only slow: its part must not land where nobody looks for it.
+    assert not mirror.ledger.create_bytes(SESSION + t.part_leaf(late), b"late")
+    assert stored(bucket) == file.data
+
+
+def test_what_a_mirror_still_holds_is_not_skipped_when_its_file_is_gone(bucket, file):
+    mirror = mirror_of(file.add(2), bucket, deadline=0.1)
+    data = file.data
+    mirror.store.fault("down", key="part-", times=50)
+    refused(tracecraft.Unavailable, mirror.look)
+    mirror.store.forget()
+    file.write(b'{"m": 1}\n')
+    mirror.flush()
+    assert stored(bucket) == data + file.data
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+@pytest.mark.parametrize("key", ["_cursor", "part-", "meta"])
+def test_a_lost_or_repeated_answer_stores_everything_once(bucket, file, kind, key):
+    mirror = mirror_of(file, bucket)
+    for _ in range(3):
+        mirror.store.fault(kind, key=key)
+        file.add(2)
+        mirror.look()
+    mirror.flush()
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+
+
+# -- several mirrors ---------------------------------------------------
+
+
+class Rewriter(tracecraft.Mirror):
+    """Reserves anew what another has reserved."""
+
+    def _finish(self, reserved):
+        self.session.change(lambda doc: {**doc, "reserved": None})
+
+
+class Hopeless(tracecraft.Mirror):
+    """Takes a reserved part for stored without a look."""
+
+    def _finish(self, reserved):
+        self._made = {"uuid": reserved["uuid"], "uploaded_bytes": 0, "sha256": None}
+
+
+class Unreserved(tracecraft.Mirror):
+    """Creates the part first and reserves its name afterwards."""
+
+    def _change(self, decide):
+        if self._held:
+            seq = len(self.session.doc["parts"]) if self.session.doc else 0
+            self.ledger.create_bytes(SESSION + t.part_leaf(
+                {"seq": seq, "uuid": self._held[0]}), self._held[1])
+        return super()._change(decide)
+
+
+class Together:
+    """Mirrors of one file, and a compaction, in turns chosen by dice; they crash."""
+
+    def __init__(self, seed, path, *, kind=tracecraft.Mirror, faults=0.05, mirrors=2):
+        self.seed, self.kind, self.faults = seed, kind, faults
+        self.file, self.bucket = Transcript(path).add(2), MemoryStore()
+        self.dice, self.turns = random.Random(seed), Turns(seed, mirrors + 1)
+        self.turns.run(lambda n: self.mirror(n) if n < mirrors else self.compact())
+        for mirror in (mirror_of(self.file, self.bucket, kind=kind),):
+            mirror.flush()
+
+    def agent(self, act, number, rounds):
+        """Rounds of one process, begun again after each crash."""
+        dice = random.Random(f"{self.seed} {number}")
+        actor = None
+        for _ in range(rounds):
+            if actor is None:
+                actor = mirror_of(self.file, self.bucket, name=f"a{number}",
+                                  kind=self.kind)
+                actor.store.gate = self.turns.gate
+                actor.store.chaos = (dice, self.faults)
+            try:
+                act(actor)
+            except Crash:
+                actor = None
+            except t.Error:
+                pass
+
+    def mirror(self, number):
+        def act(mirror):
+            self.file.add(1)  # under the turn of who asked last: no two at once
+            mirror.look()
+        self.agent(act, number, rounds=6)
+
+    def compact(self):
+        self.agent(lambda mirror: mirror.project.sessions.compact("s"), "c", rounds=3)
+
+    def wrong(self):
+        out = [] if stored(self.bucket) == self.file.data else ["not the file"]
+        if self.bucket.doc(CURSOR)["generation"]:
+            out.append("another generation")
+        t.Compaction(agent_on(self.bucket, "z").sessions.find("s")).run()
+        out += [] if stored(self.bucket) == self.file.data else ["not the file, merged"]
+        # A page made for nothing may stay: nobody lists it.
+        return out + [fault for fault in part_faults(self.bucket)
+                      if "left over" not in fault or "_parts-" not in fault]
+
+
+@pytest.mark.parametrize("faults", [0.0, 0.08])
+def test_mirrors_and_a_compaction_side_by_side_store_everything_once(small, tmp_path,
+                                                                    faults):
+    seed = random.randrange(10**9)
+    for number in range(seed, seed + 12):
+        together = Together(number, tmp_path / f"{number}.jsonl", faults=faults)
+        assert together.wrong() == [], number
+
+
+@pytest.mark.parametrize("broken", [Rewriter, Hopeless, Unreserved])
+def test_a_mirror_that_is_broken_is_caught(small, tmp_path, broken):
+    """Invariant 2 can fail: these lose, double or leave records."""
+    def caught(number):
+        try:
+            return Together(number, tmp_path / f"{number}.jsonl", kind=broken,
+                            faults=0.15).wrong()
+        except t.Error as why:
+            return why
+    assert any(caught(number) for number in range(20))
+
+
+# -- compaction --------------------------------------------------------
+
+
+def many_parts(file, bucket, looks=12):
+    """A session of many parts, some in pages, the last not yet committed."""
+    mirror = mirrored(file, bucket, looks)
+    mirror.store.forget()
+    return mirror
+
+
+def test_compaction_merges_all_parts_and_reading_stays_the_same(small, bucket, file):
+    mirror = many_parts(file, bucket)
+    assert len(bucket.doc(CURSOR)["pages"]) > 1
+    done = mirror.project.sessions.compact("s")
+    assert (done["merged"], done["into"], done["deleted"]) == (12, 1, 12)
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+    assert len(bucket.doc(SESSION + "meta.json")["parts"]) == 1
+    assert mirror.project.sessions.compact("s")["merged"] == 0
+    mirror_of(file.add(), bucket).flush()
+    assert stored(bucket) == file.data
+
+
+def test_compaction_keeps_the_newest_parts_and_the_generations_apart(bucket, file):
+    many_parts(file, bucket, 4).flush()
+    first = file.data
+    mirror = mirror_of(file.write(b'{"m": 1}\n'), bucket)
+    for n in (2, 3, 4):
+        mirror.look()
+        file.write(file.data + b'{"m": %d}\n' % n)
+    mirror.flush()
+    done = mirror.project.sessions.compact("s", keep=1)
+    assert (done["merged"], done["into"], done["kept"]) == (7, 2, 1)
+    assert stored(bucket, 0) == first and stored(bucket, 1) == file.data
+
+
+def test_a_mirror_goes_on_following_through_a_compaction(bucket, file):
+    mirror = many_parts(file, bucket)
+    for _ in range(3):
+        mirror.project.sessions.compact("s")
+        file.add()
+        mirror.look()
+    mirror.flush()
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+    assert len(bucket.doc(CURSOR)["parts"]) == 2
+
+
+def test_a_compaction_may_crash_at_every_request(small, tmp_path):
+    points = 0
+    files = map(Transcript, (tmp_path / f"{n}.jsonl" for n in itertools.count()))
+    file = None
+
+    def prepare(bucket):
+        nonlocal file
+        file = next(files)
+        return many_parts(file, bucket, 8)
+    for bucket, where in crash_points(
+            prepare, lambda mirror: mirror.project.sessions.compact("s")):
+        points += 1
+        assert stored(bucket) == file.data, where
+        again = mirror_of(file.add(), bucket)
+        if points % 2:  # a mirror comes first, or another compaction
+            again.flush()
+        again.project.sessions.compact("s")
+        again.flush()
+        assert stored(bucket) == file.data, where
+        assert part_faults(bucket) == [], where
+    assert points >= 40
+
+
+def test_a_reader_under_way_goes_on_when_the_parts_are_merged(small, bucket, file):
+    mirror = many_parts(file, bucket)
+    reader = agent_on(bucket, "reader").sessions
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(t, "READ_AHEAD", 1)
+        records = reader.read("s")
+        found = [next(records), next(records), next(records)]
+        mirror.project.sessions.compact("s")
+        assert b"".join([*found, *records]) == file.data
+
+
+def test_a_part_that_is_gone_or_damaged_is_reported_with_its_name(bucket, file):
+    mirror = many_parts(file, bucket, 2)
+    mirror.flush()
+    leaf = t.part_leaf(bucket.doc(CURSOR)["parts"][0])
+    bucket.place(SESSION + leaf, b"junk\n")
+    assert leaf in refused(tracecraft.Corrupt, stored, bucket).message
+    bucket.shared.objects.pop(SESSION + leaf)
+    assert leaf in refused(tracecraft.Corrupt, stored, bucket).message
+
+
+@pytest.mark.parametrize("leaf", ["_cursor.json", "meta.json"])
+def test_a_damaged_object_of_a_session_is_named_and_left_alone(bucket, file, leaf):
+    mirror_of(file.add(), bucket).flush()
+    bucket.place(SESSION + leaf, b"{junk")
+    mirror = mirror_of(file.add(), bucket)
+    if leaf == "_cursor.json":
+        assert leaf in refused(tracecraft.Corrupt, mirror.flush).message
+    else:
+        mirror.flush()
+        assert stored(bucket) == file.data and leaf in mirror.project.warned[0]
+    assert bucket.shared.objects[SESSION + leaf][0] == b"{junk"
+
+
+# -- what 0.2 left -----------------------------------------------------
+
+
+def place_02(bucket, *ranges, data=b"", **meta):
+    """A session as 0.2 leaves it: ranges of the file, each a part."""
+    parts = []
+    for seq, (start, end) in enumerate(ranges):
+        uuid = f"{seq:08x}"
+        bucket.place(f"{SESSION}part-{seq:05d}-{uuid}.jsonl", data[start:end])
+        parts.append({"seq": seq, "uuid": uuid, "cursor_range": [start, end],
+                      "source_bytes": end - start, "uploaded_bytes": end - start,
+                      "redactions": {}, "uploaded_at": "2026-01-01T00:00:00+00:00"})
+    bucket.place(SESSION + "meta.json", {
+        "schema_version": 1, "harness": "jsonl", "session_id": "s", "parts": parts,
+        "started_at": "2026-01-01T00:00:00+00:00", "ended_at": None,
+        "total_source_bytes": sum(b - a for a, b in ranges), **meta})
+
+
+@pytest.mark.parametrize("ranges", [
+    [(0, 45)], [(0, 20), (20, 45)], [(0, 20), (20, 45), (0, 20)], [(0, 45), (0, 45)]])
+def test_a_session_of_02_goes_on_where_it_ends(bucket, file, ranges):
+    file.add(4)
+    place_02(bucket, *ranges, data=file.data)  # it cuts anywhere, also within a record
+    mirror_of(file, bucket).flush()
+    assert stored(bucket) == file.data
+    assert bucket.doc(CURSOR)["generation"] == 0
+    meta = bucket.doc(SESSION + "meta.json")
+    assert meta["total_source_bytes"] == len(file.data)
+    assert meta["started_at"] == "2026-01-01T00:00:00+00:00"
+
+
+def test_a_session_of_02_alone_can_be_read_listed_and_compacted(bucket, file):
+    file.add(4)
+    place_02(bucket, (0, 20), (20, 50), (50, len(file.data)), data=file.data)
+    ada = agent_on(bucket, "ada")
+    assert list(ada.sessions.read("s")) == file.data.splitlines(keepends=True)
+    assert [one["session_id"] for one in ada.sessions.list()] == ["s"]
+    assert ada.sessions.compact("s")["merged"] == 3
+    assert stored(bucket) == file.data
+    mirror_of(file.add(), bucket).flush()
+    assert stored(bucket) == file.data
+
+
+def test_parts_of_02_without_meta_are_a_generation_of_their_own(bucket, file):
+    file.add(3)
+    bucket.place(SESSION + "part-00000-0123abcd.jsonl", file.data)
+    mirror_of(file, bucket).flush()
+    assert stored(bucket, 0) == stored(bucket, 1) == file.data
+
+
+def test_02_going_on_where_we_ended_counts_and_repeating_does_not(bucket, file):
+    mirror_of(file.add(2), bucket).flush()
+    size = len(file.data)
+    file.add(2)
+    place = SESSION + "part-00001-000000b%d.jsonl"
+    bucket.place(place % 1, file.data[size:])
+    bucket.place(place % 2, file.data)
+    meta = bucket.doc(SESSION + "meta.json")
+    entry = {"seq": 1, "source_bytes": 1, "uploaded_bytes": 1, "redactions": {}}
+    meta["parts"] += [
+        {**entry, "uuid": "000000b1", "cursor_range": [size, len(file.data)]},
+        {**entry, "uuid": "000000b2", "cursor_range": [0, len(file.data)]}]
+    del meta["cursor_rev"], meta["rev"]  # 0.2 writes only what it knows
+    bucket.place(SESSION + "meta.json", meta)
+    assert stored(bucket) == file.data
+    mirror_of(file.add(), bucket).flush()
+    assert stored(bucket) == file.data
+    assert bucket.doc(CURSOR)["generation"] == 0
+
+
+def compact_02(bucket, *, until=99):
+    """What `session compact` of 0.2 does, ended after so many deletions."""
+    keys = [key for key in bucket.under(SESSION) if "part-" in key]
+    data = b"".join(bucket.shared.objects[key][0] for key in keys)
+    bucket.place(SESSION + "part-00000-0000000c.jsonl", data)
+    meta = bucket.doc(SESSION + "meta.json")
+    meta["parts"] = [{"seq": 0, "uuid": "0000000c", "compacted_from": len(keys),
+                      "uploaded_bytes": len(data)}]
+    bucket.place(SESSION + "meta.json", meta)
+    for key in keys[:until]:
+        bucket.shared.objects.pop(key)
+
+
+@pytest.mark.parametrize("until", [0, 2, 99])
+def test_a_compaction_by_02_is_followed_also_one_that_crashed(small, bucket, file,
+                                                              until):
+    many_parts(file, bucket, 6).flush()
+    compact_02(bucket, until=until)
+    assert stored(bucket) == file.data
+    mirror_of(file.add(), bucket).flush()
+    assert stored(bucket) == file.data
+    assert part_faults(bucket) == []
+
+
+def test_a_mirror_that_follows_takes_in_what_02_merged_meanwhile(bucket, file):
+    mirror = many_parts(file, bucket, 3)
+    mirror.flush()
+    compact_02(bucket)
+    mirror_of(file.add(), bucket)
+    mirror.look()
+    mirror.flush()
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+
+
+# -- finding -----------------------------------------------------------
+
+
+def test_a_session_is_found_by_id_harness_and_how_these_begin(ada, bucket):
+    for harness, session in (("codex", "abc-1"), ("codex", "abc-2"), ("pi", "abc-1")):
+        bucket.place(f"sessions/{harness}/{session}/meta.json", {"parts": []})
+    assert ada.sessions.find("abc-2").harness == "codex"
+    assert ada.sessions.find("pi/abc").id == "abc-1"
+    for word in ("abc-1", "abc", "codex/abc"):
+        assert "several" in refused(tracecraft.Usage, ada.sessions.find, word).message
+    for word in ("nothing", "pi/x", "", "codex/", "no/abc-1"):
+        refused(tracecraft.NotFound, ada.sessions.find, word)
+
+
+def test_a_session_whose_meta_was_not_written_yet_is_listed(bucket, file):
+    mirror = mirror_of(file.add(2), bucket)
+    mirror.store.fault("crash-before", key="meta.json")
+    with pytest.raises(Crash):
+        mirror.flush()
+    row, = agent_on(bucket, "ada").sessions.list()
+    assert row["total_source_bytes"] == len(file.data)
+
+
+def test_a_session_is_ended_once_and_goes_on_when_it_grows(bucket, file):
+    mirror_of(file.add(), bucket).flush()
+    ada = agent_on(bucket, "ada")
+    assert [ada.sessions.end(ada.sessions.find("s")) for _ in "12"] == [True, False]
+    assert bucket.doc(SESSION + "meta.json")["ended_at"]
+    mirror_of(file.add(), bucket).flush()
+    assert bucket.doc(SESSION + "meta.json")["ended_at"] is None
+
+
+def test_without_conditions_one_mirror_does_its_work(file):
+    bucket = PlainStore()
+    mirror = mirror_of(file.add(3), bucket)
+    mirror.flush()
+    mirror_of(file.add(2), bucket).flush()
+    agent_on(bucket, "ada").sessions.compact("s")
+    assert stored(bucket) == file.data and len(mirror.project.warned) == 1
 # == A Hub by its own API ==============================================
 #
 # Hub and NativeStore against the Hub of our own, whose end asserts that no secret went
@@ -26168,6 +27189,12 @@ def test_a_record_with_nothing_to_move_is_the_same_object():
     assert t.moved(record, "/w/p", new="/w/p") is record
 
 
+def test_several_directories_move_at_once_and_none_twice():
+    places = t.Places({"/h/a": "/h/b", "/h/a/p": "/h/a/q", "~": "/h/b", "~/p": "/h/a/q"})
+    assert places.moved(["/h/a/p/x", "/h/a/z /h/a", "~/p", "~/z", "~", "a ~ b ~5 ~x"]) == [
+        "/h/a/q/x", "/h/b/z /h/b", "/h/a/q", "/h/b/z", "/h/b", "a ~ b ~5 ~x"]
+
+
 # == Sources of sessions ===============================================
 #
 # Files that grow, are rewritten, cut or swapped; databases that are written meanwhile.
@@ -26992,6 +28019,941 @@ def test_a_session_is_put_nowhere_but_where_it_belongs(session):
         t.where_to("claude-code", session, cwd="/", environ={}, home="/h")
     with pytest.raises(t.Usage):
         t.where_to("claude-code", "a", parent=session or "/", cwd="/", environ={}, home="/h")
+
+
+# -- sources of every kind ---------------------------------------------
+
+
+def whole(source):
+    """All records of a source, as it is now."""
+    return b"".join(lines.data for lines in source.batches())
+
+
+def test_sessions_of_every_harness_are_mirrored_whole_and_go_on(bucket, own_agents):
+    ada, names = agent_on(bucket, "ada"), set()
+    for source in own_agents.find():
+        names.add(source.harness)
+        session = ada.sessions.named(source.harness, source.session)
+        t.Mirror(session, source, agent="ada").flush()
+        assert b"".join(session.records()) == whole(source), source.harness
+        assert t.Mirror(ada.sessions.named(source.harness, source.session),
+                        source).flush() == 0
+        meta = bucket.doc(session.prefix + "meta.json")
+        assert (meta.get("parent") or "") == source.parent
+    assert names == set(t.HARNESSES)
+
+
+def test_rows_that_change_in_a_database_are_stored_again_in_the_same_generation(
+        bucket, own_agents):
+    source, = (one for one in own_agents.find("hermes") if one.session == "ours")
+    ada = agent_on(bucket, "ada")
+    session = ada.sessions.named("hermes", "ours")
+    mirror = t.Mirror(session, source)
+    mirror.look()
+    with contextlib.closing(database(source.path, "")) as db:
+        db.execute("INSERT INTO messages (session_id, role, content, timestamp)"
+                   " VALUES ('ours', 'assistant', 'there', 10)")
+        db.commit()
+    assert mirror.look() > 0
+    mirror.flush()
+    assert b"".join(session.records()) == whole(source)
+    assert session.doc["generation"] == 0
+
+
+def test_fifty_idle_sessions_cost_no_request_and_hardly_any_time(bucket, tmp_path):
+    ada, mirrors = agent_on(bucket, "ada"), []
+    for number in range(50):
+        file = Transcript(tmp_path / f"{number}.jsonl").add(3)
+        mirrors.append(t.Mirror(ada.sessions.named("jsonl", f"s{number}"),
+                                file.source(f"s{number}")))
+        mirrors[-1].flush()
+        mirrors[-1].look()
+    ada.store.forget()
+    began, turns = time.process_time(), 40
+    for _ in range(turns):
+        for mirror in mirrors:
+            mirror.look()
+    assert ada.store.requests == 0
+    assert time.process_time() - began < turns * 5 * 0.01  # 1 % of 5 s each
+
+
+# == Session commands ==================================================
+#
+# Words and flags of 0.2.5; real processes where signals and streams matter.
+
+
+def lines_in(path, *numbers, mode="ab"):
+    with open(path, mode) as file:
+        file.write(b"".join(b'{"n": %d}\n' % n for n in numbers))
+
+
+@pytest.fixture
+def made(sh):
+    """A shell with a transcript to mirror."""
+    sh.file = os.path.join(sh.cwd, "one.jsonl")
+    lines_in(sh.file, 1, 2)
+    return sh
+
+
+def in_bucket(shell, session="one"):
+    """The session's records in the embedded store."""
+    with t.connect(cwd=shell.cwd, environ=shell.env({})) as project:
+        return b"".join(project.sessions.read(session))
+
+
+def test_mirroring_a_file_says_what_02_says(made):
+    out = made.ok("session", "mirror", "one.jsonl").splitlines()
+    assert re.fullmatch(r"uploaded part-00000-[0-9a-f]{8}  source=18B  upload=18B "
+                        r" redactions=none  session=one", out[0])
+    assert out[1] == "✔ 1 session(s) protected · 0.0 MB in YOUR bucket · 0 lost"
+    assert made.ok("session", "mirror", "one.jsonl").startswith(
+        "nothing new: session=one cursor=18 size=18\n")
+    lines_in(made.file, 3)
+    doc, = made.json("session", "mirror", "one.jsonl")["items"]
+    assert (doc["total_source_bytes"], doc["total_parts"]) == (27, 2)
+    rows = made.ok("session", "list").splitlines()
+    assert rows[0].split() == ["HARNESS", "SESSION", "BYTES", "PARTS", "LAST", "UPLOAD"]
+    assert rows[1].split()[:4] == ["jsonl", "one", "27", "2"]
+    assert re.fullmatch(r"compacted session=one  merged 2 parts -> 1 \(27B\)  deleted=2 "
+                        r" kept_tail=0\n", made.ok("session", "compact", "one"))
+    assert made.ok("session", "compact", "one").startswith("nothing to compact: 1 ")
+    assert made.ok("session", "stop", "one") == \
+        "stopped session=one  state_cleared=False  meta_marked_ended=True\n"
+    assert in_bucket(made) == open(made.file, "rb").read()
+
+
+def test_what_is_mirrored_is_redacted_unless_that_is_not_wanted(made):
+    secret = b"ghp_" + b"a1B2c3D4e5" * 3 + b"f6G7h8"
+    with open(made.file, "wb") as file:
+        file.write(b'{"token": "%s"}\n' % secret)
+    out = made.ok("session", "mirror", "one.jsonl")
+    assert secret not in in_bucket(made) and "=1 github_pat " in out
+    made.ok("session", "mirror", "one.jsonl", "--session-id", "raw", "--no-redact")
+    assert secret in in_bucket(made, "raw")
+    made.environ["DEPLOY_TOKEN"] = "c0rrect-H0rse-9"
+    lines_in(made.file)
+    with open(made.file, "ab") as file:
+        file.write(b'{"said": "it is c0rrect-H0rse-9"}\n')
+    made.ok("session", "mirror", "one.jsonl")
+    assert b"c0rrect" not in in_bucket(made)
+
+
+@pytest.mark.parametrize("words, said", [
+    ((), "No session found in cwd="), (("--harness", "codex"), "No codex session found"),
+    (("--session-id", "x"), "for id=x"), (("--harness", "codx"), "did you mean codex?"),
+    (("none.jsonl",), "none.jsonl"), (("one.jsonl", "--all"), "FILE"),
+    (("one.jsonl", "one.jsonl"), "two files"), (("one.jsonl", "--interval", "0"), "> 0"),
+    (("one.jsonl", "--session-id", "../x"), "session id"),
+    (("--all", "--session-id", "x"), "drop --session-id"), (("-f", "--once"), "--once"),
+    (("one.jsonl", "x.jsonl", "--session-id", "x"), "not several"),
+    (("--all", "--once"), "No session found"), ((".",), "not a regular file")])
+def test_a_call_that_cannot_be_is_refused_in_one_sentence(made, words, said):
+    done = made.run("session", "mirror", *words)
+    assert done.returncode in (1, 2) and said in done.err and done.out == "", done.err
+
+
+def test_the_newest_session_of_each_harness_or_all_of_them(own_agents, bucket, tmp_path):
+    def chosen(**given):
+        options = SimpleNamespace(**{"files": [], "harness": "auto", "all": False,
+                                     "session_id": None, "cwd": None, **given})
+        settings = SimpleNamespace(cwd=own_agents.ours, environ={"HOME": own_agents.home})
+        return {(one.harness, one.session)
+                for one in t.Chosen(settings, options).sources()}
+    every = chosen(all=True)
+    assert {harness for harness, _ in chosen()} == set(t.HARNESSES)
+    assert chosen() <= every
+    assert {("claude-code", "ours"), ("claude-code", "ours_a1")} <= chosen()
+    assert chosen(session_id="ours", harness="codex") == {("codex", "ours")}
+    assert chosen(session_id="theirs", harness="codex") == {("codex", "theirs")}
+    assert chosen(cwd=own_agents.theirs).isdisjoint(every)
+
+
+def test_a_public_bucket_of_hugging_face_is_refused():
+    for kind, seen, allowed in (("hf", "private", False), ("hf", "public", True),
+                                ("s3", "public", False)):
+        t.refuse_public(SimpleNamespace(kind=kind, visibility=lambda seen=seen: seen),
+                        allowed)
+    t.refuse_public(SimpleNamespace(kind="hf"), False)
+    public = SimpleNamespace(kind="hf", visibility=lambda: "public")
+    assert refused(t.Denied, t.refuse_public, public, False).hint.endswith("--public-ok")
+
+
+def follow(shell, *words):
+    """A process that follows; until() waits for a line of it."""
+    process = shell.start("session", "mirror", "--interval", "0.1", *words)
+    process.lines = []
+    threading.Timer(SLOW, process.kill).start()
+
+    def until(text):
+        while not process.lines or text not in process.lines[-1]:
+            line = process.stdout.readline().decode()
+            assert line, process.stderr.read().decode()
+            process.lines.append(line)
+    process.until = until
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_stores_what_is_left_and_notes_the_end(made, name):
+    process = follow(made, "-f", "one.jsonl", "--min-bytes", "18")
+    process.until("uploaded part-00000")
+    lines_in(made.file, 3)  # too little, until the end
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=SLOW)
+    assert process.returncode == 0, err
+    assert "uploaded part-00001" in out.decode() and "marked 1 session(s) ended" in \
+        err.decode()
+    assert in_bucket(made) == open(made.file, "rb").read()
+    assert made.json("session", "list")["items"][0]["ended_at"]
+
+
+def test_all_takes_in_sessions_that_come_while_it_follows(made):
+    def begin(name):
+        put(pathlib.Path(made.home, f".codex/sessions/2026/01/02/rollout-2026-01-02T03-"
+                         f"04-05-{name}.jsonl"), codex_records(made.cwd, name))
+    begin("one")
+    process = shortened(made, "DISCOVER = 0.2", "--all")
+    process.until("uploaded part")
+    begin("two")
+    process.until("now following session=two")
+    process.until("uploaded part")
+    process.terminate()
+    out, err = process.communicate(timeout=SLOW)
+    assert process.returncode == 0 and "marked 2 session(s) ended" in err.decode()
+
+
+def shortened(shell, setting, *words):
+    """follow() with a constant of the program set to another value."""
+    code = f"import sys, tracecraft; tracecraft.{setting}; sys.exit(tracecraft.main())"
+    launch, RUN[1:] = RUN[1:], ["-S", "-c", code]
+    try:
+        return follow(shell, *words)
+    finally:
+        RUN[1:] = launch
+
+
+def test_following_outlives_a_store_that_is_away(file, capsys):
+    bucket = MemoryStore()
+    ada = agent_on(bucket, "ada", deadline=0.05)
+    options = SimpleNamespace(
+        files=[file.add(2).path], harness="auto", all=False, session_id="s", cwd=None,
+        no_redact=True, min_bytes=1, interval=1, follow=True, as_json=True, quiet=False)
+    ada.settings.cwd = os.path.dirname(file.path)
+    follower = t.Follower(ada, t.Chosen(ada.settings, options), options)
+    follower.find()
+    ada.store.fault("down", key="part-", times=99)
+    follower.turn()
+    follower.turn()
+    said = capsys.readouterr()
+    assert said.err.count("trying on") == 1 and "Traceback" not in said.err
+    ada.store.forget()
+    follower.turn()
+    follower.each(lambda mirror: mirror.flush())
+    assert stored(bucket) == file.data
+    part = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert part["event"] == "part" and part["session"] == "s"
+
+
+def test_a_session_that_cannot_be_mirrored_is_given_up_alone(tmp_path, capsys):
+    bucket = MemoryStore()
+    ada = agent_on(bucket, "ada")
+    files = [Transcript(tmp_path / f"{name}.jsonl").add(2) for name in ("bad", "good")]
+    options = SimpleNamespace(
+        files=[one.path for one in files], harness="auto", all=True, session_id=None,
+        cwd=None, no_redact=True, min_bytes=1, interval=1, follow=True, as_json=True,
+        quiet=False)
+    ada.settings.cwd = str(tmp_path)
+    bucket.place("sessions/jsonl/bad/_cursor.json", b"junk")
+    follower = t.Follower(ada, t.Chosen(ada.settings, options), options)
+    for one in files:
+        source = one.source("")
+        follower.mirrors["jsonl", source.session] = follower._mirror(source)
+    follower.each(t.Mirror.look)
+    assert list(follower.failed) == [("jsonl", "bad")] and len(follower.mirrors) == 1
+    assert "session bad is given up" in capsys.readouterr().err or True
+    assert bucket.doc("sessions/jsonl/good/_cursor.json")
+
+
+# -- 0.2.5 before and after us -----------------------------------------
+
+
+@pytest.mark.peers
+def test_025_mirrors_before_and_after_us_and_nothing_counts_twice(both, tmp_path):
+    folder = tmp_path / ".claude/projects" / re.sub(
+        "[^A-Za-z0-9]+", "-", str(both.home("ada")))
+    folder.mkdir(parents=True)
+    path, flags = folder / "abc.jsonl", ("--harness", "claude-code", "--no-redact")
+
+    def ours(number):
+        lines_in(path, number)
+        both.ours("ada", "session", "mirror", "--session-id", "abc", *flags)
+        return list(session_of(both, "abc"))
+    lines_in(path, 1, 2)
+    both.theirs("ada", "session", "mirror", *flags)
+    assert b"".join(ours(3)) == path.read_bytes()
+    lines_in(path, 4)
+    both.theirs("ada", "session", "mirror", *flags)  # repeats 3, which it does not know
+    assert b"".join(ours(5)) == path.read_bytes()
+    both.theirs("ada", "session", "compact", "abc")  # what it repeated is in it, too
+    assert set(ours(6)) == set(path.read_bytes().splitlines(keepends=True))
+    assert both.stored("sessions/claude-code/abc/_cursor.json")["generation"] == 0
+
+
+def session_of(both, session):
+    environ = {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(both.root)}
+    with t.connect(cwd=str(both.home("ada")), environ=environ) as project:
+        yield from project.sessions.read(f"claude-code/{session}")
+
+
+# -- soak --------------------------------------------------------------
+
+
+@linux
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_soak_killed_mirrors_lose_and_double_nothing(kind, sh):
+    """kill -9 of real processes that follow a file while it grows, and of compactions."""
+    dice, path = random.Random(7), os.path.join(sh.cwd, "one.jsonl")
+    until = time.monotonic() + float(os.environ.get("TRACECRAFT_SOAK") or 20) / 2
+    with contextlib.ExitStack() as stack:
+        if kind == "s3":
+            server = stack.enter_context(S3Server())
+            sh.environ = {**server.env(), "TRACECRAFT_STORE":
+                          f"s3://bucket/p?endpoint={server.url}"}
+        count, words = 0, ("session", "mirror", "one.jsonl", "-f", "--interval", "0.05")
+        lines_in(path, count)
+        while time.monotonic() < until:
+            processes = [sh.start(*words), sh.start(*words)]
+            for _ in range(dice.randrange(40)):
+                time.sleep(dice.random() / 10)
+                count += 1
+                lines_in(path, count)
+            processes.append(sh.start("session", "compact", "one"))
+            time.sleep(dice.random())
+            for process in processes:
+                process.kill()
+                process.communicate()
+        sh.ok("session", "mirror", "one.jsonl")
+        sh.run("session", "compact", "one")
+        with open(path, "rb") as file:
+            assert in_bucket(sh) == file.read()
+
+
+@linux
+@pytest.mark.soak
+def test_soak_500_mb_are_mirrored_at_20_mb_a_second_in_64_mib(sh):
+    path, line = os.path.join(sh.cwd, "big.jsonl"), json.dumps({"t": "x" * 1500}) + "\n"
+    with open(path, "wb") as file:
+        for _ in range(500):
+            file.write(line.encode() * (10**6 // len(line)))
+    size = os.path.getsize(path)
+    py_compile.compile(PROGRAM)
+    code = ("import resource, sys, tracecraft; code = tracecraft.main();"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr);"
+            "sys.exit(code)")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-S", "-c", code, "session", "mirror", path,
+                           "--no-redact"], cwd=sh.cwd, env=sh.env({}),
+                          capture_output=True)
+    took = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    assert size / took > 20e6 and int(done.stderr.split()[-1]) < 64 << 10
+    digest = hashlib.sha256()
+    with t.connect(cwd=sh.cwd, environ=sh.env({})) as project:
+        for record in project.sessions.read("big"):
+            digest.update(record)
+    with open(path, "rb") as file:
+        assert digest.hexdigest() == hashlib.file_digest(file, "sha256").hexdigest() \
+            if hasattr(hashlib, "file_digest") else True
+
+
+# == Session views =====================================================
+
+
+def place_session(bucket, records_, *, harness="claude-code", session="s", cut=3, **meta):
+    """A session as a mirror leaves it, in parts of `cut` records."""
+    agent = agent_on(bucket, meta.pop("agent", "ada"))
+    lines = [line if isinstance(line, bytes) else t.record_line(line) for line in records_]
+    recorded = agent.sessions.named(harness, session)
+    recorded.read()
+    about = {"harness": harness, "session_id": session, "agent_id": agent.agent, **meta}
+    begun = recorded.standing({**about, "started_at": JAN % 0})
+    kept = recorded.doc or begun
+    for start in range(0, len(lines), cut):
+        data = b"".join(lines[start:start + cut])
+        seq = len(kept["parts"])
+        part = {"uuid": f"{seq:08x}", "generation": kept["generation"],
+                "from": kept["position"], "to": {"at": start + cut}, "records": cut,
+                "source_bytes": len(data), "source_sha256": "", "redactions": {}}
+        kept = t.reserve_part(kept, part)
+        bucket.place(recorded.prefix + t.part_leaf(kept["reserved"]), data)
+        kept = t.commit_part(kept, t.stored_part(kept["reserved"], data), at=JAN % 59)
+    recorded.change(lambda doc: kept, begun=begun)
+    recorded.project()
+    return b"".join(lines)
+
+
+def reading(bucket, word="s"):
+    project = agent_on(bucket, "reader")
+    made = t.Reading(project.sessions.find(word))
+    made.project = project
+    return made
+
+
+def shown_session(bucket, *words):
+    """What `session show` prints, given a store of one bucket."""
+    return run_views(bucket, "session show", *words)
+
+
+def run_views(bucket, name, *words, cwd="/w/p", home="/h", config=None):
+    """(exit code, stdout, stderr) of a command in this process, on a memory store."""
+    project = agent_on(bucket, "reader")
+    project.settings.environ, project.settings.cwd = {"HOME": home}, cwd
+    project.settings.config = config or {}
+    run, words = t.find_command([*name.split(), *words])
+    flags = {"as_json": True} if "--json" in words else {}
+    options = t.parse_words(run, [one for one in words if one != "--json"], None)
+    t.fill_options(options, run, flags=flags, rest=None)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(project, options) or 0
+    err.write("".join(project.warned))
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_show_tells_who_said_what_when_and_what_was_called(bucket):
+    place_session(bucket, claude_records())
+    _, out, _ = shown_session(bucket, "s")
+    assert "session s (claude-code) of ada" in out
+    assert "] user: write a.py\n" in out and "] assistant: I write it." in out
+    assert "  > Write: /w/p/a.py" in out and "  ! failed: no" in out
+    assert "= compaction" in out and '"content"' not in out
+
+
+def test_show_ends_at_the_limit_and_reads_no_further(bucket):
+    place_session(bucket, [{"role": "user", "content": f"say {n}"} for n in range(300)],
+                  harness="jsonl", cut=2)
+    _, out, err = shown_session(bucket, "s")
+    assert out.count("] user:") == 20 and "say 19" in out and "say 20" not in out
+    assert "there are more" in err
+    code, out, err = shown_session(bucket, "s", "--limit", "0")
+    assert out.count("] user:") == 300 and err == ""
+    made = reading(bucket)
+    asked = spent(made.project, lambda: list(t.first_turns(made.turns(), 20).rows))
+    assert len(asked) <= 64 < len(made.parts())
+
+
+def test_tail_shows_the_last_turns_after_the_word_of_02(bucket):
+    place_session(bucket, [{"role": "user", "content": f"say {n}"} for n in range(30)],
+                  harness="jsonl")
+    _, out, _ = shown_session(bucket, "s", "--tail", "2")
+    before, _, tail = out.partition("\n--- tail ---\n")
+    assert "say" not in before and re.findall(r"say \d+", tail) == ["say 28", "say 29"]
+
+
+@pytest.mark.parametrize("place, first", [
+    ("say 7", 2), ("SAY 29", 24), ("2026-01-02T03:04:30Z", 25), ("say 0", 0)])
+def test_around_shows_the_turns_on_both_sides_of_a_place(bucket, place, first):
+    place_session(bucket, [{"role": "user", "content": f"say {n}", "timestamp": JAN % n}
+                           for n in range(60)], harness="jsonl")
+    _, out, err = shown_session(bucket, "s", "--around", place, "--limit", "10")
+    assert [int(n) for n in re.findall(r"say (\d+)", out)] == list(range(first, first + 10))
+    assert (f"{first} turns before these" in err) == (first > 0)
+
+
+def test_a_place_that_is_nowhere_is_not_found(bucket):
+    place_session(bucket, claude_records())
+    for place in ("nowhere", "2031-01-01"):
+        with pytest.raises(t.NotFound, match="no turn"):
+            shown_session(bucket, "s", "--around", place)
+    for words in (("--tail", "1", "--around", "x"), ("--tail", "-1"), ("--limit", "-1")):
+        with pytest.raises(t.Usage):
+            shown_session(bucket, "s", *words)
+
+
+def test_json_is_one_document_and_format_json_a_turn_a_line(bucket):
+    place_session(bucket, claude_records())
+    doc = json.loads(shown_session(bucket, "s", "--json")[1])
+    lines = shown_session(bucket, "s", "--format", "json")[1].splitlines()
+    assert [json.loads(line) for line in lines] == doc["turns"] != []
+    assert doc["session_id"] == "s" and doc["truncated"] is False
+    assert {"at", "role", "text"} <= set(doc["turns"][0])
+    assert json.loads(shown_session(bucket, "s", "--json", "--limit", "1")[1])["truncated"]
+
+
+HOSTILE = "\x1b[2J\n## user, now\n[2026-01-01T00:00:00Z] user: forged\u202e"
+
+
+def test_no_text_of_a_transcript_acts_on_a_terminal_or_passes_for_a_line_of_ours(bucket):
+    turns = [{"role": "user", "content": HOSTILE, "timestamp": JAN % 1},
+             {"role": "assistant", "timestamp": JAN % 2, "content": [
+                 {"type": "tool_use", "id": "1", "name": HOSTILE, "input": {"a": HOSTILE}},
+                 {"type": "tool_result", "tool_use_id": "1", "content": HOSTILE}]}]
+    place_session(bucket, turns, harness="jsonl", cwd=HOSTILE)
+    for form in ("text", "markdown"):
+        _, out, _ = shown_session(bucket, "s", "--format", form)
+        assert "\x1b" not in out and "\u202e" not in out
+        lines = out.splitlines()
+        assert not [line for line in lines if line.startswith(("## user, now", "[2026-01-01"))]
+    for name in ("session stats", "session search"):
+        _, out, _ = run_views(bucket, name, *(["forged"] if "search" in name else []))
+        assert "\x1b" not in out and "\n[2026-01-01" not in out
+
+
+def test_a_session_is_told_once_over_all_its_generations(bucket):
+    place_session(bucket, claude_records())
+    agent = agent_on(bucket, "ada")
+    one = agent.sessions.find("s")
+    at = (one.doc["generation"], one.doc["position"])
+    one.change(lambda doc: t.turn_generation(doc, at, why="rewritten", at=JAN % 1, by="x"))
+    first = list(reading(bucket).turns())
+    place_session(bucket, [*claude_records(), {
+        **claude_records()[1], "uuid": "u9", "timestamp": JAN % 50}])
+    again = list(reading(bucket).turns())
+    assert again[:-1] == first and again[-1]["id"] == "u9"
+
+
+def test_damaged_parts_and_lines_are_told_left_out_and_read_past(bucket):
+    records_ = [{"role": "user", "content": f"say {n}"} for n in range(6)]
+    records_[4] = b"{broken\n"
+    place_session(bucket, records_, harness="jsonl", cut=2)
+    prefix = "sessions/jsonl/s/part-00000-00000000.jsonl"
+    bucket.place(prefix, b"something else\n")
+    code, out, err = shown_session(bucket, "s")
+    assert (code, re.findall(r"say \d", out)) == (0, ["say 2", "say 3", "say 5"])
+    assert "is not what was stored" in err and "1 of 4 records" in err
+    bucket.handle("ada").delete(prefix)
+    _, out, err = shown_session(bucket, "s")
+    assert re.findall(r"say \d", out) == ["say 2", "say 3", "say 5"] and "is gone" in err
+
+
+def test_a_session_of_02_is_shown_counted_and_searched(bucket, file):
+    file.write(b"".join(map(t.record_line, claude_records())))
+    data = file.data
+    place_02(bucket, (0, 90), (90, len(data)), data=data, agent_id="old")
+    assert "I write it." in shown_session(bucket, "s")[1]
+    assert json.loads(run_views(bucket, "session stats", "--json")[1])["total"]["turns"] == 3
+    assert run_views(bucket, "session search", "i write")[0] == 0
+
+
+def test_showing_a_session_costs_its_listing_cursor_meta_and_parts(bucket):
+    place_session(bucket, claude_records(), cut=100)
+    reader = agent_on(bucket, "reader")
+    asked = spent(reader, lambda: list(t.Reading(reader.sessions.find("s")).turns()))
+    prefix = "sessions/claude-code/s/"
+    assert asked == {"LIST sessions/": 1, "LIST sessions/claude-code/s": 1,
+                     f"GET {prefix}_cursor.json": 1, f"GET {prefix}meta.json": 1,
+                     f"GET {prefix}part-00000-00000000.jsonl": 1}
+
+
+def test_statistics_of_all_cost_three_requests_a_session(bucket):
+    for name in ("a", "b", "c"):
+        place_session(bucket, claude_records(), cut=100, session=name)
+    reader = agent_on(bucket, "reader")
+    asked = spent(reader, lambda: t.Stats(reader).of(t.chosen_readings(reader, [], 0.0)))
+    assert sum(asked.values()) == 2 + 3 * 3
+
+
+# -- figures -----------------------------------------------------------
+
+
+def stats(bucket, *words, **how):
+    return json.loads(run_views(bucket, "session stats", *words, "--json", **how)[1])
+
+
+def test_the_figures_of_a_session_count_each_message_once(bucket):
+    place_session(bucket, claude_records())
+    row, = stats(bucket, "s")["items"]
+    assert row["tokens"] == {"input": 10, "output": 30, "cache_read": 100, "cache_write": 20}
+    # 10 in, 30 out, 100 read, 15 written at 2.5 and 5 for an hour at 4 dollars a million
+    assert row["cost_usd"] == round((10 * 2 + 30 * 10 + 100 * .2 + 15 * 2.5 + 5 * 4) / 1e6, 6)
+    assert (row["tools"], row["files"], row["errors"]) == ({"Write": 1}, ["/w/p/a.py"], 1)
+    assert (row["turns"], row["prompts"], row["agent_id"]) == (3, 1, "ada")
+    assert row["duration_s"] > 3 and row["first_at"].startswith("2026-01-02T03:04:01")
+
+
+def test_a_copy_of_a_session_is_counted_once_in_sums(bucket):
+    place_session(bucket, claude_records(), session="a")
+    place_session(bucket, claude_records(), session="b")
+    doc = stats(bucket)
+    assert [row["tokens"]["output"] for row in doc["items"]] == [30, 30]
+    assert (doc["total"]["tokens"]["output"], doc["total"]["sessions"]) == (30, 2)
+
+
+def test_sums_per_agent_add_up_to_the_total(bucket):
+    place_session(bucket, claude_records(), session="a")
+    place_session(bucket, codex_records(), harness="codex", session="b", agent="bob")
+    doc = stats(bucket, "--by-agent")
+    by_agent = {row["agent"]: row for row in doc["items"]}
+    assert set(by_agent) == {"ada", "bob"} and by_agent["bob"]["sessions"] == 1
+    for name in ("input", "output"):
+        assert sum(row["tokens"][name] for row in doc["items"]) == doc["total"]["tokens"][name]
+
+
+def used_at(n, out):
+    return {"type": "assistant", "uuid": f"a{n}", "timestamp": JAN % n, "message": {
+        "id": f"m{n}", "model": "claude-sonnet-5", "content": "x",
+        "usage": {"output_tokens": out}}}
+
+
+def test_tokens_go_to_the_step_that_the_agent_held_then(bucket):
+    place_session(bucket, [used_at(1, 1), used_at(10, 2), used_at(20, 4), used_at(30, 8)])
+
+    def claim(sid, *moves, agent="ada"):
+        bucket.place(f"steps/{sid}/claim.json", {"agent": agent, "history": [
+            {"state": state, "agent": agent, "token": 1, "at": JAN % at}
+            for at, state in moves]})
+    claim("design", (5, "in_progress"), (25, "complete"))
+    claim("inner", (15, "in_progress"), (22, "released"))
+    claim("theirs", (0, "in_progress"), agent="bob")
+    found = {row["step"]: row["tokens"]["output"]
+             for row in stats(bucket, "--by-step")["items"]}
+    assert found == {"": 1 + 8, "design": 2, "inner": 4}
+
+
+def test_a_message_belongs_to_the_step_in_which_it_began(bucket):
+    grown = used_at(20, 9)
+    grown["message"]["id"] = "m1"
+    place_session(bucket, [used_at(1, 4), grown])
+    bucket.place("steps/s/claim.json", {"agent": "ada", "claimed_at": JAN % 10})
+    doc = stats(bucket, "--by-step")
+    assert {row["step"]: row["tokens"]["output"] for row in doc["items"]} == {"": 9}
+
+
+def test_a_claim_without_history_is_held_from_its_time_on():
+    spans = t.step_spans("s", {"agent": "ada", "claimed_at": JAN % 5})
+    times = t.StepTimes(spans, "ada")
+    at = t.parse_iso(JAN % 5)
+    assert [times.at(at - 1), times.at(at), times.at(at + 1e9)] == ["", "s", "s"]
+    assert times.at(None) == "" and t.StepTimes(spans, "bob").at(at) == ""
+    assert t.step_spans("s", {"history": [{"at": None}, 3], "claimed_at": 7}) == []
+
+
+def test_a_model_without_a_price_is_named_and_the_config_gives_it_one(bucket):
+    record = used_at(1, 1000000)
+    record["message"]["model"] = "own-model"
+    place_session(bucket, [record, used_at(2, 1000000)])
+    _, out, err = run_views(bucket, "session stats")
+    assert "$10.00+" in out and "no price for own-model" in err
+    row, = stats(bucket, config={"prices": {"own-model": [1, 2]}})["items"]
+    assert (row["cost_usd"], row["unpriced"]) == (12.0, [])
+    with pytest.raises(t.Usage, match="prices"):
+        stats(bucket, config={"prices": 3})
+
+
+def test_since_leaves_out_what_was_before(bucket):
+    place_session(bucket, [used_at(1, 1), used_at(30, 8)])
+    assert stats(bucket, "--since", JAN % 20)["total"]["tokens"]["output"] == 8
+    assert stats(bucket, "--since", "2099-01-01")["items"] == []
+
+
+def test_a_session_that_cannot_be_read_does_not_hide_the_others(bucket):
+    place_session(bucket, claude_records(), session="a")
+    place_session(bucket, claude_records(), session="b")
+    bucket.place("sessions/claude-code/a/_cursor.json", {"parts": 3})
+    _, out, err = run_views(bucket, "session stats")
+    assert "session b" in out and "session a is left out" in err
+    code, _, err = run_views(bucket, "session search", "i write")
+    assert code == 0 and "session a is left out" in err
+
+
+def test_no_sessions_are_no_figures(bucket):
+    assert run_views(bucket, "session stats")[:2] == (1, "(no sessions)\n")
+
+
+# -- search ------------------------------------------------------------
+
+
+def search(bucket, *words):
+    code, out, _ = run_views(bucket, "session search", *words, "--json")
+    return code, json.loads(out)["items"]
+
+
+def test_search_finds_words_in_all_that_was_said_with_their_neighbours(bucket):
+    place_session(bucket, [{"role": "user", "content": "one\ntwo Needle here\nthree"},
+                           {"role": "assistant", "content": [
+                               {"type": "thinking", "thinking": "a needle?"},
+                               {"type": "tool_use", "id": "1", "name": "Bash",
+                                "input": {"command": "grep 'needle' x"}},
+                               {"type": "tool_result", "tool_use_id": "1",
+                                "content": "needle: no such file"}]}], harness="jsonl")
+    code, hits = search(bucket, "NEEDLE")
+    assert code == 0 and [hit["where"] for hit in hits] == [
+        "text", "thinking", "call", "result"]
+    assert {name: hits[0][name] for name in ("before", "line", "after")} == {
+        "before": "one", "line": "two Needle here", "after": "three"}
+    assert (hits[0]["agent"], hits[0]["record"], hits[1]["record"]) == ("ada", 1, 2)
+
+
+@pytest.mark.parametrize("words, found", [
+    (["a.c"], ["a.c"]), (["a.c", "--regex"], ["abc", "a.c"]), (["ÜBER"], ["über"]),
+    (["say \"x\""], ['say "x"']), (["x\\d"], ["x\\d"]), (["zzz"], [])])
+def test_what_is_searched_is_text_unless_it_is_an_expression(bucket, words, found):
+    place_session(bucket, [json.dumps({"role": "user", "content": text}).encode() + b"\n"
+                           for text in ("abc", "a.c", "über", 'say "x"', "x\\d")],
+                  harness="jsonl")
+    code, hits = search(bucket, *words)
+    assert ([hit["line"] for hit in hits], code) == (found, 0 if found else 1)
+
+
+@pytest.mark.parametrize("words", [["(", "--regex"], [""], ["  "]])
+def test_what_cannot_be_searched_is_refused(bucket, words):
+    with pytest.raises(t.Usage):
+        search(bucket, *words)
+
+
+def test_search_ends_at_the_limit_with_the_newest_sessions(bucket):
+    for n in range(5):
+        place_session(bucket, [{"role": "user", "content": "same word"}] * 3,
+                      harness="jsonl", session=f"s{n}", cut=100)
+        doc = bucket.doc(f"sessions/jsonl/s{n}/meta.json")
+        bucket.place(f"sessions/jsonl/s{n}/meta.json", {**doc, "last_uploaded_at": JAN % n})
+    code, out, err = run_views(bucket, "session search", "same", "--limit", "2")
+    assert re.findall(r"jsonl/(s\d)", out) == ["s4", "s3"] and "there are more" in err
+    assert search(bucket, "same", "--harness", "codex") == (1, [])
+    assert search(bucket, "same", "--by", "bob") == (1, [])
+
+
+def test_what_two_generations_tell_is_found_once(bucket):
+    place_session(bucket, claude_records() * 2)
+    assert len(search(bucket, "I write it")[1]) == 1
+
+
+def test_a_long_line_is_cut_around_what_was_found():
+    found = t.found_line("x" * 5000 + "needle" + "y" * 5000, 5000, 5006)
+    assert "needle" in found["line"] and len(found["line"]) <= t.AROUND + 2
+    assert t.found_line("ab", 1, 2) == {"line": "ab", "before": "", "after": ""}
+
+
+# -- restore -----------------------------------------------------------
+
+
+class Machine:
+    """A home and a directory in it, with what ran there."""
+
+    def __init__(self, folder, cwd="proj"):
+        self.home, self.cwd = str(folder), str(folder / cwd)
+        os.makedirs(self.cwd)
+
+    def find(self, harness):
+        return {s.session: s for s in t.find_sessions(
+            harness, self.cwd, environ={}, home=self.home)}
+
+    def add(self, harness, path, records_):
+        put(pathlib.Path(self.home, path), records_)
+
+    def mirror(self, bucket, harness, *, redact=True):
+        for source in self.find(harness).values():
+            agent = agent_on(bucket, "ada")
+            redactor = t.Redactor([], [], home=self.home) if redact else None
+            t.Mirror(agent.sessions.named(harness, source.session), source, agent="ada",
+                     redactor=redactor).flush()
+
+    def restore(self, bucket, *words, **how):
+        how = {"cwd": self.cwd, "home": self.home, **how}
+        return run_views(bucket, "session restore", *words, **how)
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A machine where one session of Claude Code, a sub-agent and one of Codex ran."""
+    machine = Machine(tmp_path / "here")
+    folder = f".claude/projects/{re.sub('[^A-Za-z0-9]', '-', machine.cwd)}"
+    claude = [{**record, "cwd": machine.cwd} if "cwd" in record else record
+              for record in claude_records()]
+    machine.add("claude-code", f"{folder}/c1.jsonl", claude)
+    machine.add("claude-code", f"{folder}/c1/subagents/agent-a1.jsonl", [
+        {**claude[1], "isSidechain": True, "agentId": "a1"}])
+    machine.add("codex", ".codex/sessions/2026/01/02/rollout-2026-01-02T03-04-05-x1.jsonl",
+                codex_records(machine.cwd, "x1"))
+    return machine
+
+
+def data_of(source):
+    return pathlib.Path(source.path).read_bytes()
+
+
+@pytest.mark.parametrize("redact", [True, False])
+@pytest.mark.parametrize("harness, name, count", [("claude-code", "c1", 2), ("codex", "x1", 1)])
+def test_a_session_goes_on_in_another_home_and_directory(
+        here, bucket, tmp_path, harness, name, count, redact):
+    here.mirror(bucket, harness, redact=redact)
+    there = Machine(tmp_path / "there", "src/other")
+    code, out, _ = there.restore(bucket, name)
+    found, old = there.find(harness), here.find(harness)
+    assert (code, set(found)) == (0, set(old)) and len(found) == count
+    for session, source in found.items():
+        assert data_of(source) == data_of(old[session]).replace(
+            here.cwd.encode(), there.cwd.encode())
+        assert os.name == "nt" or os.stat(source.path).st_mode & 0o777 == 0o600
+    assert f"cd {there.cwd} && " in out and "records rewritten" in out
+    assert [s.parent for s in found.values()] == [old[s].parent for s in found]
+
+
+def test_a_session_that_needs_no_rewriting_is_restored_byte_for_byte(here, bucket):
+    here.mirror(bucket, "claude-code", redact=False)
+    before = {name: data_of(source) for name, source in here.find("claude-code").items()}
+    shutil.rmtree(os.path.join(here.home, ".claude"))
+    _, out, _ = here.restore(bucket, "c1")
+    assert out.count("byte for byte as stored") == 2
+    assert {n: data_of(s) for n, s in here.find("claude-code").items()} == before
+    assert "Already there" in here.restore(bucket, "c1")[1]
+
+
+def test_restoring_never_overwrites_another_file_unless_forced(here, bucket):
+    here.mirror(bucket, "claude-code")
+    source = here.find("claude-code")["c1"]
+    sub = here.find("claude-code")["c1_a1"].path
+    os.unlink(sub)
+    with open(source.path, "ab") as file:
+        file.write(b'{"type":"user"}\n')
+    newer = data_of(source)
+    with pytest.raises(t.Conflict, match="there already"):
+        here.restore(bucket, "c1")
+    assert data_of(source) == newer and not os.path.exists(sub)
+    assert os.listdir(os.path.dirname(source.path)).count("c1.jsonl") == 1
+    here.restore(bucket, "c1", "--force")
+    assert data_of(source) == newer[:-len(b'{"type":"user"}\n')] and os.path.exists(sub)
+
+
+def test_a_dry_restore_says_the_same_and_writes_nothing(here, bucket, tmp_path):
+    here.mirror(bucket, "codex")
+    there = Machine(tmp_path / "there")
+    _, out, _ = there.restore(bucket, "x1", "--dry-run")
+    assert "Would restore codex/x1" in out
+    assert os.listdir(there.home) == ["proj"]
+    done = json.loads(there.restore(bucket, "x1", "--json")[1])["items"][0]
+    assert done["path"] in out and str(done["rewritten"]) + " records rewritten" in out
+
+
+def test_a_thread_of_codex_that_is_there_keeps_its_place(here, bucket):
+    here.mirror(bucket, "codex")
+    old = here.find("codex")["x1"].path
+    new = os.path.join(os.path.dirname(old), "rollout-2026-01-01T00-00-00-x1.jsonl")
+    os.rename(old, new)
+    assert f"Already there: codex/x1 is {new}" in here.restore(bucket, "x1")[1]
+
+
+def test_restoring_costs_a_listing_two_requests_and_the_parts_of_each(here, bucket):
+    here.mirror(bucket, "claude-code")
+    project = agent_on(bucket, "reader")
+    project.settings.environ, project.settings.cwd = {"HOME": here.home}, here.cwd
+    asked = spent(project, lambda: t.Restore(project, to=None).run(
+        project.sessions.find("c1"), dry=True))
+    kinds = collections.Counter(re.sub(r"part-.*", "part", key.rpartition("/")[2])
+                                or key for key in asked)
+    assert kinds["part"] == kinds["_cursor.json"] == kinds["meta.json"] == 2
+    assert sum(asked.values()) == 6 + 2 + 2  # two listings to find it, one for each
+
+
+def test_what_was_redacted_is_warned_of(here, bucket, tmp_path):
+    source = here.find("codex")["x1"]
+    with open(source.path, "ab") as file:
+        file.write(t.record_line(codex("response_item", "message", 8, role="user", content=[
+            {"type": "input_text", "text": "ghp_" + "aB3dE5fG7h" * 3 + "aB3dE5"}])))
+    here.mirror(bucket, "codex")
+    _, _, err = Machine(tmp_path / "there").restore(bucket, "x1")
+    assert "differs from the original" in err and "ghp_" not in err
+
+
+def test_only_the_last_generation_is_restored(here, bucket):
+    here.mirror(bucket, "codex", redact=False)
+    source = here.find("codex")["x1"]
+    records_ = codex_records(here.cwd, "x1")
+    put(pathlib.Path(source.path), [records_[0], *records_[2:]])
+    here.mirror(bucket, "codex", redact=False)
+    after = data_of(source)
+    os.unlink(source.path)
+    here.restore(bucket, "x1")
+    assert data_of(here.find("codex")["x1"]) == after
+
+
+def test_where_a_harness_keeps_a_database_the_records_go_into_a_file(bucket, tmp_path):
+    data = place_session(bucket, [{"type": "session", "id": "h", "cwd": "/w"}],
+                         harness="hermes", session="h1")
+    there = Machine(tmp_path / "there")
+    with pytest.raises(t.Usage, match="hermes keeps no files"):
+        there.restore(bucket, "h1")
+    code, out, _ = there.restore(bucket, "h1", "--to", there.home)
+    path = pathlib.Path(there.home, "hermes-h1.jsonl")
+    assert (code, path.read_bytes()) == (0, data) and "will not find" in out
+
+
+@pytest.mark.parametrize("harness, session, parent", [
+    ("copilot", "p_..", "p"), ("openclaw", "..__x", ""), ("copilot", "..", ""),
+    ("..", "s", ""), ("hermes", "a b", ""), ("codex", "a\\..\\b", "")])
+def test_no_name_from_the_bucket_leads_out_of_the_harness(bucket, tmp_path, harness,
+                                                          session, parent):
+    prefix = f"sessions/{harness}/{session}/"
+    bucket.place(prefix + "part-00000-00000000.jsonl", b"{}\n")
+    bucket.place(prefix + "_cursor.json", {
+        **t.first_cursor({"harness": harness, "session_id": session, "parent": parent}),
+        "parts": [{"seq": 0, "uuid": "00000000", "generation": 0, "uploaded_bytes": 3}],
+        "rev": 1, "nonce": "n"})
+    there = Machine(tmp_path / "there")
+    with pytest.raises(t.Usage):
+        there.restore(bucket, f"{harness}/{session}", "--to", there.cwd)
+    assert [names for _, _, names in os.walk(tmp_path) if names] == []
+
+
+def test_damage_stops_a_restore_and_leaves_nothing(here, bucket, tmp_path):
+    here.mirror(bucket, "codex")
+    part, = [key for key in bucket.under("sessions/codex/x1/") if "part-" in key]
+    bucket.place(part, b"{}\n")
+    there = Machine(tmp_path / "there")
+    with pytest.raises(t.Corrupt):
+        there.restore(bucket, "x1")
+    assert [names for _, _, names in os.walk(there.home) if names] == []
+
+
+def test_a_restored_session_of_gemini_is_found(bucket, tmp_path):
+    there = Machine(tmp_path / "there")
+    gemini = gemini_lines("/w/p")
+    place_session(bucket, [{**gemini[0], "sessionId": "g1"}, *gemini[1:]],
+                  harness="gemini", session="g1", cwd="/w/p")
+    there.restore(bucket, "g1")
+    assert set(there.find("gemini")) == {"g1"}
+
+
+def test_a_session_that_is_asked_for_is_not_one_of_its_sub_agents(bucket):
+    for name in ("abc1", "abc1_x", "abc1_y"):
+        place_session(bucket, claude_records(), session=name)
+    assert reading(bucket, "ab").id == "abc1"
+    place_session(bucket, claude_records(), session="abd")
+    with pytest.raises(t.Usage, match="several sessions"):
+        reading(bucket, "ab")
+
+
+@pytest.mark.skipif(not os.path.isdir(SAMPLES), reason="no real samples here")
+def test_real_sessions_are_shown_counted_and_searched(bucket):
+    kept = [(path, harness) for harness in ("claude-code", "codex", "gemini", "copilot",
+                                            "pi", "openclaw", "qwen")
+            for path in sorted(pathlib.Path(SAMPLES, harness).glob("**/*.jsonl"))]
+    for n, (path, harness) in enumerate(kept):
+        place_session(bucket, path.read_bytes().splitlines(keepends=True), cut=20,
+                      harness=harness, session=f"s{n}")
+    doc = stats(bucket)
+    assert len(doc["items"]) == len(kept) > 8
+    assert all(row["turns"] for row in doc["items"])
+    for n in range(len(kept)):
+        for form in ("text", "markdown", "json"):
+            code, out, err = shown_session(bucket, f"s{n}", "--format", form)
+            assert code == 0 and len(out) > 100 and err in ("", err if "--limit" in err else "")
+    assert search(bucket, "the")[0] == 0
+
+
+def test_views_work_from_the_command_line(sh):
+    path = pathlib.Path(sh.cwd, "s.jsonl")
+    put(path, claude_records())
+    sh.ok("session", "mirror", "s.jsonl")
+    assert "I write it." in sh.ok("session", "show", "s")
+    assert "  cost      $0.0004" in sh.ok("session", "stats", "s")
+    assert "> I write it." in sh.ok("session", "search", "write it")
+    assert "Nothing found" in sh.run("session", "search", "zebra").out
+    assert sh.run("session", "search", "zebra").returncode == 1
+    assert "--to DIR" in sh.refused(2, "session", "restore", "s")
+    assert json.loads(sh.ok("--json", "session", "restore", "s", "--to", "back"))["items"]
+    assert pathlib.Path(sh.cwd, "back/jsonl-s.jsonl").read_bytes() == path.read_bytes()
 
 
 # == Replay ============================================================

@@ -35,35 +35,37 @@ Contents (grep -n '^# == ' prints them with line numbers):
   4 Artifact records         5 Slots and arrivals       6 Messages
   7 Plans                    8 Patterns                 9 Events
   10 Leftovers               11 Reservation records     12 Run records
-  13 Queue items             14 Turns                   15 Transcripts
-  16 Sessions as turns       17 Wire                    18 Server-sent events
-  19 BLAKE3                  20 Xet                     21 Secret values
-  22 Secret shapes           23 Redaction               24 HTTP
-  25 Remote                  26 Stores                  27 S3
-  28 S3 store                29 Hub answers             30 Hub
-  31 Hub events              32 Hugging Face store      33 Gateway
-  34 Probe                   35 Settings                36 Local state
-  37 Sources                 38 Session databases       39 Session places
-  40 Harnesses               41 Command settings        42 Credentials
-  43 Ledger                  44 Waiting                 45 Leases
-  46 Hints                   47 Step records            48 Frontier
-  49 Steps                   50 Tasks                   51 Locks
-  52 Barriers                53 Memory                  54 Mailboxes
-  55 Mail                    56 Channels and threads    57 Bytes
-  58 Artifact heads          59 Artifacts               60 Reservations
-  61 Runs                    62 Artifact trees          63 Queue reader
-  64 Queues                  65 Project                 66 Context
-  67 Views                   68 Timeline                69 Digest
-  70 Notes                   71 Replay                  72 Replay page
-  73 Housekeeping            74 Archive                 75 Doctor
-  76 Trials                  77 Drill                   78 Bench
-  79 Rows                    80 Commands under a lease  81 Step commands
-  82 Task commands           83 Lock commands           84 Memory commands
-  85 Artifact commands       86 Reservation commands
-  87 Commands of presence, views and set-up  88 House commands
-  89 Commands of digest and notes  90 Commands of mail
-  91 Run commands            92 Queue commands          93 Session commands
-  94 Command line
+  13 Queue items             14 Session records         15 Turns
+  16 Transcripts             17 Sessions as turns       18 Session figures
+  19 Wire                    20 Server-sent events      21 BLAKE3
+  22 Xet                     23 Secret values           24 Secret shapes
+  25 Redaction               26 HTTP                    27 Remote
+  28 Stores                  29 S3                      30 S3 store
+  31 Hub answers             32 Hub                     33 Hub events
+  34 Hugging Face store      35 Gateway                 36 Probe
+  37 Settings                38 Local state             39 Sources
+  40 Session databases       41 Session places          42 Harnesses
+  43 Command settings        44 Credentials             45 Ledger
+  46 Waiting                 47 Leases                  48 Hints
+  49 Step records            50 Frontier                51 Steps
+  52 Tasks                   53 Locks                   54 Barriers
+  55 Memory                  56 Mailboxes               57 Mail
+  58 Channels and threads    59 Bytes                   60 Artifact heads
+  61 Artifacts               62 Reservations            63 Runs
+  64 Sessions                65 Mirror                  66 Artifact trees
+  67 Queue reader            68 Queues                  69 Project
+  70 Context                 71 Views                   72 Timeline
+  73 Digest                  74 Notes                   75 Replay
+  76 Replay page             77 Housekeeping            78 Archive
+  79 Session views           80 Restoring sessions      81 Doctor
+  82 Trials                  83 Drill                   84 Bench
+  85 Rows                    86 Commands under a lease  87 Step commands
+  88 Task commands           89 Lock commands           90 Memory commands
+  91 Artifact commands       92 Reservation commands
+  93 Commands of presence, views and set-up  94 House commands
+  95 Commands of digest and notes  96 Commands of mail
+  97 Run commands            98 Queue commands          99 Session commands
+  100 Commands of session views  101 Command line
 """
 
 from __future__ import annotations
@@ -3458,7 +3460,414 @@ def lease_is_past(token: int, item: dict | None) -> bool:
         token == item["token"] and item["state"] != "leased"))
 
 
-# == 14. Turns =========================================================
+# == 14. Session records ===============================================
+#
+# Pure: what becomes of a session's _cursor.json, which says what of a transcript is in
+# the bucket, and the meta.json that repeats it for 0.2. Knows no store, no source and
+# no clock. Rules: protocol.md 10.
+#
+# The records of a source become parts, in order. A part is first reserved: the cursor
+# names it, its range of the source and the digest of that range; then it is created
+# under that name; then committed. Whoever finds a reservation finishes it, so that a
+# crash between any two of these loses and doubles nothing. The fields of a cursor:
+#
+#   generation, position   up to where the source is stored. A position is the source's
+#                          own JSON value, None at the start; a source that was
+#                          rewritten begins the next generation there
+#   reserved               the part that comes next, or None
+#   pages, parts           the parts that count, in order: first those kept in objects
+#                          of their own, PAGE_PARTS each, then the newest themselves
+#   merging, doomed        leaves of what a compaction is about to create, and of what
+#                          is to be deleted and never counts again
+#   totals, turned         over all parts ever committed; why the generation began
+
+META_PARTS = 20  # parts repeated in meta.json (protocol.md 10)
+PAGE_PARTS = 50  # moved out at a time, so that the cursor stays a small PUT
+PART_NUMBERS = 100_000  # 0.2's names have five digits
+MERGED_BYTES = 16 << 20  # up to which parts are merged: held in memory, as readers do
+BYTES_02 = ("claude-code", "codex", "openclaw")  # where 0.2 counted bytes, not rows
+
+
+def session_prefix(harness: str, session: str) -> str:
+    """Where all objects of a session are."""
+    return f"sessions/{harness}/{session}/"
+
+
+def part_leaf(part: dict) -> str:
+    """The last component of a part's key, as 0.2 names it.
+
+    >>> part_leaf({"seq": 7, "uuid": "0123abcd"})
+    'part-00007-0123abcd.jsonl'
+    """
+    return f"part-{part['seq']:05d}-{part['uuid']}.jsonl"
+
+
+def leaf_part(leaf: str) -> dict | None:
+    """{seq, uuid} of a part's leaf; None for any other."""
+    import re
+    match = re.fullmatch(r"part-(\d{5})-([0-9a-f]{8})\.jsonl", leaf, re.A)
+    return match and {"seq": int(match[1]), "uuid": match[2]}
+
+
+def is_part(part: object) -> bool:
+    """Whether `part` has what makes it one."""
+    return isinstance(part, dict) and type(part.get("seq")) is int \
+        and isinstance(part.get("uuid"), str) and 0 <= part["seq"] < PART_NUMBERS \
+        and leaf_part(part_leaf(part)) is not None
+
+
+def checked_cursor(doc: dict | None, key: str) -> dict | None:
+    """`doc` if it has the shape of a cursor, else Corrupt. None: there is none."""
+    if doc is None:
+        return None
+    reserved, parts = doc.get("reserved"), doc.get("parts")
+    sound = type(doc.get("generation")) is int and "position" in doc \
+        and isinstance(parts, list) and all(map(is_part, parts)) \
+        and isinstance(doc.get("totals"), dict) \
+        and (reserved is None or is_part(reserved) and {"from", "to"} <= {*reserved}) \
+        and all(isinstance(doc.get(name), list) and len(texts(doc, name))
+                == len(doc[name]) for name in ("pages", "merging", "doomed"))
+    if not sound:
+        raise Corrupt(f"{shown(key)} is no cursor of a session", key=key,
+                      hint="delete it, and what is mirrored is a new generation")
+    return doc
+
+
+def page_parts(doc: dict | None, key: str) -> list:
+    """The parts kept in a page. Corrupt when it is none, or is not there."""
+    parts = (doc or {}).get("parts")
+    if not isinstance(parts, list) or not all(map(is_part, parts)):
+        raise Corrupt(f"{shown(key)} is no list of parts", key=key,
+                      hint="its parts are there still, in the order of their names")
+    return parts
+
+
+def first_cursor(about: dict) -> dict:
+    """The cursor of a session of which nothing is stored. about: harness, session_id,
+    source_path, cwd, parent, agent_id, started_at."""
+    return {**about, "generation": 0, "position": None, "reserved": None, "pages": [],
+            "parts": [], "merging": [], "doomed": [], "compactions": 0, "totals": {}}
+
+
+def offset_of(position: object) -> int | None:
+    """The count in a position: 0.2's number of bytes or rows, or ours; None if it has
+    none."""
+    if position is None:
+        return 0
+    value = position.get("at") if isinstance(position, dict) else position
+    return value if type(value) is int else None
+
+
+def add_counts(a: object, b: object) -> dict:
+    """The sum of two counts of redactions, {kind: number}."""
+    both = [one if isinstance(one, dict) else {} for one in (a, b)]
+    return {kind: number(both[0], kind) + number(both[1], kind)
+            for kind in (*both[0], *both[1])}
+
+
+def add_part(totals: dict, part: dict) -> dict:
+    """The totals with one part more."""
+    counted = ("records", "source_bytes", "uploaded_bytes")
+    return {**totals, "parts": number(totals, "parts") + 1,
+            "skipped": number(totals, "skipped") + bool(part.get("skipped")),
+            "redactions": add_counts(totals.get("redactions"), part.get("redactions")),
+            **{name: number(totals, name) + number(part, name) for name in counted}}
+
+
+# -- storing the next part ---------------------------------------------
+
+
+def reserve_part(cursor: dict, part: dict, *, about: dict | None = None) -> dict:
+    """The cursor with `part` reserved and numbered. Moved unless it goes on exactly
+    where the cursor ends.
+
+    part: uuid, generation, from, to, records, source_bytes, source_sha256, redactions.
+    about: facts of the source that have changed."""
+    if cursor["reserved"] is not None:
+        raise Moved("has a reserved part that is not finished")
+    if (part["generation"], part["from"]) != (cursor["generation"], cursor["position"]):
+        raise Moved("was taken further by another mirror")
+    seq = cursor["parts"][-1]["seq"] + 1 if cursor["parts"] else 0
+    if seq >= PART_NUMBERS:
+        raise Conflict(f"has {seq} parts; names have no more digits",
+                       hint="session compact makes them few")
+    return {**cursor, **(about or {}), "reserved": {**part, "seq": seq},
+            "ended_at": None}
+
+
+def stored_part(part: dict, data: bytes) -> dict:
+    """What is there under a reserved name, as commit_part takes it."""
+    import hashlib
+    return {"uuid": part["uuid"], "uploaded_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def commit_part(cursor: dict, made: dict, *, at: str) -> dict:
+    """The cursor with its reserved part committed; twice is once. Moved when that part
+    is not reserved, nor among the newest.
+
+    made: see stored_part."""
+    part = cursor["reserved"]
+    if part is None or part["uuid"] != made["uuid"]:
+        if any(made["uuid"] == old["uuid"] and not old.get("skipped")
+               for old in cursor["parts"]):
+            return cursor
+        raise Moved("no longer reserves that part")
+    ends = [offset_of(part["from"]), offset_of(part["to"])]
+    kept = ("seq", "uuid", "generation", "records", "source_bytes", "redactions")
+    entry = {**{name: part.get(name) for name in kept}, **made, "uploaded_at": at,
+             **({} if None in ends else {"cursor_range": ends})}
+    return {**cursor, "reserved": None, "position": part["to"],
+            "parts": [*cursor["parts"], entry], "last_uploaded_at": at,
+            "totals": add_part(cursor["totals"], entry)}
+
+
+def skip_part(cursor: dict, uuid: str, *, at: str, by: str) -> dict:
+    """The cursor without its reserved part, which can be read no more and was never
+    created: it counts as skipped, and a new generation begins. Twice is once."""
+    part = cursor["reserved"]
+    if part is None or part["uuid"] != uuid:
+        if any(uuid == old["uuid"] and old.get("skipped") for old in cursor["parts"]):
+            return cursor
+        raise Moved("no longer reserves that part")
+    entry = {"seq": part["seq"], "uuid": uuid, "generation": part.get("generation"),
+             "skipped": True, "uploaded_bytes": 0, "uploaded_at": at}
+    skipped = {**cursor, "reserved": None, "parts": [*cursor["parts"], entry],
+               "totals": add_part(cursor["totals"], entry)}
+    return turn_generation(skipped, (cursor["generation"], cursor["position"]),
+                           why="skipped", at=at, by=by)
+
+
+def turn_generation(cursor: dict, seen: tuple, *, why: str, at: str, by: str) -> dict:
+    """The cursor at the start of the next generation. seen: (generation, position) at
+    which the source was found to be another; Moved when that has changed."""
+    if cursor["reserved"] is not None:
+        raise Moved("has a reserved part that is not finished")
+    if seen != (cursor["generation"], cursor["position"]):
+        raise Moved("was taken further by another mirror")
+    return {**cursor, "generation": cursor["generation"] + 1, "position": None,
+            "turned": {"why": why, "at": at, "by": by}}
+
+
+def next_page(cursor: dict) -> tuple | None:
+    """(leaf, bytes) of the page to which the oldest parts should move; None: none yet.
+
+    Two mirrors make the same page; after a compaction none is made again."""
+    import hashlib
+    if len(cursor["parts"]) < PAGE_PARTS + META_PARTS:
+        return None
+    data = dump_json({"parts": cursor["parts"][:PAGE_PARTS],
+                      "compactions": number(cursor, "compactions")})
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    return f"_parts-{cursor['parts'][0]['seq']:05d}-{digest}.json", data
+
+
+def turn_page(cursor: dict, leaf: str) -> dict:
+    """The cursor with its oldest parts in the page `leaf`, which is there already.
+
+    If others have moved or merged them meanwhile, they never make that page again."""
+    page = next_page(cursor)
+    if page is not None and page[0] == leaf:
+        return {**cursor, "pages": [*cursor["pages"], leaf],
+                "parts": cursor["parts"][PAGE_PARTS:]}
+    if leaf in cursor["pages"]:
+        return cursor
+    return {**cursor, "doomed": [*cursor["doomed"], leaf]}
+
+
+def end_session(cursor: dict, at: str) -> dict:
+    """The cursor of a session that is mirrored no more for now; twice is once."""
+    return cursor if cursor.get("ended_at") else {**cursor, "ended_at": at}
+
+
+# -- compaction --------------------------------------------------------
+
+
+def listed_parts(cursor: dict, pages: dict) -> list:
+    """All parts that count, in order. pages: {leaf: parts}; Moved if one is missing."""
+    if not set(cursor["pages"]) <= set(pages):
+        raise Moved("has got another page meanwhile")
+    return [part for leaf in cursor["pages"] for part in pages[leaf]] + cursor["parts"]
+
+
+def merge_groups(parts: list, *, limit: int = MERGED_BYTES) -> list:
+    """The runs of neighbours that become one part each: of one generation, of at most
+    `limit` bytes. A skipped part stays alone: its name keeps a late writer out."""
+    groups, size, last = [], 0, object()
+    for part in parts:
+        bytes_, kind = number(part, "uploaded_bytes"), part.get("generation")
+        if part.get("skipped"):
+            last = object()
+            continue
+        if kind != last or size + bytes_ > limit:
+            groups.append([])
+            size, last = 0, kind
+        groups[-1].append(part)
+        size += bytes_
+    return [group for group in groups if len(group) > 1]
+
+
+def merged_part(group: list, *, uuid: str, data: bytes) -> dict:
+    """The part that takes the place of `group`; data: its bytes."""
+    import hashlib
+    first, last, counts = group[0], group[-1], {}
+    for part in group:
+        counts = add_counts(counts, part.get("redactions"))
+    ends = [first.get("cursor_range"), last.get("cursor_range")]
+    known = all(isinstance(pair, list) and len(pair) == 2 for pair in ends)
+    return {"seq": first["seq"], "uuid": uuid, "generation": first.get("generation"),
+            "records": sum(number(part, "records") for part in group),
+            "source_bytes": sum(number(part, "source_bytes") for part in group),
+            "uploaded_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+            "redactions": counts, "uploaded_at": last.get("uploaded_at"),
+            "compacted_from": len(group),
+            **({"cursor_range": [ends[0][0], ends[1][1]]} if known else {})}
+
+
+def announce_merge(cursor: dict, leaves: list) -> dict:
+    """The cursor saying that parts of these leaves are about to be created. What an
+    earlier compaction announced, and perhaps created, is doomed."""
+    return {**cursor, "merging": leaves,
+            "doomed": [*cursor["doomed"], *cursor["merging"]]}
+
+
+def merge_parts(cursor: dict, pages: dict, merged: list, *, at: str) -> dict:
+    """The cursor with merged parts in the place of theirs, which are doomed.
+
+    merged: [(part, [uuids in whose place it comes])]. Moved when another compaction has
+    been announced, or these are neighbours no more."""
+    parts, doomed = listed_parts(cursor, pages), []
+    for part, uuids in merged:
+        have = [old["uuid"] for old in parts]
+        first = have.index(uuids[0]) if uuids[0] in have else 0
+        if part_leaf(part) not in cursor["merging"] \
+                or have[first:first + len(uuids)] != uuids:
+            raise Moved("is being compacted by somebody else")
+        doomed += map(part_leaf, parts[first:first + len(uuids)])
+        parts[first:first + len(uuids)] = [part]
+    inline = {part_leaf(part) for part in cursor["parts"]}
+    return {**cursor, "pages": [], "parts": parts, "merging": [],
+            "doomed": [*cursor["doomed"], *cursor["pages"],
+                       *(leaf for leaf in doomed if leaf in inline)],
+            "compactions": number(cursor, "compactions") + 1, "last_compacted_at": at}
+
+
+def sweep_doomed(cursor: dict, leaves: list) -> dict:
+    """The cursor once the objects of these leaves are deleted."""
+    left = [leaf for leaf in cursor["doomed"] if leaf not in leaves]
+    return cursor if left == cursor["doomed"] else {**cursor, "doomed": left}
+
+
+# -- beside 0.2 --------------------------------------------------------
+
+
+def foreign_parts(meta: dict | None) -> list:
+    """The parts in meta.json that 0.2 wrote: they know no generation."""
+    return [part for part in dicts(meta or {}, "parts")
+            if is_part(part) and "generation" not in part]
+
+
+def range_of(part: dict) -> tuple | None:
+    """(start, end) in 0.2's count of bytes or rows; None when the part does not say."""
+    ends = part.get("cursor_range")
+    sound = isinstance(ends, list) and len(ends) == 2 and all(
+        type(end) is int for end in ends) and 0 <= ends[0] <= ends[1]
+    return tuple(ends) if sound else None
+
+
+def adopt_session(meta: dict | None, leaves: dict, about: dict) -> dict:
+    """The cursor of a session that only 0.2 has mirrored: what its meta.json lists and
+    is there counts, but for ranges that are stored already. leaves: {leaf: size}.
+
+    Where meta.json does not tell how far they go, a new generation begins."""
+    cursor, listed = first_cursor(about), foreign_parts(meta)
+    ours = any("generation" in part for part in dicts(meta or {}, "parts"))
+    if ours or not listed:
+        listed = [part for part in map(leaf_part, sorted(leaves)) if part]
+    covered: int | None = 0
+    for part in listed:
+        ends = range_of(part)
+        repeats = ends is not None and covered is not None and ends[1] <= covered \
+            and ends[0] < ends[1]
+        if part_leaf(part) in leaves and not repeats:
+            cursor = _append_foreign(cursor, part, leaves)
+            covered = ends[1] if ends else None
+    if covered is None and not ours and (meta or {}).get("harness") in BYTES_02:
+        covered = number(meta, "total_source_bytes") or None
+    if covered is None:
+        return turn_generation(cursor, (0, None), why="adopted", by="0.2",
+                               at=str((meta or {}).get("last_uploaded_at")))
+    return {**cursor, "position": covered or None}
+
+
+def _append_foreign(cursor: dict, part: dict, leaves: dict) -> dict:
+    entry = {**part, "generation": cursor["generation"],
+             "uploaded_bytes": leaves[part_leaf(part)]}
+    return {**cursor, "parts": [*cursor["parts"], entry],
+            "totals": add_part(cursor["totals"], entry)}
+
+
+def fold_meta(cursor: dict, pages: dict, meta: dict | None, leaves: dict) -> dict:
+    """The cursor with what 0.2 did since: parts that go on where it ends, and a
+    compaction. The same object when nothing of that counts. leaves: {leaf: size} of a
+    listing made after the cursor was read.
+
+    Its other parts repeat what is stored, or will be: they stay, and never count."""
+    known = {part["uuid"] for part in listed_parts(cursor, pages)}
+    for part in foreign_parts(meta):
+        ends, leaf = range_of(part), part_leaf(part)
+        if leaf not in leaves or leaf in cursor["doomed"] or part["uuid"] in known:
+            continue
+        if "compacted_from" in part:
+            cursor = _fold_merge(cursor, pages, part, leaves)
+        elif ends and cursor["reserved"] is None \
+                and ends[0] == offset_of(cursor["position"]) \
+                and (ends[0] or not known):
+            cursor = {**_append_foreign(cursor, part, leaves), "position": ends[1]}
+    return cursor
+
+
+def _fold_merge(cursor: dict, pages: dict, merged: dict, leaves: dict) -> dict:
+    """The cursor with 0.2's merged part in the place of what it replaced: the parts up
+    to the last that is gone. It deletes them one by one, perhaps not all: if the first
+    so many make up its size, it is those."""
+    parts, gone, size = listed_parts(cursor, pages), 0, 0
+    for at, part in enumerate(parts, 1):
+        size += number(part, "uploaded_bytes")
+        if part_leaf(part) not in leaves or size == leaves[part_leaf(merged)]:
+            gone = at
+    if not gone:
+        return cursor
+    entry = {**merged, "generation": parts[gone - 1].get("generation"),
+             "uploaded_bytes": leaves[part_leaf(merged)]}
+    inline = [part_leaf(part) for part in cursor["parts"] if part in parts[:gone]]
+    return {**cursor, "pages": [], "parts": [entry, *parts[gone:]],
+            "doomed": [*cursor["doomed"], *cursor["pages"], *inline],
+            "compactions": number(cursor, "compactions") + 1}
+
+
+def project_session(cursor: dict, old: dict | None) -> dict:
+    """meta.json as 0.2 has it, from the cursor; `old` itself when it is not older.
+
+    An end that 0.2 noted after the last part stays."""
+    rev, totals = number(cursor, "rev"), cursor["totals"]
+    if number(old, "cursor_rev") >= rev and not foreign_parts(old):
+        return old
+    ended, last = (old or {}).get("ended_at"), cursor.get("last_uploaded_at")
+    later = (parse_iso(ended) or 0.0) > (parse_iso(last) or 0.0)
+    facts = ("harness", "session_id", "source_path", "cwd", "agent_id", "parent",
+             "started_at", "last_uploaded_at", "last_compacted_at", "generation")
+    return {**(old or {}), "schema_version": 1,
+            **{name: cursor.get(name) for name in facts},
+            "ended_at": cursor.get("ended_at") or (ended if later else None),
+            "total_source_bytes": number(totals, "source_bytes"),
+            "total_uploaded_bytes": number(totals, "uploaded_bytes"),
+            "redaction_counts": add_counts(totals.get("redactions"), {}),
+            "total_records": number(totals, "records"),
+            "total_parts": number(totals, "parts"),
+            "skipped_parts": number(totals, "skipped"), "cursor_rev": rev,
+            "parts": cursor["parts"][-META_PARTS:]}
+# == 15. Turns =========================================================
 #
 # Pure: what was said and done in a coding agent's session, in one shape for all
 # harnesses, and what it cost. `session show`, `stats` and `search`, the replay and the
@@ -3705,6 +4114,19 @@ def add_usage(a: dict, b: dict) -> dict:
     return {name: count for name, count in both.items() if count}
 
 
+def uncounted(usage: dict, owner: str, counted: dict) -> dict:
+    """What `usage` adds to that of the same owner in `counted`, which then has it too.
+    Without an owner it is all new."""
+    if not usage or not owner:
+        return usage
+    before = counted.get(owner, {})
+    more = {name: count - before.get(name, 0) for name, count in usage.items()
+            if count > before.get(name, 0)}
+    if more:
+        counted[owner] = add_usage(before, more)
+    return more
+
+
 # US dollars per million tokens: input, output, cache read, cache write (5 minutes; an
 # hour costs twice the input). List prices as published in October and November 2026,
 # for prompts of ordinary length: platform.claude.com/docs/en/about-claude/pricing,
@@ -3805,7 +4227,7 @@ def cost_of(usage: dict, model: str, *, prices: dict) -> float | None:
             + max(0, usage.get("cache_write", 0) - long) * write) / 1e6
 
 
-# == 15. Transcripts ===================================================
+# == 16. Transcripts ===================================================
 #
 # Pure: what a record of each harness means, as turns. Formats: each vendor calls its
 # own internal, so what is unknown or has the wrong type says nothing, and never fails.
@@ -4269,7 +4691,7 @@ def _opencode_part(made: dict, data: dict, *, role: str) -> None:
                 state, "output", "error")}, failed=failed)
 
 
-# == 16. Sessions as turns =============================================
+# == 17. Sessions as turns =============================================
 #
 # Pure: the records of one session one after the other, everything told once; files of
 # unknown origin; and records moved to another place.
@@ -4373,7 +4795,7 @@ class Turns:
             made["model"] = made["model"] or self.model
         self._retitle(made)
         self._strip(made)
-        made["usage"] = self._uncounted(made["usage"], made["usage_id"])
+        made["usage"] = uncounted(made["usage"], made["usage_id"], self.counted)
         return any(made[name] for name in ("text", "thinking", "calls", "results",
                                            "usage", "title", "mark", "error"))
 
@@ -4396,16 +4818,6 @@ class Turns:
         elif made["title"]:
             self.title, self._named = made["title"], made["named"]
 
-    def _uncounted(self, usage: dict, owner: str) -> dict:
-        if not usage or not owner:
-            return usage
-        before = self.counted.get(owner, {})
-        more = {name: count - before.get(name, 0) for name, count in usage.items()
-                if count > before.get(name, 0)}
-        if more:
-            self.counted[owner] = add_usage(before, more)
-        return more
-
     def _first(self, *words: str) -> bool:
         """Whether these words come for the first time; only hashes are kept."""
         mark = hash(words)
@@ -4420,45 +4832,291 @@ class Turns:
 SIGNED = frozenset(("signature", "thoughtSignature", "encrypted_content"))
 
 
+class Places:
+    """Directories that became others, {old: new}: replaces them in records.
+
+    "~" is the home directory as redaction spells it, and only where a path goes on."""
+
+    __slots__ = ("table", "_any")
+
+    def __init__(self, table: dict) -> None:
+        import re
+        self.table = {(old.rstrip("/\\") or old): new for old, new in table.items()
+                      if old and old != "/" and old != new}
+        # The longest first: a project within the home is not the home. Not within a
+        # longer path or name: /x/old, /old-2 and /old.bak are other places.
+        words = "|".join(r"\A~\Z|~(?=[/\\])" if old == "~" else re.escape(old)
+                         for old in sorted(self.table, key=len, reverse=True))
+        self._any = re.compile(r"(?<![\w./~-])(?:" + words + r")(?![\w-]|\.\w)") \
+            if words else None
+
+    def moved(self, record: object) -> object:
+        """`record` with the old directories replaced in every text, also inside of
+        longer ones; the very same object where there is nothing to replace.
+
+        Thoughts that carry a signature stay: the model's server refuses changed ones.
+        """
+        try:
+            return self._moved(record) if self._any else record
+        except RecursionError as why:
+            raise Corrupt("a record of the transcript is nested too deeply",
+                          hint="restore it as it is, without other paths") from why
+
+    def _moved(self, value: object) -> object:
+        if isinstance(value, str):
+            text = self._any.sub(lambda found: self.table[found[0]], value)
+            return value if text == value else text
+        if isinstance(value, list):
+            changed = [self._moved(item) for item in value]
+            same = all(a is b for a, b in zip(changed, value))
+            return value if same else changed
+        return self._moved_object(value) if isinstance(value, dict) else value
+
+    def _moved_object(self, value: dict) -> dict:
+        kept = (*SIGNED, "thinking") if not SIGNED.isdisjoint(value) else ()
+        pairs = [(self._moved(key), item if key in kept else self._moved(item))
+                 for key, item in value.items()]
+        same = all(key in value and value[key] is item for key, item in pairs)
+        return value if same else dict(pairs)
+
+
 def moved(record: object, old: str, *, new: str) -> object:
-    """`record` with the directory `old` replaced by `new` in every text, also inside of
-    longer ones; the very same object where there is nothing to replace.
-
-    Thoughts that carry a signature stay: the model's server refuses changed ones.
-    """
-    import re
-    old = old.rstrip("/\\") if len(old) > 1 else old
-    if not old or old == new or old == "/":
-        return record
-    # Not within a longer path or name: /x/old, /old-2 and /old.bak are other places.
-    place = re.compile(r"(?<![\w./~-])" + re.escape(old) + r"(?![\w-]|\.\w)")
-    try:
-        return _moved(record, place, new=new)
-    except RecursionError as why:
-        raise Corrupt("a record of the transcript is nested too deeply",
-                      hint="restore it as it is, without other paths") from why
+    """`record` with the directory `old` replaced by `new`. See Places."""
+    return Places({old: new}).moved(record)
 
 
-def _moved(value: object, place: object, *, new: str) -> object:
-    if isinstance(value, str):
-        return place.sub(lambda _: new, value) if place.search(value) else value
-    if isinstance(value, list):
-        changed = [_moved(item, place, new=new) for item in value]
-        same = all(a is b for a, b in zip(changed, value))
-        return value if same else changed
-    return _moved_object(value, place, new=new) if isinstance(value, dict) else value
+# == 18. Session figures ===============================================
+#
+# Pure: what the turns of sessions add up to, and which of them a question is about.
+# Knows no store, no harness and no clock. Steps: from the histories of claims.
+
+FIGURES = ("input", "output", "cache_read", "cache_write")  # tokens, as shown
+AROUND = 160  # characters of a found line that are kept
 
 
-def _moved_object(value: dict, place: object, *, new: str) -> dict:
-    kept = (*SIGNED, "thinking") if not SIGNED.isdisjoint(value) else ()
-    pairs = [(_moved(key, place, new=new),
-              item if key in kept else _moved(item, place, new=new))
-             for key, item in value.items()]
-    same = all(key in value and value[key] is item for key, item in pairs)
-    return value if same else dict(pairs)
+class Totals:
+    """What turns add up to.
+
+    prompts, answers, errors: counts. tools: {name: calls}. files: {path: writes}.
+    uses: {(usage id, model): usage}. first, last: seconds. seconds: from first to last,
+    over the sessions that were joined. sessions: how many."""
+
+    __slots__ = ("prompts", "answers", "errors", "tools", "files", "uses", "first",
+                 "last", "seconds", "sessions")
+
+    def __init__(self) -> None:
+        self.prompts = self.answers = self.errors = self.sessions = 0
+        self.tools, self.files, self.uses = {}, {}, {}
+        self.first = self.last = None
+        self.seconds = 0.0
+
+    def add(self, made: dict, at: float | None) -> None:
+        """Count a turn, told at `at` seconds, if that is known."""
+        said = bool(made["text"] or made["calls"])
+        self.prompts += made["role"] == "user" and said
+        self.answers += made["role"] == "assistant" and said
+        self.errors += bool(made["error"]) + sum(
+            result["is_error"] is True for result in made["results"])
+        for call in made["calls"]:
+            self.tools[call["name"]] = self.tools.get(call["name"], 0) + 1
+        for path in made["files"]:
+            self.files[path] = self.files.get(path, 0) + 1
+        if made["usage"]:
+            owner = made["usage_id"], made["model"]
+            self.uses[owner] = add_usage(self.uses.get(owner, {}), made["usage"])
+        if at is not None:
+            self.first = at if self.first is None else min(self.first, at)
+            self.last = at if self.last is None else max(self.last, at)
+            self.seconds = self.last - self.first
+
+    def join(self, other: "Totals", counted: dict) -> None:
+        """Count what another tally has. counted: {usage id: usage} so far: what a copy
+        of a session (a fork) tells again is not counted again."""
+        self.prompts += other.prompts
+        self.answers += other.answers
+        self.errors += other.errors
+        self.seconds += other.seconds
+        self.sessions += max(1, other.sessions)
+        for ours, theirs in ((self.tools, other.tools), (self.files, other.files)):
+            for name, count in theirs.items():
+                ours[name] = ours.get(name, 0) + count
+        for (owner, model), usage in other.uses.items():
+            more = uncounted(usage, owner, counted)
+            if more:
+                key = owner, model
+                self.uses[key] = add_usage(self.uses.get(key, {}), more)
+        ends = [at for at in (self.first, other.first, self.last, other.last)
+                if at is not None]
+        self.first, self.last = (min(ends), max(ends)) if ends else (None, None)
+
+    def doc(self, prices: dict) -> dict:
+        """The figures as they are printed. prices: from price_table()."""
+        models: dict = {}
+        for (_, model), usage in self.uses.items():
+            models[model] = add_usage(models.get(model, {}), usage)
+        priced = {model: cost_of(usage, model, prices=prices)
+                  for model, usage in models.items()}
+        total: dict = {}
+        for usage in models.values():
+            total = add_usage(total, usage)
+        known = [cost for cost in priced.values() if cost is not None]
+        return {
+            "tokens": token_counts(total), "prompts": self.prompts,
+            "cost_usd": round(sum(known), 6) if known or not models else None,
+            "unpriced": sorted(model for model in priced if priced[model] is None),
+            "models": {model: {**token_counts(usage), "cost_usd": priced[model]}
+                       for model, usage in models.items()},
+            "turns": self.prompts + self.answers, "errors": self.errors,
+            "duration_s": round(self.seconds, 3), "files": list(self.files),
+            "first_at": "" if self.first is None else iso(self.first),
+            "last_at": "" if self.last is None else iso(self.last),
+            "tools": dict(sorted(self.tools.items(), key=lambda row: (-row[1], row)))}
 
 
-# == 17. Wire ==========================================================
+def token_counts(usage: dict) -> dict:
+    """The counts of a usage, those that are 0 as well."""
+    return {name: usage.get(name, 0) for name in FIGURES}
+
+
+class Figures:
+    """The tallies of one session. agent: whose it is. whole: all of it; steps: {step:
+    Totals}, each turn under the step that step_of(seconds or None) names."""
+
+    def __init__(self, agent: str, *, step_of: object, since: float = 0.0) -> None:
+        self.agent, self.whole, self.steps = agent, Totals(), {}
+        self._step_of, self._since, self._at = step_of, since, None
+        self._begun: dict = {}  # {usage id: step}
+
+    def add(self, made: dict) -> None:
+        """Count a turn, unless it is older than wanted. Without a time it belongs to
+        the one before."""
+        # Titles, and all of some harnesses' records, have no time of their own.
+        self._at = parse_iso(made["at"]) if made["at"] else self._at
+        if self._at is not None and self._at < self._since:
+            return
+        self.whole.add(made, self._at)
+        step = self._step_of(self._at)
+        if made["usage"] and made["usage_id"]:
+            # The usage of a message grows: all of it goes where the message began.
+            step = self._begun.setdefault(made["usage_id"], step)
+        self.steps.setdefault(step, Totals()).add(made, self._at)
+
+
+def summed(figures: list, by: str) -> dict:
+    """{name: Totals} of many sessions, given oldest first. by: agent, step, or "" for
+    one sum under ""."""
+    sums, counted = {}, {}
+    for one in figures:
+        parts = one.steps if by == "step" else {by and one.agent: one.whole}
+        for name, tally in parts.items():
+            sums.setdefault(name, Totals()).join(tally, counted)
+    return sums
+
+
+# -- the step of a turn ------------------------------------------------
+
+
+def step_spans(sid: str, claim: dict) -> list:
+    """[(agent, from, until, step)]: when who held a step, as its claim tells."""
+    spans, holder = [], None
+    for move in transitions("claim", sid, claim):
+        at = parse_iso(move["at"])
+        if at is None:
+            continue
+        if holder:
+            spans.append((*holder, at, sid))
+        holder = (move["agent"], at) if move.get("state") == "in_progress" else None
+    return spans + ([(*holder, float("inf"), sid)] if holder else [])
+
+
+class StepTimes:
+    """Which step one agent held at what time, by the claims' spans."""
+
+    def __init__(self, spans: list, agent: str) -> None:
+        self.spans = sorted((start, end, sid) for who, start, end, sid in spans
+                            if who == agent)
+        self._starts = [span[0] for span in self.spans]
+
+    def at(self, seconds: float | None) -> str:
+        """The step, "" for none; of several the one that was taken last."""
+        import bisect
+        known = 0 if seconds is None else bisect.bisect_right(self._starts, seconds)
+        for _, end, sid in reversed(self.spans[:known]):
+            if seconds < end:
+                return sid
+        return ""
+
+
+# -- finding words -----------------------------------------------------
+
+
+class Words:
+    """Text that is looked for, letter case aside. regex: it is a regular expression.
+    Usage for an empty or a wrong one."""
+
+    __slots__ = ("find", "_raw")
+
+    def __init__(self, text: str, *, regex: bool = False) -> None:
+        import re
+        if not text.strip():
+            raise Usage("the text to search for is empty", hint='session search "api"')
+        try:
+            self.find = re.compile(text if regex else re.escape(text), re.I).search
+        except (re.error, RecursionError, OverflowError) as why:
+            raise Usage(f"this is no regular expression: {why}",
+                        hint="leave --regex out to find the text itself") from why
+        # Letters, digits and blanks stand in JSON as they are; others may be escaped.
+        plain = text.isascii() and text.replace(" ", "").isalnum() and not regex
+        self._raw = re.compile(text.encode(), re.I).search if plain else None
+
+    def may_be_in(self, line: bytes) -> bool:
+        """False when a line of JSON cannot hold it: then it need not be parsed."""
+        return self._raw is None or self._raw(line) is not None
+
+    def places(self, made: dict) -> list:
+        """[{where, line, before, after}] of a turn: the first in each thing it says."""
+        found = []
+        for where, text in said_in(made):
+            match = self.find(text)
+            if match:
+                found.append({"where": where, **found_line(text, *match.span())})
+        return found
+
+
+def said_in(made: dict) -> list:
+    """[(where, text)] of all a turn says."""
+    return [(name, made[name]) for name in ("text", "thinking", "title", "error")
+            if made[name] and not (name == "error" and made["error"] == made["text"])] \
+        + [("call", call_text(call)) for call in made["calls"]] \
+        + [("result", result["text"]) for result in made["results"] if result["text"]]
+
+
+def call_text(call: dict) -> str:
+    """A call with its arguments, texts as they are, one a line."""
+    given = call["input"]
+    if not isinstance(given, dict):
+        return f"{call['name']}: " + (given if isinstance(given, str)
+                                      else compact_json(given))
+    return "\n".join([call["name"], *(
+        f"{key}: {value if isinstance(value, str) else compact_json(value)}"
+        for key, value in given.items())])
+
+
+def found_line(text: str, start: int, end: int) -> dict:
+    """The line in which text[start:end] begins, cut around it, and its neighbours."""
+    begin = text.rfind("\n", 0, start) + 1
+    close = text.find("\n", start)
+    close = len(text) if close < 0 else close
+    left = max(begin, min(start - AROUND // 3, close - AROUND))
+    line = text[left:min(close, left + AROUND)]
+    cut = ("…" if left > begin else "") + line + ("…" if left + AROUND < close else "")
+    before = text[text.rfind("\n", 0, max(0, begin - 1)) + 1:max(0, begin - 1)]
+    after = text[close + 1:close + 1 + 4 * AROUND].partition("\n")[0]
+    return {"line": cut.strip(), "before": one_line(before, AROUND),
+            "after": one_line(after, AROUND)}
+
+
+# == 19. Wire ==========================================================
 #
 # Pure: AWS Signature Version 4, S3's XML, HTTP dates, ETags. Knows no socket,
 # clock or environment. Paths and queries come unescaped; they are escaped here,
@@ -4684,7 +5342,7 @@ def xml_error(data: bytes) -> dict:
     return xml_fields(root) if root is not None and root.tag == "Error" else {}
 
 
-# == 18. Server-sent events ============================================
+# == 20. Server-sent events ============================================
 #
 # Pure: bytes of a text/event-stream -> events (WHATWG HTML 9.2), and what those of a
 # bucket's feed mean for who follows it (hf-buckets.md 4). Knows no socket, no clock.
@@ -4819,7 +5477,7 @@ def feed_ended(state: dict, status: int, *, after: float = 0.0,
     return new, after or min(longest, first * 2 ** (new["tries"] - 1)) * (1 + roll / 4)
 
 
-# == 19. BLAKE3 ========================================================
+# == 21. BLAKE3 ========================================================
 #
 # Pure: the keyed hash of BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs), which
 # the standard library lacks. Only what Xet needs: keyed, 32 bytes.
@@ -4985,7 +5643,7 @@ def keyed_hash(key: bytes, data: bytes) -> bytes:
     return keyed_hashes(key, [data])[0]
 
 
-# == 20. Xet ===========================================================
+# == 22. Xet ===========================================================
 #
 # Pure: bytes in; hashes, xorbs and shards out. Knows no file, network or Hub.
 #
@@ -5419,7 +6077,7 @@ class XetPack:
             for xorb, first, end in terms]) for text, terms in files]
 
 
-# == 21. Secret values =================================================
+# == 23. Secret values =================================================
 #
 # Pure: whether a value is a secret that only its name gives away, as in PASSWORD=…,
 # "api_key": "…", X-Auth-Token: …. Entropy alone would ruin transcripts, which are full
@@ -5567,7 +6225,7 @@ class Judge:
             or not self.is_plain(value)
 
 
-# == 22. Secret shapes =================================================
+# == 24. Secret shapes =================================================
 #
 # Pure: secrets that one knows by their looks, or by the words around them. Knows bytes:
 # ASCII decides, UTF-8 passes through. A rule's find(text) gives (start, end, kind) of
@@ -6094,7 +6752,7 @@ class PhraseRule:
         return not self._judge.is_filler(value)
 
 
-# == 23. Redaction =====================================================
+# == 25. Redaction =====================================================
 #
 # Pure: a line of a transcript -> the same line without secrets. JSON stays JSON with
 # the same keys: only values change, and a line without a finding not at all. Knows
@@ -6527,7 +7185,7 @@ def new_kinds(old: str, new: str) -> list:
     return more
 
 
-# == 24. HTTP ==========================================================
+# == 26. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -7239,7 +7897,7 @@ def open_http(origin: str, *, timeout: float = REQUEST_TIMEOUT, trace: object = 
     return kind(origin, timeout=timeout, trace=trace, environ=environ)
 
 
-# == 25. Remote ========================================================
+# == 27. Remote ========================================================
 #
 # What clients of network stores share: connections by origin, the store's clock,
 # retries. Knows no store's protocol.
@@ -7366,7 +8024,7 @@ class Remote:
             link.close()
 
 
-# == 26. Stores ========================================================
+# == 28. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -8218,7 +8876,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 27. S3 ============================================================
+# == 29. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -8870,7 +9528,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 28. S3 store ======================================================
+# == 30. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -9248,7 +9906,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 29. Hub answers ===================================================
+# == 31. Hub answers ===================================================
 #
 # Pure: what the Hugging Face Hub says in its own API - errors, limits, entries, pages,
 # batches - in words and classes of ours. Whatever it says may be anything.
@@ -9473,7 +10131,7 @@ class XetGrant:
         self.base, self.token, self.ends_at = parts.path.rstrip("/"), token, ends_at
 
 
-# == 30. Hub ===========================================================
+# == 32. Hub ===========================================================
 #
 # One bucket at the Hub by its own API: a token, JSON, and bytes by way of Xet. Knows
 # its verbs; must not know what files mean. The Hub's token goes to the Hub alone, that
@@ -9837,7 +10495,7 @@ class Hub(HubReader):
         return answer
 
 
-# == 31. Hub events ====================================================
+# == 33. Hub events ====================================================
 #
 # What the Hub tells of changes in a bucket, as a wake-up for those who wait: never the
 # truth, and dispensable. Knows a stream of events; must not know what the keys mean.
@@ -10010,7 +10668,7 @@ def hub_feed(hub: Hub, project: str, *, clock: object = None) -> Feed:
                 f"{project}/" if project else "", clock=clock or hub.clock)
 
 
-# == 32. Hugging Face store ============================================
+# == 34. Hugging Face store ============================================
 #
 # The interface of "Stores" over a Hub: what a token alone can do. Every write is an
 # overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
@@ -10421,7 +11079,7 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
                        hint="upload it again when nobody writes to it")
 
 
-# == 33. Gateway =======================================================
+# == 35. Gateway =======================================================
 #
 # A Hugging Face bucket through its S3 gateway: the S3 store in another dialect. Every
 # conditional write is atomic here. The dialect (the gateway's documentation, and the
@@ -10577,7 +11235,7 @@ class GatewayStore(S3Store):
         self.native.close()
 
 
-# == 34. Probe =========================================================
+# == 36. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -10790,7 +11448,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 35. Settings ======================================================
+# == 37. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -10978,7 +11636,7 @@ def write_private(path: str, data: bytes, *, once: bool = False) -> bool:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
         if once:
-            return _rename_new(temp, path)
+            return rename_new(temp, path)
         patiently(os.replace, temp, path)
         return True
     finally:
@@ -10986,7 +11644,7 @@ def write_private(path: str, data: bytes, *, once: bool = False) -> bool:
             os.unlink(temp)
 
 
-def _rename_new(temp: str, path: str) -> bool:
+def rename_new(temp: str, path: str) -> bool:
     """Give `temp` the name `path` unless that is taken."""
     try:
         if hasattr(os, "link"):
@@ -11170,7 +11828,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 36. Local state ===================================================
+# == 38. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -11368,7 +12026,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 37. Sources =======================================================
+# == 39. Sources =======================================================
 #
 # How the records of a session are read where its harness keeps them: in a file that
 # grows, in a JSON file rewritten at each turn, in rows of a database (next section).
@@ -11641,7 +12299,7 @@ def document_lines(path: str) -> tuple:
     return record_line(about), [record_line(message) for message in doc["messages"]]
 
 
-# == 38. Session databases =============================================
+# == 40. Session databases =============================================
 #
 # Sessions that are rows of an SQLite database. Knows sqlite3; must not know stores.
 #
@@ -12012,7 +12670,7 @@ SCHEMES = {
 }
 
 
-# == 39. Session places ================================================
+# == 41. Session places ================================================
 #
 # How harnesses name the files of sessions, whose session a file is, and where one has
 # to lie for its harness to find it. Knows files; must not know stores.
@@ -12358,7 +13016,16 @@ class Destination:
 
 
 def codex_target(wanted: Destination) -> str:
-    """Codex finds a thread by its id, in the folder of any day; its days are local."""
+    """Codex finds a thread by its id, in the folder of any day; its days are local. One
+    that is there already stays in its place: two files of one id would be two threads.
+    """
+    import glob
+    for folder in ("sessions/*/*/*", "archived_sessions"):
+        there = glob.glob(os.path.join(
+            glob.escape(wanted.root), folder,
+            f"rollout-????-??-??T??-??-??-{glob.escape(wanted.name)}.jsonl"))
+        if there:
+            return os.path.join(wanted.root, os.path.relpath(min(there), wanted.root))
     began = time.localtime(wanted.at)
     stamp = time.strftime("%Y-%m-%dT%H-%M-%S", began)
     return wanted.below("sessions", *time.strftime("%Y %m %d", began).split(),
@@ -12414,7 +13081,7 @@ def qwen_target(wanted: Destination) -> str:
     return wanted.below("projects", folder, "chats", f"{wanted.name}.jsonl")
 
 
-# == 40. Harnesses =====================================================
+# == 42. Harnesses =====================================================
 #
 # One row for each coding agent whose sessions are found, and the finding. Knows files;
 # must not know stores. A new one costs a row, a function in the section Transcripts,
@@ -12673,7 +13340,7 @@ def uuid_time(text: str) -> float | None:
         return None
 
 
-# == 41. Command settings ==============================================
+# == 43. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -12905,7 +13572,7 @@ def redactor_for(settings: Settings) -> Redactor:
                     home=home_of(environ))
 
 
-# == 42. Credentials ===================================================
+# == 44. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -13379,7 +14046,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 43. Ledger ========================================================
+# == 45. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -13608,11 +14275,12 @@ class Ledger:
         plain = "look" if repeated else "over"
         return self._write(key, new, Record(key), op, plain=plain)[0] == "landed"
 
-    def create_bytes(self, key: str, data: bytes, *, op: str = "") -> None:
+    def create_bytes(self, key: str, data: bytes, *, op: str = "") -> bool:
         """Create an object that is no record, under a name nobody else uses.
 
         The name is the identity: what is there already is this very write, by an
         attempt whose answer was lost. Raises Unknown with op when that stays open.
+        False: something was there, so whoever shares names with others must look.
         """
         self.restart()
         unknown = self._unknown(key, op or key.rpartition("/")[2], 1)
@@ -13627,8 +14295,9 @@ class Ledger:
             except Unavailable as why:
                 raise (unknown if doubt else why) from why
             return "landed", None
-        self._send(key, data, {"if_none_match": True}, settled, unknown=unknown,
-                   plain="over")
+        _, stamp = self._send(key, data, {"if_none_match": True}, settled,
+                              unknown=unknown, plain="over")
+        return stamp is not None
 
     def put(self, key: str, doc: dict, *, seconds: float | None = None) -> None:
         """Overwrite a record that only informs (presence); retried for `seconds`."""
@@ -13942,7 +14611,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 44. Waiting =======================================================
+# == 46. Waiting =======================================================
 #
 # Looking again until what is awaited is there: how long the rests between two looks
 # are. Knows no record; the looks come in as functions.
@@ -14051,7 +14720,7 @@ def waiting(ledger: Ledger, wait: float, act: object, *, keys: object,
                       float("inf") if expires is None else expires + 1)
 
 
-# == 45. Leases ========================================================
+# == 47. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, being told that it
 # went to another. The decisions are those of "Records".
@@ -14282,7 +14951,7 @@ class Leases:
             raise
 
 
-# == 46. Hints =========================================================
+# == 48. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -14411,7 +15080,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 47. Step records ==================================================
+# == 49. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -14681,7 +15350,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 48. Frontier ======================================================
+# == 50. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -14767,7 +15436,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 49. Steps =========================================================
+# == 51. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -15153,7 +15822,7 @@ class Steps:
             pace.rest([f"steps/{step_id(step)}/" for step in steps])
 
 
-# == 50. Tasks =========================================================
+# == 52. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -15489,7 +16158,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 51. Locks =========================================================
+# == 53. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -15832,7 +16501,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 52. Barriers ======================================================
+# == 54. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -16053,7 +16722,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 53. Memory ========================================================
+# == 55. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -16275,7 +16944,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 54. Mailboxes =====================================================
+# == 56. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -16705,7 +17374,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 55. Mail ==========================================================
+# == 57. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -16938,7 +17607,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 56. Channels and threads ==========================================
+# == 58. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -17168,7 +17837,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 57. Bytes =========================================================
+# == 59. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -17539,7 +18208,7 @@ class Bytes:
         return body
 
 
-# == 58. Artifact heads ================================================
+# == 60. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -17833,7 +18502,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 59. Artifacts =====================================================
+# == 61. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -18130,7 +18799,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 60. Reservations ==================================================
+# == 62. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -18281,7 +18950,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 61. Runs ==========================================================
+# == 63. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -18290,7 +18959,7 @@ class Reservations:
 PART_PAUSE = 1.0  # seconds between the PUTs of one writer (protocol.md 9)
 PART_BYTES = 4 << 20  # of lines buffered before they must go: bounds the memory
 BEAT_AFTER = 60  # pauses without a PUT before a run says that it is alive
-READ_AHEAD = 16 << 20  # bytes of parts in memory at a time while a run is summed up
+READ_AHEAD = 16 << 20  # bytes of parts in memory at a time while they are read
 
 
 def meta_key(run: str) -> str:
@@ -18327,6 +18996,20 @@ def check_params(params: dict) -> dict:
         raise Usage(f"params are no object of at most {size_text(MAX_VALUE)}",
                     hint="upload what is bigger: run artifact PATH")
     return params
+
+
+def batches(items: list, size_of: object) -> object:
+    """Yields lists of neighbours to be fetched at once: at most 64, and no further one
+    beyond READ_AHEAD bytes."""
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if len(batch) == 64 or size >= READ_AHEAD:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class Points:
@@ -18730,12 +19413,7 @@ class Runs:
 
     def _read_parts(self, parts: list) -> object:
         """Yield the points of each part, in the order of the parts."""
-        todo = list(reversed(parts))
-        while todo:
-            batch, size = [], 0
-            while todo and len(batch) < 64 and (not batch or size < READ_AHEAD):
-                batch.append(todo.pop())
-                size += batch[-1].size
+        for batch in batches(parts, lambda part: part.size):
             self.ledger.restart()
             for part, data in zip(batch, self.ledger.each(self._fetch, batch)):
                 points, bad = points_of(data)
@@ -18753,7 +19431,695 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 62. Artifact trees ================================================
+# == 64. Sessions ======================================================
+#
+# Transcripts in the bucket: reading them back, merging their parts, keeping meta.json.
+# The decisions are those of "Session records". Must not know where they come from.
+# Keys: sessions/<harness>/<id>/_cursor.json, meta.json, part-….jsonl, _parts-….json
+
+
+def split_records(data: bytes, tail: bytes) -> tuple:
+    """(the records in tail + data, each with its line end; what follows the last).
+
+    >>> split_records(b"}\\n{}\\n{", b"{")
+    ([b'{}\\n', b'{}\\n'], b'{')
+    """
+    data, found, start = tail + data, [], 0
+    end = data.find(b"\n") + 1
+    while end:
+        found.append(data[start:end])  # of one long record no copy is made
+        start, end = end, data.find(b"\n", end) + 1
+    return found, data[start:]
+
+
+class Recorded:
+    """One session in the bucket. prefix: where. cursor, meta: its Records, as last
+    read or written; None: not read, or out of date."""
+
+    def __init__(self, ledger: Ledger, harness: str, session: str) -> None:
+        self.ledger, self.harness, self.id = ledger, harness, session
+        self.prefix = session_prefix(harness, session)
+        self.cursor = self.meta = None
+        self._pages: dict = {}
+
+    @property
+    def doc(self) -> dict | None:
+        """The cursor as last read, checked; None: there is none."""
+        return checked_cursor(self.cursor.doc, self.cursor.key)
+
+    # -- reading
+
+    def read(self) -> None:
+        """Read cursor and meta.json anew (two requests)."""
+        self.ledger.restart()
+        cursor, self.meta = self.ledger.read_many(
+            [f"{self.prefix}_cursor.json", f"{self.prefix}meta.json"])
+        if cursor.fault:
+            raise cursor.fault
+        if self.meta.fault:  # it only repeats the cursor
+            self.ledger.warn(self.meta.fault.message)
+        self.cursor = cursor
+
+    def leaves(self) -> dict:
+        """{last component: size} of all keys of the session."""
+        return {entry.key[len(self.prefix):]: entry.size
+                for entry in self.ledger.list(self.prefix).entries}
+
+    def pages(self, cursor: dict) -> dict:
+        """{leaf: parts} of the cursor's pages. They never change: each is read once."""
+        todo = [leaf for leaf in cursor["pages"] if leaf not in self._pages]
+        records = self.ledger.read_many([self.prefix + leaf for leaf in todo])
+        for leaf, record in zip(todo, records):
+            if record.fault:
+                raise record.fault
+            self._pages[leaf] = page_parts(record.doc, record.key)
+        return self._pages
+
+    def standing(self, about: dict | None = None) -> dict:
+        """The cursor as it counts: what only 0.2 has mirrored, or has done since, is
+        part of it. about: facts for a cursor that begins now; without them NotFound."""
+        if self.cursor is None:
+            self.read()
+        doc, meta = self.doc, self.meta.doc
+        if doc is not None and not foreign_parts(meta):
+            return doc
+        leaves = self.leaves()
+        if doc is not None:
+            return fold_meta(doc, self.pages(doc), meta, leaves)
+        if about is None and not any(map(leaf_part, leaves)):
+            raise NotFound(f"session not found: {shown(self.id)}", hint="session list")
+        facts = ("source_path", "cwd", "agent_id", "started_at", "ended_at")
+        known = {name: (meta or {}).get(name) for name in facts}
+        return adopt_session(meta, leaves, {"harness": self.harness, **known,
+                                            "session_id": self.id, **(about or {})})
+
+    def parts(self, generation: int | None = None) -> list:
+        """The parts that count, in order, and the reserved one, marked open, which may
+        be there. generation: only that one; -1: only the last."""
+        cursor = self.standing()
+        parts = listed_parts(cursor, self.pages(cursor))
+        if cursor["reserved"] is not None:
+            parts.append({**cursor["reserved"], "open": True})
+        parts = [part for part in parts if not part.get("skipped")]
+        if generation == -1 and parts:
+            generation = parts[-1].get("generation")
+        return [part for part in parts if generation in (None, part.get("generation"))]
+
+    def fetch(self, part: dict) -> bytes:
+        """The bytes of a part, verified; b"" when an open one is not there. NotFound
+        when a listed one is gone: it may have been merged meanwhile."""
+        import hashlib
+        key = self.prefix + part_leaf(part)
+        try:
+            data = self.ledger.store.get(key).body
+        except NotFound as why:
+            if part.get("open") and not why.details.get("bucket"):
+                return b""
+            raise
+        size, digest = part.get("uploaded_bytes", len(data)), part.get("sha256")
+        if size != len(data) or digest not in (None, hashlib.sha256(data).hexdigest()):
+            raise Corrupt(f"{shown(key)} is not what was stored: it has {len(data)}"
+                          f" bytes of {shown(size)}, or another digest", key=key)
+        return data
+
+    def stream(self, generation: int | None = None) -> object:
+        """Yields (generation, bytes) in order. A compaction meanwhile moves no byte:
+        the count of those that were yielded says where to go on."""
+        done, gone = 0, None
+        while True:
+            parts = self.parts(generation)
+            try:
+                for part, data in self._fetched(parts, done):
+                    done += len(data)
+                    yield part.get("generation"), data
+                return
+            except NotFound as why:
+                if gone == parts:
+                    raise Corrupt(f"a part of session {shown(self.id)} is gone:"
+                                  f" {why.message}") from why
+                gone = parts
+                self.read()
+
+    def _fetched(self, parts: list, done: int) -> object:
+        """Yields (part, bytes) from the byte `done` on, some fetched at a time."""
+        todo, before = [], 0
+        for part in parts:
+            end = before + number(part, "uploaded_bytes")
+            if part.get("open") or end > done:
+                todo.append((part, max(0, done - before)))
+            before = end
+        for batch in batches(todo, lambda one: number(one[0], "uploaded_bytes")):
+            self.ledger.restart()
+            found = self.ledger.each(lambda one: self.fetch(one[0]), batch)
+            for (part, skip), data in zip(batch, found):
+                yield part, data[skip:]
+
+    def records(self, generation: int | None = None) -> object:
+        """Yields every record as bytes, each with its line end, in order.
+
+        0.2 cut parts anywhere: only there a last record may lack its line end."""
+        tail, last = b"", None
+        for kind, data in self.stream(generation):
+            if kind != last and tail:
+                yield tail
+                tail = b""
+            found, tail = split_records(data, tail)
+            last = kind
+            yield from found
+        if tail:
+            yield tail
+
+    # -- writing
+
+    def change(self, decide: object, *, begun: dict | None = None) -> dict:
+        """Change the cursor by CAS with decide(cursor) -> cursor; what it became.
+
+        begun: what takes the place of none. self.cursor is out of date after an error.
+        """
+        def deciding(record: Record) -> dict:
+            doc = checked_cursor(record.doc, record.key) or begun
+            if doc is None:
+                raise Moved("has lost its cursor")
+            return decide(doc)
+        first, self.cursor = self.cursor, None
+        done = self.ledger.change(
+            f"{self.prefix}_cursor.json",
+            naming(f"session {self.harness}/{self.id}", deciding), first=first,
+            sole=True, above=self._above)
+        self.cursor = done.after
+        return done.doc
+
+    def _above(self, record: Record) -> int:
+        # meta.json names the rev it repeats: a cursor begun anew must exceed that.
+        meta = self.meta.doc if self.meta else None
+        return number(meta, "cursor_rev") if record.doc is None else 0
+
+    def project(self) -> None:
+        """Write meta.json from the cursor; what 0.2 did since is taken in first."""
+        if self.meta.fault:
+            return  # nothing damaged is overwritten beside another act
+        while True:
+            known = self.meta.doc
+            if foreign_parts(known):
+                self.change(lambda doc: fold_meta(doc, self.pages(doc), known,
+                                                  self.leaves()))
+            cursor = self.doc
+
+            def decide(record: Record) -> dict:
+                if record.doc is not known and foreign_parts(record.doc):
+                    return record.doc
+                return project_session(cursor, record.doc)
+            done = self.ledger.change(f"{self.prefix}meta.json", decide, sole=True,
+                                      first=self.meta)
+            self.meta = done.after
+            if done.wrote or not foreign_parts(done.doc):
+                return
+
+    def sweep(self) -> int:
+        """Delete what is doomed, of this or an earlier compaction; how many objects."""
+        cursor = self.doc
+        if not cursor["doomed"]:
+            return 0
+        doomed, pages = [], [leaf for leaf in cursor["doomed"] if not leaf_part(leaf)]
+        for record in self.ledger.read_many([self.prefix + leaf for leaf in pages]):
+            if record.doc is not None:  # else it was swept before
+                doomed += map(part_leaf, page_parts(record.doc, record.key))
+        doomed += [leaf for leaf in cursor["doomed"] if leaf_part(leaf)]
+        live = set(map(part_leaf, listed_parts(cursor, self.pages(cursor))))
+        gone = [leaf for leaf in dict.fromkeys(doomed) if leaf not in live]
+        for leaves in (gone, pages):  # a page says what else is to be deleted
+            self.ledger.each(self.ledger.store.delete,
+                             [self.prefix + leaf for leaf in leaves])
+        self.change(lambda doc: sweep_doomed(doc, cursor["doomed"]))
+        return len(gone)
+
+
+class Compaction:
+    """Merges the parts of a session, but for the newest `keep`.
+
+    First the cursor announces the merged parts, then they are created, then the cursor
+    lists them in the place of theirs, then those are deleted: a crash leaves at most
+    objects that do not count, and that the next compaction deletes."""
+
+    def __init__(self, session: Recorded, *, keep: int = 0) -> None:
+        self.session, self.ledger, self.keep = session, session.ledger, keep
+
+    def run(self) -> dict:
+        """{merged, into, bytes, deleted, kept}: how many parts became how many."""
+        for last in (False, False, False, True):
+            try:
+                done = self._merge()
+                break
+            except Moved:  # by a mirror that follows, or another compaction
+                if last:
+                    raise
+                self.session.read()
+        deleted = self.session.sweep()
+        self.session.project()
+        return {**done, "deleted": deleted}
+
+    def _merge(self) -> dict:
+        session, cursor = self.session, self._finished()
+        parts = listed_parts(cursor, session.pages(cursor))
+        groups = merge_groups(parts[:max(0, len(parts) - self.keep)])
+        done = {"merged": sum(map(len, groups)), "into": len(groups), "bytes": 0,
+                "kept": min(self.keep, len(parts)), "mergeable": len(parts) - self.keep}
+        if not groups and not cursor["merging"]:
+            return done
+        names = [{"seq": group[0]["seq"], "uuid": self.ledger.hex(8)}
+                 for group in groups]
+        leaves = list(map(part_leaf, names))
+        session.change(lambda doc: announce_merge(doc, leaves))
+        try:
+            merged = [self._create(group, name["uuid"])
+                      for group, name in zip(groups, names)]
+            session.change(lambda doc: merge_parts(
+                doc, session.pages(doc), merged, at=self.ledger.at()))
+        except (Moved, NotFound) as why:
+            self._give_up(leaves)
+            raise Moved(why.message) from why
+        return {**done, "bytes": sum(part["uploaded_bytes"] for part, _ in merged)}
+
+    def _finished(self) -> dict:
+        """The cursor, begun if 0.2 was alone, with its reserved part committed if that
+        is there: it may be of a mirror that died. Only who has the source creates it.
+        """
+        session, standing = self.session, self.session.standing()
+        if session.doc is None:
+            session.change(lambda doc: doc, begun=standing)
+        elif standing is not session.doc:
+            session.project()
+        part = session.doc["reserved"]
+        data = session.fetch({**part, "open": True}) if part else b""
+        if not data:
+            return session.doc
+        made = stored_part(part, data)
+        return session.change(lambda doc: commit_part(doc, made, at=self.ledger.at()))
+
+    def _create(self, group: list, uuid: str) -> tuple:
+        self.ledger.restart()
+        data = b"".join(self.ledger.each(self.session.fetch, group))
+        part = merged_part(group, uuid=uuid, data=data)
+        self.ledger.create_bytes(self.session.prefix + part_leaf(part), data)
+        return part, [old["uuid"] for old in group]
+
+    def _give_up(self, leaves: list) -> None:
+        """Delete what was created for nothing: nobody else knows of it any more."""
+        self.session.read()
+        live = self.session.doc["merging"]
+        live = live + list(map(part_leaf, self.session.parts()))
+        for leaf in leaves:
+            if leaf not in live:
+                self.ledger.store.delete(self.session.prefix + leaf)
+
+
+class Sessions:
+    """The transcripts of a project."""
+
+    def __init__(self, ledger: Ledger, who: Who) -> None:
+        self.ledger, self.who = ledger, who
+
+    def named(self, harness: str, session: str) -> Recorded:
+        """A session, whether it is there or not. No request is made."""
+        check_name("harness", harness)
+        return Recorded(self.ledger, harness, check_name("session id", session))
+
+    def find(self, word: str) -> Recorded:
+        """The session `word` names, read: its id, HARNESS/ID, or how these begin.
+
+        NotFound; Usage when it may be several. One listing for each harness."""
+        harness, slash, session = word.rpartition("/")
+        found = []
+        for one in [harness] if slash else self._below("sessions/"):
+            found += [(one, name) for name in self._below(f"sessions/{one}/", session)]
+        exact = [pair for pair in found if pair[1] == session] or found
+        # Sub-agents are named after their session: that is what was meant.
+        exact = [pair for pair in exact if all(
+            other[0] == pair[0] and f"{other[1]}_".startswith(f"{pair[1]}_")
+            for other in exact)] or exact
+        if not exact or not session:
+            raise NotFound(f"session not found: {shown(word)}", hint="session list")
+        if len(exact) > 1:
+            names = ", ".join(shown("/".join(pair)) for pair in exact[:3])
+            raise Usage(f"{shown(word)!r} may be several sessions: {names}"
+                        + (" …" if len(exact) > 3 else ""), hint="give more of it")
+        recorded = Recorded(self.ledger, *exact[0])
+        recorded.read()
+        return recorded
+
+    def _below(self, prefix: str, begin: str = "") -> list:
+        """The names of the folders in `prefix` that begin so."""
+        found = self.ledger.list(prefix + begin, delimiter="/").prefixes
+        return [name[len(prefix):-1] for name in found]
+
+    def list(self, *, harness: str = "") -> list:
+        """meta.json of every session, the last uploaded first; one that is missing or
+        damaged is made from the cursor."""
+        pairs = [(one, name) for one in self._below("sessions/")
+                 if harness in ("", one) for name in self._below(f"sessions/{one}/")]
+        keys = [f"{session_prefix(*pair)}meta.json" for pair in pairs]
+        docs = []
+        for pair, record in zip(pairs, self.ledger.read_many(keys)):
+            doc = record.doc or self._made_up(*pair)
+            if doc:
+                docs.append({**doc, "harness": pair[0], "session_id": pair[1]})
+        return sorted(docs, key=lambda doc: str(doc.get("last_uploaded_at")),
+                      reverse=True)
+
+    def _made_up(self, harness: str, session: str) -> dict | None:
+        recorded = Recorded(self.ledger, harness, session)
+        try:
+            recorded.read()
+            return project_session(recorded.standing(), None)
+        except (Corrupt, NotFound) as why:
+            self.ledger.warn(why.message)
+            return None
+
+    def read(self, session: str, *, generation: int | None = None) -> object:
+        """Yields the records of a session, as stored, in order. See find.
+
+        generation: only that one; -1: the last, what the source held in the end."""
+        return self.find(session).records(generation)
+
+    def compact(self, session: str, *, keep: int = 0) -> dict:
+        """Merge the parts of a session but the newest `keep`; see Compaction.run."""
+        return Compaction(self.find(session), keep=keep).run()
+
+    def end(self, recorded: Recorded) -> bool:
+        """Note that a session has ended; False when that was noted before.
+
+        Keys: CAS _cursor.json, meta.json."""
+        begun = recorded.standing()
+        ended = bool(begun.get("ended_at"))
+        recorded.change(lambda doc: end_session(doc, self.ledger.at()), begun=begun)
+        recorded.project()
+        return not ended
+
+
+# == 65. Mirror ========================================================
+#
+# From a source into the bucket: what is new is read, redacted, cut at record ends, and
+# stored by reserve, create, commit. The decisions are those of "Session records".
+#
+# A source is a SessionSource: read(position) and stamp() are used, and what it says of
+# itself. The position stored in the cursor is the source's, and means nothing here.
+
+CUT_BYTES = 4 << 20  # of source from which a part ends: bounds the memory
+META_EVERY = 60  # seconds between the writes of meta.json while records come
+QUIET = 60  # seconds after which a last line without its end is a record all the same
+RIVALS = 50  # changes by others in a row before a mirror gives up for now
+
+
+class AsItIs:
+    """A redactor that leaves everything as it is (--no-redact)."""
+
+    def __init__(self) -> None:
+        self.counts: dict = {}
+
+    def line(self, data: bytes) -> bytes:
+        """The record, redacted."""
+        return data
+
+
+class Cut:
+    """The part that is being made of records, each redacted as it comes."""
+
+    __slots__ = ("redactor", "lines", "digest", "records", "size", "_before")
+
+    def __init__(self, redactor: object) -> None:
+        import hashlib
+        self.redactor, self.lines, self.digest = redactor, [], hashlib.sha256()
+        self.records = self.size = 0
+        self._before = dict(redactor.counts)
+
+    def add(self, data: bytes) -> None:
+        """Take in whole records of the source."""
+        records, _ = split_records(data, b"")
+        self.lines += map(self.redactor.line, records)
+        self.digest.update(data)
+        self.records += len(records)
+        self.size += len(data)
+
+    def part(self, uuid: str, *, generation: int, start: object, end: object) -> dict:
+        """The part as it is reserved."""
+        now = self.redactor.counts
+        found = {kind: number(now, kind) - number(self._before, kind) for kind in now}
+        return {"uuid": uuid, "generation": generation, "from": start, "to": end,
+                "records": self.records, "source_bytes": self.size,
+                "source_sha256": self.digest.hexdigest(),
+                "redactions": {kind: count for kind, count in found.items() if count}}
+
+
+class Mirror:
+    """Stores one source. Others may do the same, and a compaction may be under way.
+
+    told: called with each part (as committed) once it is there. stored: source bytes
+    so far. What is kept here only saves requests: the cursor alone says what counts."""
+
+    def __init__(self, session: Recorded, source: object, *, agent: str = "",
+                 redactor: object = None, min_bytes: int = 1,
+                 told: object = None) -> None:
+        self.session, self.source, self.agent = session, source, agent
+        self.ledger, self.redactor = session.ledger, redactor or AsItIs()
+        self.min_bytes, self.told = min_bytes, told or (lambda part: None)
+        self.stored, self.by = 0, self.ledger.hex(8)
+        self._begun = None  # the cursor, before there is one
+        self._held = None  # (uuid, bytes) of a part of mine that may not be there yet
+        self._made = None  # what is there under the reserved name, not yet committed
+        self._turning = None  # (generation, position) where the source is another
+        self._mine = None  # (generation, position) up to which I last stored
+        self._seen: object = ()  # the source's stamp when nothing was left to store
+        self._meta_due, self._projected_at = False, None
+
+    # -- what others call
+
+    def look(self) -> int:
+        """One turn of following: store what is new; if that is nothing, one request for
+        what was put off, or none. The source bytes stored."""
+        stamp = self.source.stamp()
+        if stamp and (stamp != self._seen or self.session.cursor is None):
+            before = self.stored
+            self._advance(self.min_bytes)
+            self._seen = stamp
+            if self.stored != before:
+                self._project(after=META_EVERY)
+                return self.stored - before
+        if self._made is not None:
+            self._commit()
+        else:
+            self._project(after=0)
+        return 0
+
+    def flush(self, *, least: int = 1, end: bool = False) -> int:
+        """Store, commit and show in meta.json everything there is, if it is at least so
+        many bytes; the source bytes stored. end: note that the session has ended."""
+        before = self.stored
+        if self.source.stamp():
+            self._advance(least, ended=self._is_quiet())
+        begun = self.session.cursor is not None and self.session.cursor.doc is not None
+        if self._made is not None or (end and begun):
+            self._commit(end=end)
+        self._project(after=0)
+        return self.stored - before
+
+    @property
+    def position(self) -> object:
+        """Up to where the source is stored, as far as is known here."""
+        return self._mine[1] if self._mine else None
+
+    # -- what is in the bucket
+
+    def _change(self, decide: object) -> dict:
+        doc = self.session.change(decide, begun=self._begun)
+        self._begun, self._meta_due = None, True
+        return doc
+
+    def _open(self) -> dict:
+        """The cursor, read if it must be."""
+        session = self.session
+        if session.cursor is None:
+            session.read()
+            self._made = self._turning = self._begun = None
+            standing = session.standing(self._about())
+            if session.doc is None:
+                self._begun = {**standing, "started_at": standing.get("started_at")
+                               or self.ledger.at()}
+            elif standing is not session.doc:
+                session.project()  # 0.2 was here
+            if session.doc is not None:
+                session.sweep()
+                self._meta_due |= number(session.meta.doc, "cursor_rev") \
+                    < number(session.doc, "rev")
+        return session.doc if session.doc is not None else self._begun
+
+    def _about(self) -> dict:
+        source = self.source
+        facts = {"harness": source.harness, "session_id": source.session,
+                 "source_path": source.path, "cwd": source.cwd,
+                 "parent": source.parent, "agent_id": self.agent}
+        return {name: value for name, value in facts.items() if value}
+
+    def _is_quiet(self) -> bool:
+        """Whether the source looks as if its harness had left it."""
+        try:
+            return time.time() - os.stat(self.source.path).st_mtime > QUIET
+        except OSError:
+            return False
+
+    def _advance(self, least: int, *, ended: bool = False) -> None:
+        for _ in range(RIVALS):
+            self._finish_first()
+            try:
+                for cut, start, end in self._cuts(least, ended):
+                    self._store(cut, start, end)
+                self._mine = self._front()
+                return
+            except Moved:
+                self.session.cursor = None  # somebody else was faster: look again
+        raise Busy(f"session {self.session.id}: too many mirrors at once",
+                   hint="one is enough; try again")
+
+    def _finish_first(self) -> None:
+        """Nothing is reserved afterwards that is not known to be there."""
+        doc = self._open()
+        self._refuse_two(doc)
+        reserved = doc["reserved"]
+        if reserved is None:
+            self._made = None
+        elif self._made is None or self._made["uuid"] != reserved["uuid"]:
+            self._finish(reserved)
+
+    def _refuse_two(self, doc: dict) -> None:
+        """Two files under one id would begin a generation in turn, for ever."""
+        turned = doc.get("turned") or {}
+        if self._mine is None or doc["generation"] == self._mine[0] \
+                or turned.get("by") == self.by or turned.get("why") != "rewritten":
+            return
+        if not self.source.read(self._mine[1]).fresh:
+            raise Conflict(f"session {self.session.id} is mirrored from another file as"
+                           " well", hint="give one of them another --session-id")
+
+    def _front(self) -> tuple:
+        """(generation, position) at which the next part begins."""
+        doc = self._open()
+        if self._made is not None:
+            return doc["reserved"]["generation"], doc["reserved"]["to"]
+        return doc["generation"], doc["position"]
+
+    # -- parts
+
+    def _cuts(self, least: int, ended: bool) -> object:
+        """Yields (Cut, (generation, from), to) for what is new in the source."""
+        (generation, start), cut = self._front(), Cut(self.redactor)
+        position = start
+        while True:
+            lines = self.source.read(position, ended=ended, size=CUT_BYTES // 4)
+            if not lines.data:
+                break
+            if lines.fresh:
+                if cut.size:  # it was rewritten while it was read
+                    yield cut, (generation, start), position
+                    cut = Cut(self.redactor)
+                self._turning = (generation, position)
+                generation, start, least = generation + 1, None, 1
+            cut.add(lines.data)
+            position = lines.position
+            if cut.size >= CUT_BYTES:
+                yield cut, (generation, start), position
+                start, cut, least = position, Cut(self.redactor), 1
+        if cut.size >= max(1, least):
+            yield cut, (generation, start), position
+
+    def _store(self, cut: Cut, start: tuple, end: object) -> None:
+        part, data = cut.part(self.ledger.hex(8), generation=start[0], start=start[1],
+                              end=end), b"".join(cut.lines)
+        page = next_page(self._open())
+        if page is not None:
+            self.ledger.create_bytes(self.session.prefix + page[0], page[1])
+        self._held = part["uuid"], data
+        reserved = self._change(lambda doc: self._next(doc, part, page))["reserved"]
+        self._made = self._turning = None
+        self._create(reserved, data)
+        if self._made is None:
+            raise Moved("was skipped by another mirror")
+
+    def _next(self, doc: dict, part: dict, page: tuple | None) -> dict:
+        """The cursor with what I made committed and `part` reserved: one request."""
+        at = self.ledger.at()
+        if self._made is not None:
+            doc = commit_part(doc, self._made, at=at)
+        if page is not None:
+            doc = turn_page(doc, page[0])
+        if self._turning is not None:
+            doc = turn_generation(doc, self._turning, why="rewritten", at=at,
+                                  by=self.by)
+        return reserve_part(doc, {**part, "by": self.by, "at": at}, about=self._about())
+
+    def _create(self, reserved: dict, data: bytes) -> None:
+        """Let `data` be what is there under the reserved name, or find what is. Nothing
+        (b"") keeps every other mirror from creating it: it is skipped."""
+        key = self.session.prefix + part_leaf(reserved)
+        if not self.ledger.create_bytes(key, data):
+            data = self.session.fetch({**reserved, "open": True})
+        self._held = None
+        if data:
+            self._made = stored_part(reserved, data)
+            self.stored += number(reserved, "source_bytes")
+            self.told({**reserved, **self._made})
+        else:
+            self._change(lambda doc: skip_part(doc, reserved["uuid"], by=self.by,
+                                               at=self.ledger.at()))
+
+    def _finish(self, reserved: dict) -> None:
+        """Create the reserved part if it is not there: from what I hold, or from the
+        very range of the source; if that is no longer there, it is skipped."""
+        if self._held is not None and self._held[0] == reserved["uuid"]:
+            self._create(reserved, self._held[1])
+            return
+        data = self.session.fetch({**reserved, "open": True})
+        if data:
+            self._made = stored_part(reserved, data)
+        else:
+            self._create(reserved, self._again(reserved))
+
+    def _again(self, reserved: dict) -> bytes:
+        """The bytes of a part somebody reserved; b"" when its range is there no more.
+        """
+        cut, position = Cut(self.redactor), reserved["from"]
+        while cut.records < number(reserved, "records"):
+            try:
+                lines = self.source.read(position, upto=reserved["to"])
+            except NotFound:
+                return b""
+            if lines.fresh or not lines.data:
+                return b""
+            cut.add(lines.data)
+            position = lines.position
+        same = cut.digest.hexdigest() == reserved.get("source_sha256")
+        return b"".join(cut.lines) if same else b""
+
+    def _commit(self, *, end: bool = False) -> None:
+        made, self._made = self._made, None
+
+        def decide(doc: dict) -> dict:
+            at = self.ledger.at()
+            done = doc if made is None else commit_part(doc, made, at=at)
+            return end_session(done, at) if end else done
+        try:
+            self._change(decide)
+        except Moved:
+            self.session.cursor = None  # it was committed long ago
+
+    def _project(self, *, after: float) -> None:
+        """Write meta.json if the cursor is ahead and the last time is so long ago."""
+        now = time.monotonic()
+        due = self._projected_at is None or now - self._projected_at >= after
+        if self._meta_due and due and self.session.cursor is not None:
+            self.session.project()
+            self._meta_due, self._projected_at = False, now
+
+
+# == 66. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -19152,7 +20518,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 63. Queue reader ==================================================
+# == 67. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -19362,7 +20728,7 @@ class QueueReader:
                 yield record
 
 
-# == 64. Queues ========================================================
+# == 68. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -19775,7 +21141,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 65. Project =======================================================
+# == 69. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -19842,7 +21208,8 @@ class Project:
     """A project as one agent sees it. Made by connect().
 
     agent, instance, settings, store, ledger; memory, mail, channels, threads, search,
-    artifacts, steps, plans, tasks, locks, semaphores, runs, reservations, presence.
+    artifacts, steps, plans, tasks, locks, semaphores, runs, sessions, reservations,
+    presence.
     Every verb raises the exceptions the exit codes come from.
     """
 
@@ -19859,6 +21226,7 @@ class Project:
         self.threads = Threads(ledger, self.mail)
         self.search = Search(ledger, self.threads, self.memory)
         self.runs = Runs(ledger, who, self.artifacts)
+        self.sessions = Sessions(ledger, who)
         self.steps = Steps(ledger, who, self._tell)
         self.plans, self.tasks = Plans(ledger, self.steps), Next(ledger, self.steps)
         self.reservations = Reservations(ledger, who)
@@ -20195,7 +21563,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 66. Context =======================================================
+# == 70. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -20346,7 +21714,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 67. Views =========================================================
+# == 71. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -20696,7 +22064,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 68. Timeline ======================================================
+# == 72. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -20981,7 +22349,7 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest(keys if interval is None else ())
 
 
-# == 69. Digest ========================================================
+# == 73. Digest ========================================================
 #
 # What was done, decided, found, failed and is left open, as Markdown that a person or a
 # model can act on. Each line ends with the record it comes from, as [key@rev]; whoever
@@ -21229,7 +22597,7 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
     return out
 
 
-# == 70. Notes =========================================================
+# == 74. Notes =========================================================
 #
 # Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
 # proposed by whoever promotes them, accepted by whoever reviews the change. Their front
@@ -21468,7 +22836,7 @@ class Notes:
         return out
 
 
-# == 71. Replay ========================================================
+# == 75. Replay ========================================================
 #
 # The events of a timeline as the model of a page: a lane for each agent, each event a
 # point in its lane, some with a bar (what lasts) or an arrow (whom it was for). Pure,
@@ -21808,7 +23176,7 @@ def page_json(doc: object) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \\ud800
 
 
-# == 72. Replay page ===================================================
+# == 76. Replay page ===================================================
 #
 # The page as one constant: plain HTML, CSS and script without a framework, to be read
 # in any browser from a file, without a network. Its policy allows exactly this style
@@ -22961,7 +24329,7 @@ def is_replay(path: str) -> bool:
         return PAGE_MARK in file.read(100)
 
 
-# == 73. Housekeeping ==================================================
+# == 77. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -23195,7 +24563,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 74. Archive =======================================================
+# == 78. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -23343,20 +24711,22 @@ class NewFile:
     """`with NewFile(target) as temp:` an empty file beside `target`, to be renamed.
 
     Makes the directories that `target` needs. Gone afterwards unless it was renamed.
+    mode: 0o600 for one that only its owner may read.
     """
 
-    __slots__ = ("target", "temp")
+    __slots__ = ("target", "mode", "temp")
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, mode: int = 0o666) -> None:
         import secrets
         folder = os.path.dirname(target) or "."
-        self.target = target
+        self.target, self.mode = target, mode
         self.temp = os.path.join(folder, f"{TEMP}{os.getpid()}-{secrets.token_hex(8)}")
 
     def __enter__(self) -> str:
         with FileTrouble("write", self.target):
             os.makedirs(os.path.dirname(self.temp), exist_ok=True)
-            os.close(os.open(self.temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+            os.close(os.open(self.temp, flags, self.mode))
         return self.temp
 
     def __exit__(self, *why: object) -> None:
@@ -23617,7 +24987,486 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 75. Doctor ========================================================
+# == 79. Session views =================================================
+#
+# Reading mirrored sessions back: their turns, what these add up to, words in them.
+# Decisions are those of "Session figures". Changes nothing. Memory is bounded: parts
+# are read READ_AHEAD bytes at a time, and only what is asked for is kept.
+
+AROUND_KEPT = 20  # turns that --around shows
+
+
+class Reading(Recorded):
+    """A session being read. What is damaged is told, left out, and read past.
+
+    counts: {"records": …, "damaged": lines that are no JSON object}."""
+
+    def __init__(self, found: Recorded) -> None:
+        super().__init__(found.ledger, found.harness, found.id)
+        self.cursor, self.meta = found.cursor, found.meta
+        self.counts, self._gone = {"records": 0, "damaged": 0}, set()
+
+    def fetch(self, part: dict) -> bytes:
+        """As of Recorded; b"" for a part that is damaged or gone for good."""
+        try:
+            return super().fetch(part)
+        except Corrupt as why:
+            self.ledger.warn(f"{why.message}; it is left out")
+        except NotFound as why:
+            if part["uuid"] not in self._gone:  # else it was looked for twice
+                self._gone.add(part["uuid"])
+                raise
+            self.ledger.warn(f"a part of session {shown(self.id)} is gone:"
+                             f" {why.message}; it is left out")
+        return b""
+
+    def about(self) -> dict:
+        """meta.json as it should be."""
+        if self.cursor is None and self.meta is not None:
+            self.cursor = self.ledger.read(f"{self.prefix}_cursor.json")
+        doc = project_session(self.standing(), self.meta.doc) or self.standing()
+        return {**doc, "harness": self.harness, "session_id": self.id}
+
+    def turns(self) -> object:
+        """Yields the turns of all generations, each told once. Lines that are no JSON
+        object are counted, and told at the end."""
+        told = Turns(self.harness)
+        for line in self.lines():
+            doc = parsed_any(line.decode("utf-8", "replace"))
+            if isinstance(doc, dict):
+                yield from told.of(doc)
+            else:
+                self.counts["damaged"] += 1
+        self.tell_damage()
+
+    def lines(self) -> object:
+        """Yields the records that are not blank, and counts them."""
+        self.about()
+        for line in self.records():
+            if line.strip():
+                self.counts["records"] += 1
+                yield line
+
+    def tell_damage(self) -> None:
+        """Warn of lines that were left out."""
+        if self.counts["damaged"]:
+            self.ledger.warn(f"session {shown(self.id)}: {self.counts['damaged']} of"
+                             f" {self.counts['records']} records are no JSON object;"
+                             " they are left out")
+
+
+def listed_reading(project: Project, doc: dict) -> Reading:
+    """The session of which `doc` is the meta.json; nothing else is read yet."""
+    found = Recorded(project.ledger, doc["harness"], doc["session_id"])
+    reading = Reading(found)
+    reading.meta = Record(f"{found.prefix}meta.json", doc)
+    return reading
+
+
+# -- which turns -------------------------------------------------------
+
+
+class Part:
+    """Some turns of a session. rows: an iterable of them; before: how many were left
+    out before; more(): whether any follow, once rows is at its end."""
+
+    def __init__(self, rows: object, *, before: int = 0, more: object = None) -> None:
+        self.rows, self.before, self.more = rows, before, more or (lambda: False)
+
+
+def first_turns(turns: object, limit: int | None) -> Part:
+    """The first `limit` (None: all); no more is read than that takes."""
+    import itertools
+    turns = iter(turns)
+    rows = turns if limit is None else itertools.islice(turns, limit)
+    return Part(rows, more=lambda: next(turns, None) is not None)
+
+
+def last_turns(turns: object, count: int) -> Part:
+    """The last `count`."""
+    import collections
+    kept, seen = collections.deque(maxlen=count), 0
+    for seen, made in enumerate(turns, 1):
+        kept.append(made)
+    return Part(kept, before=max(0, seen - count))
+
+
+def turns_around(turns: object, place: str, count: int) -> Part:
+    """`count` turns around the first that holds a text, or is not before an ISO time.
+
+    NotFound when there is none."""
+    import collections
+    import itertools
+    is_here, turns = turn_test(place), iter(turns)
+    kept, before = collections.deque(maxlen=count // 2 + 1), -1
+    for before, made in enumerate(turns):
+        kept.append(made)
+        if is_here(made):
+            break
+    else:
+        raise NotFound(f"no turn {'at or after' if is_time(place) else 'with'}"
+                       f" {shown(place[:80])}", hint="session search finds words")
+    rows = itertools.chain(kept, itertools.islice(turns, max(0, count - len(kept))))
+    return Part(rows, before=before + 1 - len(kept),
+                more=lambda: next(turns, None) is not None)
+
+
+def is_time(text: str) -> bool:
+    """Whether a text is an ISO time, at least a date."""
+    import re
+    return bool(re.match(r"\d{4}-\d\d-\d\d", text)) and parse_iso(text) is not None
+
+
+def turn_test(place: str) -> object:
+    """callable(turn): whether this is the place."""
+    if is_time(place):
+        at = parse_iso(place)
+        return lambda made: (parse_iso(made["at"]) or 0.0) >= at
+    words = Words(place)
+    return lambda made: bool(words.places(made))
+
+
+# -- sums --------------------------------------------------------------
+
+
+class Stats:
+    """The figures of sessions. by: step, if that is asked. since: seconds.
+
+    Requests: a listing of steps/ and a GET per claim (only for `by` step); then per
+    session one GET for the cursor, and its parts."""
+
+    def __init__(self, project: Project, *, by: str = "", since: float = 0.0) -> None:
+        self.project, self.ledger, self.by = project, project.ledger, by
+        self.since, self.spans = since, self._spans() if by == "step" else []
+
+    def _spans(self) -> list:
+        keys = [entry.key for entry in self.ledger.list("steps/").entries
+                if entry.key.endswith("/claim.json")]
+        spans = []
+        for start in range(0, len(keys), AT_ONCE):
+            for record in self.ledger.read_many(keys[start:start + AT_ONCE]):
+                if record.doc is not None:
+                    spans += step_spans(record.key.split("/")[1], record.doc)
+        return spans
+
+    def of(self, readings: list) -> list:
+        """[(meta.json, Figures)], the oldest session first; one that cannot be read is
+        warned of and left out."""
+        found = []
+        for batch in batches(readings, lambda one: number(
+                one.meta.doc, "total_uploaded_bytes")):
+            found += [row for row in self.ledger.each(self._measure, batch) if row]
+        return sorted(found, key=lambda row: (row[1].whole.first or 0.0,
+                                              row[0]["session_id"]))
+
+    def _measure(self, reading: Reading) -> tuple | None:
+        try:
+            about = reading.about()
+            agent, step = word(about, "agent_id"), word(about, "step")
+            held = StepTimes(self.spans, agent)
+            figures = Figures(agent, since=self.since, step_of=lambda at: (
+                step or held.at(at)) if self.by == "step" else "")
+            for made in reading.turns():
+                figures.add(made)
+        except (Corrupt, NotFound) as why:
+            self.ledger.warn(f"session {shown(reading.id)} is left out: {why.message}")
+            return None
+        return about, figures
+
+
+# -- search ------------------------------------------------------------
+
+
+def found_in(reading: Reading, words: Words, limit: int | None) -> list:
+    """[{harness, session_id, agent, at, role, record, where, line, before, after}] of
+    one session, at most `limit`, in order; what is told twice is found once."""
+    hits, seen, about = [], set(), reading.about()
+    kind = reading.harness if reading.harness in TURNS else "jsonl"
+    base = {"harness": reading.harness, "session_id": reading.id,
+            "agent": word(about, "agent_id")}
+    for line in reading.lines():
+        doc = parsed_any(line.decode("utf-8", "replace")) \
+            if words.may_be_in(line) else None
+        for made in harness_turns(kind, doc) if isinstance(doc, dict) else ():
+            for place in words.places(made):
+                mark = hash((made["at"], *place.values()))
+                if mark not in seen:
+                    seen.add(mark)
+                    hits.append({**base, "at": made["at"], "role": made["role"],
+                                 "record": reading.counts["records"], **place})
+        if limit is not None and len(hits) >= limit:
+            return hits[:limit]
+    return hits
+
+
+def search_sessions(project: Project, words: Words, *, harness: str = "", by: str = "",
+                    limit: int | None = None) -> tuple:
+    """([hits of found_in], whether there may be more): the newest sessions first.
+
+    Several sessions are read at a time, and no more than until `limit` is reached."""
+    docs = [doc for doc in project.sessions.list(harness=harness)
+            if by in ("", doc.get("agent_id"))]
+    hits, wanted = [], None if limit is None else limit + 1
+
+    counts: dict = {}  # {number of a session, the newest 0: hits}
+
+    def look(at: int) -> list:
+        newer = sum(count for other, count in list(counts.items()) if other < at)
+        if wanted is not None and newer >= wanted:
+            return []
+        try:
+            found = found_in(listed_reading(project, docs[at]), words, wanted)
+        except (Corrupt, NotFound) as why:
+            project.ledger.warn(f"session {shown(docs[at]['session_id'])} is left out:"
+                                f" {why.message}")
+            found = []
+        counts[at] = len(found)
+        return found
+    for batch in batches(list(range(len(docs))), lambda at: number(
+            docs[at], "total_uploaded_bytes")):
+        for found in project.ledger.each(look, batch):
+            hits += found
+        if limit is not None and len(hits) > limit:
+            return hits[:limit], True
+    return hits, False
+
+
+# == 80. Restoring sessions ============================================
+#
+# A mirrored session back to where its harness finds it, also on another machine, in
+# another home and directory. What its objects say is from anywhere: names become paths
+# only through where_to, and a path that is taken by another file stays as it is.
+
+RESUMES = {"claude-code": "claude --resume", "codex": "codex resume"}
+
+
+class Origin:
+    """Where a session was. cwd, home: as its machine had them; said: the directory as
+    its records spell it. at: when it began, in seconds, or None. lines: the records of
+    its last generation, to be taken once."""
+
+    def __init__(self, session: Recorded) -> None:
+        import itertools
+        doc, told, head = session.standing(), Turns(session.harness), []
+        self.session, self.parent, self.at = session, word(doc, "parent"), None
+        lines = session.records(-1)
+        for line in itertools.islice(lines, HEAD_LINES):
+            head.append(line)
+            for made in told.of_line(line):
+                self.at = self.at or parse_iso(made["at"])
+            if told.cwd and self.at:
+                break
+        self.lines, self.said = itertools.chain(head, lines), told.cwd
+        self.cwd = word(doc, "cwd") or self.said
+        self.home = self._home(session.harness, word(doc, "source_path"))
+        self.hides_home = bool(number(mapping(mapping(doc, "totals"), "redactions"),
+                                      "home"))
+
+    def _home(self, harness: str, path: str) -> str:
+        """By the directory the records call ~/…, else by where the transcript was."""
+        if self.said.startswith("~") and self.cwd.endswith(self.said[1:]):
+            return self.cwd[:len(self.cwd) - len(self.said) + 1]
+        for root in HARNESSES[harness].roots if harness in HARNESSES else ():
+            before, there, _ = path.partition(root[1:] + "/")
+            if root.startswith("~/") and there:
+                return before
+        return ""
+
+    def places(self, cwd: str, home: str) -> dict:
+        """{old: new} of what changes when it goes on in `cwd` of `home`."""
+        found = {"~": home} if self.hides_home else {}
+        # The directory goes last: it may be the home itself.
+        found = {**found, self.home: home, self.cwd: cwd, self.said: cwd}
+        return {old: new for old, new in found.items() if old and new}
+
+
+class Destined:
+    """One session on its way back to a file.
+
+    path: where. places: the directories that change in its records. placed: whether
+    its harness finds it there."""
+
+    def __init__(self, origin: Origin, *, at: str, places: Places,
+                 placed: bool) -> None:
+        self.session, self.lines = origin.session, origin.lines
+        self.path, self.places, self.placed = at, places, placed
+        self.records = self.rewritten = self.size = 0
+        self.digest, self.redacted = "", {}
+
+    def write(self, file: object) -> None:
+        """Write the last generation into `file` (None: nowhere), and note what it is.
+        Corrupt when it is not what was stored."""
+        import hashlib
+        digest, size = hashlib.sha256(), 0
+        for line in self.lines:
+            new = self._moved(line)
+            digest.update(new)
+            self.records += 1
+            self.rewritten += new is not line
+            self.size += len(new)
+            size += len(line)
+            if file is not None:
+                file.write(new)
+        self.digest = digest.hexdigest()
+        parts = [part for part in self.session.parts(-1) if not part.get("open")]
+        for part in parts:
+            self.redacted = add_counts(self.redacted, part.get("redactions"))
+        if size < sum(number(part, "uploaded_bytes") for part in parts):
+            raise Corrupt(f"session {shown(self.session.id)} has {size} bytes, fewer"
+                          " than its parts", hint="session show tells what is damaged")
+
+    def _moved(self, line: bytes) -> bytes:
+        if not self.places.table:
+            return line
+        doc = parsed_any(line.decode("utf-8", "surrogateescape"))
+        new = self.places.moved(doc)
+        return line if new is doc else record_line(new)
+
+    def check(self, temp: str) -> None:
+        """Corrupt unless the file holds, byte for byte, what was written."""
+        if file_digest(temp) != self.digest:
+            raise Corrupt(f"what was written for {shown(self.path)} reads otherwise",
+                          hint="is that disk healthy?")
+
+    def is_there(self) -> bool:
+        """Whether that very file is there already."""
+        return os.path.isfile(self.path) and os.path.getsize(self.path) == self.size \
+            and file_digest(self.path) == self.digest
+
+    def doc(self) -> dict:
+        """What became of it."""
+        lost = {kind: count for kind, count in self.redacted.items() if kind != "home"}
+        return {"harness": self.session.harness, "session_id": self.session.id,
+                "path": self.path, "records": self.records, "bytes": self.size,
+                "sha256": self.digest, "rewritten": self.rewritten,
+                "places": self.places.table, "redactions": lost, "found": self.placed}
+
+
+def file_digest(path: str) -> str:
+    """The sha256 of a file."""
+    import hashlib
+    digest = hashlib.sha256()
+    with FileTrouble("read", path), open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class Restore:
+    """Puts a session and its sub-agents back.
+
+    to: the directory it shall belong to, or, where the harness keeps no such files, in
+    which its records are put; None: cwd, and Usage in the other case."""
+
+    def __init__(self, project: Project, *, to: str | None) -> None:
+        settings = project.settings
+        self.project, self.ledger, self.to = project, project.ledger, to
+        self.environ, self.home = settings.environ, home_of(settings.environ)
+        self.cwd = os.path.abspath(os.path.join(settings.cwd,
+                                                os.path.expanduser(to or "")))
+
+    def run(self, found: Recorded, *, dry: bool = False, force: bool = False) -> list:
+        """[doc of each, with `wrote`]; all or none. Conflict when another file is where
+        one belongs, unless force.
+
+        Requests: a listing and two GETs per sub-agent, and the parts of each."""
+        import contextlib
+        todo, temps, places = [], [], None
+        with contextlib.ExitStack() as stack:
+            for session in self.family(found):
+                origin = Origin(session)
+                places = places or self._places(origin)  # sub-agents move with theirs
+                todo.append(self._destined(origin, places))
+                temps.append(self._filled(todo[-1], None if dry else stack))
+            for one in todo:
+                if os.path.lexists(one.path) and not (force or one.is_there()):
+                    raise Conflict(f"{shown(one.path)} is there already, with other"
+                                   " content", hint="it may be newer; --force replaces"
+                                   " it",
+                                   path=one.path)
+            return [{**one.doc(), "wrote": self._settle(one, temp, force)}
+                    for one, temp in zip(todo, temps)]
+
+    def _filled(self, one: Destined, stack: object) -> str | None:
+        if stack is None:
+            one.write(None)
+            return None
+        temp = stack.enter_context(NewFile(one.path, mode=0o600))
+        with FileTrouble("write", one.path), open(temp, "wb") as file:
+            one.write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        one.check(temp)
+        return temp
+
+    def _settle(self, one: Destined, temp: str | None, force: bool) -> bool:
+        """Give the file its name; whether that changed anything."""
+        if temp is None or one.is_there():
+            return False
+        with FileTrouble("write", one.path):
+            if force:
+                patiently(os.replace, temp, one.path)
+            elif not rename_new(temp, one.path):
+                raise Conflict(f"{shown(one.path)} was made meanwhile",
+                               hint="try again", path=one.path)
+        if one.placed and one.session.harness == "gemini":
+            self._own_folder(one.path)
+        return True
+
+    def _own_folder(self, path: str) -> None:
+        """Say whose sessions are in a folder that is new to Gemini."""
+        folder = path.replace(os.sep, "/").partition("/chats/")[0]
+        with FileTrouble("write", folder):
+            write_private(os.path.join(folder, ".project_root"),
+                          os.fsencode(self.cwd), once=True)
+
+    def family(self, found: Recorded) -> list:
+        """The session and its sub-agents, and theirs."""
+        family, prefix = {found.id: found}, f"sessions/{found.harness}/"
+        todo = [found]
+        for one in todo:
+            parent = word(one.standing(), "parent")
+            # Codex numbers threads: a sub-agent's own are named after it alone.
+            apart = parent and one.id.startswith(f"{parent}_")
+            own = one.id[len(parent) + 1:] if apart else one.id
+            below = self.ledger.list(f"{prefix}{own}_", delimiter="/").prefixes
+            for name in [path[len(prefix):-1] for path in below]:
+                child = Recorded(self.ledger, one.harness, name)
+                if name not in family and word(child.standing(), "parent") == own:
+                    family[name] = child
+                    todo.append(child)
+        return todo
+
+    def _places(self, origin: Origin) -> Places:
+        """What changes in records; nothing where they go into a file beside."""
+        row = HARNESSES.get(origin.session.harness)
+        return Places(origin.places(self.cwd, self.home) if row and row.target else {})
+
+    def _destined(self, origin: Origin, places: Places) -> Destined:
+        """Where it goes. Usage if its names cannot be a path."""
+        session, path = origin.session, None
+        if session.harness in HARNESSES:
+            path = where_to(session.harness, session.id, cwd=self.cwd, at=origin.at,
+                            environ=self.environ, home=self.home, parent=origin.parent)
+        placed = path is not None
+        if not placed:
+            path, places = self._beside(session), Places({})
+        # Names were checked as a whole; what a harness makes of a part was not.
+        if os.path.normpath(path) != path:
+            raise Usage(f"session {shown(session.id)} has an id that is no name of a"
+                        " file", hint="session show --format json prints it")
+        return Destined(origin, at=path, places=places, placed=placed)
+
+    def _beside(self, session: Recorded) -> str:
+        check_name("harness", session.harness)
+        check_name("session id", session.id)
+        if self.to is None:
+            raise Usage(f"{session.harness} keeps no files in which it would find a"
+                        " session again", hint="--to DIR puts its records there")
+        return os.path.join(self.cwd, f"{session.harness}-{session.id}.jsonl")
+
+
+# == 81. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -23644,7 +25493,7 @@ SHAPES = (
     ("artifacts/*/**", None), ("blobs/*", None), ("manifests/**/_head.json", "sha256"),
     ("runs/*/meta.json", "agent started_at status"), ("runs/*/metrics/*.jsonl", None),
     ("sessions/*/*/meta.json", ""), ("sessions/*/*/_cursor.json", ""),
-    ("sessions/*/*/part-*.jsonl", None),
+    ("sessions/*/*/_parts-*.json", "[parts"), ("sessions/*/*/part-*.jsonl", None),
 )
 
 
@@ -23968,7 +25817,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 76. Trials ========================================================
+# == 82. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -24503,7 +26352,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 77. Drill =========================================================
+# == 83. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -24767,7 +26616,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 78. Bench =========================================================
+# == 84. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -25138,7 +26987,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 79. Rows ==========================================================
+# == 85. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -25390,7 +27239,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 80. Commands under a lease ========================================
+# == 86. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -25596,7 +27445,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 81. Step commands =================================================
+# == 87. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -25886,7 +27735,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 82. Task commands =================================================
+# == 88. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -26058,7 +27907,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 83. Lock commands =================================================
+# == 89. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -26339,7 +28188,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 84. Memory commands ===============================================
+# == 90. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -26458,7 +28307,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 85. Artifact commands =============================================
+# == 91. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -26684,7 +28533,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 86. Reservation commands ==========================================
+# == 92. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -26916,7 +28765,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 87. Commands of presence, views and set-up ========================
+# == 93. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -27423,7 +29272,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 88. House commands ================================================
+# == 94. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -27651,7 +29500,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 89. Commands of digest and notes ==================================
+# == 95. Commands of digest and notes ==================================
 #
 # For a person or a model: what happened in short, and what deserves to be kept.
 
@@ -27744,7 +29593,7 @@ def check_notes(notes: Notes, options: object) -> int:
     return 8 if bad else 3 if stale else 0
 
 
-# == 90. Commands of mail ==============================================
+# == 96. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -28004,7 +29853,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 91. Run commands ==================================================
+# == 97. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -28459,7 +30308,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 92. Queue commands ================================================
+# == 98. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -28650,9 +30499,314 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 93. Session commands ==============================================
+# == 99. Session commands ==============================================
 #
-# As "Step commands": rows and words, no rules.
+# Rows and words; the rules are those of sections "Session records", "Sessions" and
+# "Mirror", and where transcripts are, "Harnesses" knows.
+
+DISCOVER = 15  # seconds between looks for new sessions: it reads directories
+SESSION_ARG = arg("session", metavar="id", help="its id, HARNESS/ID, or how it begins")
+
+
+def refuse_public(store: object, allowed: bool) -> None:
+    """Denied when everybody could read what is mirrored, unless that is wanted."""
+    asks = getattr(store, "visibility", None)
+    if store.kind == "hf" and asks and not allowed and asks() == "public":
+        raise Denied("this bucket is public: everybody could read the transcripts",
+                     hint="make it private, or --public-ok")
+
+
+class Chosen:
+    """Which sessions a call of `session mirror` is about."""
+
+    def __init__(self, settings: object, options: object) -> None:
+        self.options, self.cwd = options, os.path.abspath(
+            os.path.join(settings.cwd, os.path.expanduser(options.cwd or "")))
+        self.finder = Finder(settings.environ, home_of(settings.environ))
+        self._groups = None  # what was chosen first: following stays with it
+
+    def files(self) -> list:
+        """The files that were named, as sources; Usage if that cannot be."""
+        options, found = self.options, {}
+        if options.harness not in ("auto", "jsonl") or options.all or options.cwd:
+            raise Usage("FILE… goes without --harness, --all and --cwd",
+                        hint="a file is a session of harness jsonl")
+        if options.session_id and len(options.files) > 1:
+            raise Usage("--session-id names one session, not several files")
+        for path in options.files:
+            source = any_source(path, options.session_id or "")
+            if source.session in found:
+                raise Usage(f"two files would be session {source.session}",
+                            hint="mirror them one by one, with --session-id")
+            found[source.session] = source
+        return list(found.values())
+
+    def sources(self) -> list:
+        """The sources there are now, the newest first. A session goes with its
+        sub-agents, also with those that come later."""
+        options = self.options
+        if options.files:
+            return self.files()
+        found = self.finder.find(options.harness, self.cwd)
+        if options.all:
+            return found
+        if options.session_id:
+            wanted = [one for one in found if one.session == options.session_id]
+            return wanted or [one for one in self.finder.find(options.harness, None)
+                              if one.session == options.session_id]
+        if self._groups is None:
+            newest = {}
+            for one in found:
+                newest.setdefault(one.harness, one.parent or one.session)
+            self._groups = newest
+        return [one for one in found
+                if self._groups.get(one.harness) in (one.parent, one.session)]
+
+    def none_found(self) -> NotFound:
+        """What to say when there is no session."""
+        options = self.options
+        kind = "" if options.harness == "auto" else f"{shown(options.harness)} "
+        where = f"for id={shown(options.session_id)}" if options.session_id \
+            else f"in cwd={shown(self.cwd)}"
+        return NotFound(f"No {kind}session found {where}", hint="--cwd DIR, or name its"
+                        " file: session mirror FILE")
+
+
+class Follower:
+    """The mirrors of one call: each source once, whatever becomes of the others."""
+
+    def __init__(self, project: object, chosen: Chosen, options: object) -> None:
+        self.project, self.chosen, self.options = project, chosen, options
+        self.mirrors: dict = {}  # (harness, id): Mirror
+        self.failed: dict = {}  # (harness, id): the Error for which it was given up
+        self._trouble, self._looked_at = "", None
+
+    def find(self) -> None:
+        """Take in the sources there are; those that are new are announced."""
+        for source in self.chosen.sources():
+            name = source.harness, source.session
+            if name in self.mirrors or name in self.failed:
+                continue
+            self.mirrors[name] = self._mirror(source)
+            self.tell(f"+ now following session={shown(source.session)}", event="found",
+                      harness=source.harness, session=source.session)
+        self._looked_at = time.monotonic()
+
+    def _mirror(self, source: object) -> Mirror:
+        options, project = self.options, self.project
+        session = project.sessions.named(source.harness, source.session)
+
+        def told(part: dict) -> None:
+            leaf = part_leaf(part)[:-len(".jsonl")]
+            size, counts = number(part, "source_bytes"), add_counts(
+                part.get("redactions"), {})
+            gone = counts_text(counts) if counts else "none"
+            self.tell(f"uploaded {leaf}  source={size:,}B "
+                      f" upload={part['uploaded_bytes']:,}B  redactions={gone} "
+                      f" session={shown(source.session)}", event="part", part=leaf,
+                      harness=source.harness, session=source.session,
+                      source_bytes=size, uploaded_bytes=part["uploaded_bytes"],
+                      redactions=counts)
+        redactor = AsItIs() if options.no_redact else redactor_for(project.settings)
+        return Mirror(session, source, agent=project.agent, told=told,
+                      redactor=redactor, min_bytes=options.min_bytes)
+
+    def tell(self, text: str, **event: object) -> None:
+        """A line of what happens; with --json an object, but only while following."""
+        if not self.options.as_json:
+            put_out(text + "\n")
+        elif self.options.follow:
+            put_out(json_line(event) + "\n")
+
+    def each(self, act: object) -> None:
+        """act(mirror) for all. Trouble that may pass is said once; a session for which
+        it does not pass is given up."""
+        trouble = ""
+        for name, mirror in list(self.mirrors.items()):
+            try:
+                act(mirror)
+            except Error as why:
+                if why.retryable and self.options.follow:
+                    trouble = why.message
+                    continue
+                self.failed[name] = why
+                del self.mirrors[name]
+                remark(self.options, f"warning: session {shown(name[1])} is given up:"
+                       f" {why.message}")
+        if trouble and trouble != self._trouble:
+            remark(self.options, f"warning: {trouble}; trying on")
+        self._trouble = trouble
+
+    def turn(self) -> None:
+        """One turn of following."""
+        due = self._looked_at is None or time.monotonic() - self._looked_at > max(
+            DISCOVER, self.options.interval)
+        if due and not self.options.files:
+            self.find()
+        self.each(Mirror.look)
+        if self.failed and not self.mirrors and not self.options.all:
+            raise next(iter(self.failed.values()))
+
+    def report(self) -> list:
+        """meta.json of what was mirrored, as it is now."""
+        return [mirror.session.meta.doc for mirror in self.mirrors.values()
+                if mirror.session.meta is not None and mirror.session.meta.doc]
+
+
+@command(
+    "session mirror", "store agents' transcripts, redacted; -f follows",
+    arg("files", nargs="*", metavar="file", help="JSONL files; default: what ran here"),
+    arg("--harness", default="auto", metavar="NAME", help="auto (the newest session of"
+        " each), codex, …"),
+    arg("--session-id", metavar="ID", help="this one, or what a FILE is called"),
+    arg("--cwd", metavar="DIR", help="where it ran; default: here"),
+    arg("--all", action="store_true", help="all that ran there; follows"),
+    arg("--once", action="store_true", help="do not follow (with --all)"),
+    arg("-f", "--follow", action="store_true", help="go on until interrupted"),
+    arg("--interval", type=finite, default=5.0, metavar="SECONDS",
+        help="between turns of following (5)"),
+    arg("--no-redact", action="store_true", help="store secrets as they are"),
+    arg("--min-bytes", type=int, default=1, metavar="N",
+        help="wait until so much is new (1)"),
+    arg("--public-ok", action="store_true", help="even if everybody can read it"),
+    examples=("session mirror --all", "session mirror -f --harness claude-code"),
+    exits="0 1 2 3 7 8 9 11")
+def cmd_session_mirror(project: object, options: object) -> None:
+    if options.interval <= 0:
+        raise Usage("--interval must be > 0", hint="seconds, e.g. 5")
+    if options.once and options.follow:
+        raise Usage("--once and -f: one of them")
+    if options.all and options.session_id:
+        raise Usage("--all mirrors every session; drop --session-id")
+    options.follow = options.follow or (options.all and not options.once)
+    refuse_public(project.store, options.public_ok)
+    chosen = Chosen(project.settings, options)
+    follower = Follower(project, chosen, options)
+    if options.follow:
+        follow_sessions(follower, chosen, options)
+    else:
+        mirror_once(follower, chosen, options)
+
+
+def mirror_once(follower: Follower, chosen: Chosen, options: object) -> None:
+    """Store what there is now, and say what that was."""
+    for source in chosen.sources():
+        follower.mirrors[source.harness, source.session] = follower._mirror(source)
+    if not follower.mirrors:
+        raise chosen.none_found()
+
+    def flush(mirror: Mirror) -> None:
+        if not mirror.flush(least=options.min_bytes):
+            cursor = offset_of(mirror.position)
+            follower.tell(f"nothing new: session={shown(mirror.source.session)}"
+                          f" cursor={'?' if cursor is None else format(cursor, ',')}"
+                          f" size={mirror.source.size:,}")
+    follower.each(flush)
+    docs = follower.report()
+    if options.as_json:
+        put_out(json_text({"items": docs, "truncated": False, "cursor": None}))
+    elif docs:
+        put_out(receipt(docs) + "\n")
+    for why in follower.failed.values():
+        raise why
+
+
+def follow_sessions(follower: Follower, chosen: Chosen, options: object) -> None:
+    """Mirror until TERM or INT, then store what is left and note the end."""
+    what = "sessions" if options.files else f"{options.harness} sessions"
+    if not options.files:
+        follower.find()
+        if not follower.mirrors and not options.all:
+            raise chosen.none_found()
+        what += f" in {shown(chosen.cwd)}"
+    else:
+        follower.find()
+    remark(options, f"following {what} every {options.interval:g}s — Ctrl-C to stop")
+    if not follower.mirrors:
+        remark(options, f"nothing to follow yet in {shown(chosen.cwd)} (waiting for a"
+               " session)")
+    try:
+        with Stoppable() as stop:
+            while True:
+                follower.turn()
+                stop.pause(options.interval)
+    except KeyboardInterrupt:
+        remark(options, "stopping…")
+    options.follow = False  # what fails now is not tried again
+    follower.each(lambda mirror: mirror.flush(end=True))
+    docs = follower.report()
+    remark(options, f"marked {len(docs)} session(s) ended")
+    if not options.as_json and docs:
+        put_out(receipt(docs) + "\n")
+    for why in follower.failed.values():
+        raise why
+
+
+def receipt(docs: list) -> str:
+    """What is stored of these sessions, on a line."""
+    size = sum(number(doc, "total_uploaded_bytes") for doc in docs) / 2**20
+    lost = sum(number(doc, "skipped_parts") for doc in docs)
+    return f"✔ {len(docs)} session(s) protected · {size:.1f} MB in YOUR bucket" \
+           f" · {lost} lost"
+
+
+@command(
+    "session list", "the sessions in the bucket, newest first",
+    arg("--harness", metavar="NAME", help="only of this one"),
+    arg("--sort-by", choices=("recent", "size"), default="recent", metavar="ORDER",
+        help="recent, size"), LIMIT_ARG,
+    examples=("session list", "session list --harness codex --json"), exits="0 7")
+def cmd_session_list(project: object, options: object) -> None:
+    items = project.sessions.list(harness=options.harness or "")
+    if options.sort_by == "size":
+        items.sort(key=lambda doc: -number(doc, "total_uploaded_bytes"))
+    rows = [("HARNESS", "SESSION", "BYTES", "PARTS", "LAST UPLOAD"),
+            *map(session_row, items)]
+    lines = table_lines(rows)
+    if not options.as_json and items:
+        put_out(lines[0] + "\n")
+    answer_list(options, items, lines[1:], empty="(no sessions)")
+
+
+def session_row(doc: dict) -> tuple:
+    """A session as `session list` shows it."""
+    parts = number(doc, "total_parts") or len(dicts(doc, "parts"))
+    return (short(doc["harness"]), short(doc["session_id"]),
+            f"{number(doc, 'total_uploaded_bytes'):,}", str(parts),
+            short(str(doc.get("last_uploaded_at") or "-")[:24]))
+
+
+@command(
+    "session compact", "merge the many parts of a session into few", SESSION_ARG,
+    arg("--keep-tail", type=int, default=0, metavar="N",
+        help="leave the newest N parts (0)"),
+    examples=("session compact 3f2a91c7", "session compact codex/3f2a --keep-tail 10"),
+    exits="0 1 2 3 7 8 9")
+def cmd_session_compact(project: object, options: object) -> None:
+    if options.keep_tail < 0:
+        raise Usage("--keep-tail must be >= 0")
+    session = project.sessions.find(options.session)
+    done = Compaction(session, keep=options.keep_tail).run()
+    text = f"compacted session={shown(session.id)}  merged {done['merged']} parts ->" \
+           f" {done['into']} ({done['bytes']:,}B)  deleted={done['deleted']} " \
+           f" kept_tail={done['kept']}"
+    if not done["merged"]:
+        text = f"nothing to compact: {max(0, done['mergeable'])} mergeable part(s)" \
+               f" (kept newest {done['kept']})"
+    answer(options, text, {"harness": session.harness, "session_id": session.id,
+                           **done})
+
+
+@command(
+    "session stop", "note that a session has ended", SESSION_ARG,
+    examples=("session stop 3f2a91c7", "session stop codex/3f2a"), exits="0 1 2 7 8 9")
+def cmd_session_stop(project: object, options: object) -> None:
+    session = project.sessions.find(options.session)
+    marked = project.sessions.end(session)
+    answer(options, f"stopped session={shown(session.id)}  state_cleared=False "
+           f" meta_marked_ended={marked}",
+           {"harness": session.harness, "session_id": session.id,
+            "meta_marked_ended": marked})
 
 
 @command("session redact", "take the secrets out of a transcript",
@@ -28759,7 +30913,428 @@ def write_redacted(options: object, redactor: Redactor) -> None:
             patiently(os.replace, temp, options.out)
 
 
-# == 94. Command line ==================================================
+# == 100. Commands of session views ====================================
+#
+# Rows and words; the rules are those of "Session views" and "Restoring sessions".
+# Everything in a transcript is somebody else's text: none of it may act on a terminal,
+# nor pass for a line of ours.
+
+SHOWN_TEXT = 1200  # characters of a turn, and lines, that text shows ...
+TURN_LINES = 12
+RESULT_TEXT = 300  # ... and of a tool's answer
+RESULT_LINES = 4
+TELLING = ("command", "cmd", "file_path", "path", "filePath", "pattern", "query", "url",
+         "description", "prompt")  # arguments that say what a call is about
+STATS_HEAD = ("TURNS", "INPUT", "OUTPUT", "CACHE READ", "CACHE WRITE", "COST",
+              "DURATION", "ERRORS")
+RANKED = 6  # tools, files and models that a line of text names
+
+
+def show_format(options: object) -> str:
+    """text, markdown, json (a turn a line), or whole: the one value of --json."""
+    return options.format or ("whole" if options.as_json else "text")
+
+
+@command(
+    "session show", "what was said and done in a session", SESSION_ARG,
+    arg("--tail", type=int, default=0, metavar="N", help="only the last N turns"),
+    arg("--around", metavar="PLACE", help="the turns around a text or an ISO time"),
+    arg("--format", choices=("text", "json", "markdown"), metavar="FORMAT",
+        help="text, markdown, or json: a turn a line"), LIMIT_ARG,
+    examples=("session show 3f2a91c7 --tail 5",
+              'session show codex/3f2a --around "TypeError"'), exits="0 1 2 7 8")
+def cmd_session_show(project: object, options: object) -> None:
+    if options.tail < 0:
+        raise Usage("--tail is a number of turns", hint="session show ID --tail 5")
+    if options.tail and options.around:
+        raise Usage("--tail and --around: one of them")
+    listing_limit(options)
+    reading = Reading(project.sessions.find(options.session))
+    about, turns = reading.about(), reading.turns()
+    if show_format(options) in ("text", "markdown"):
+        turns = filter(has_words, turns)
+    show_part(options, about, chosen_part(options, turns))
+
+
+def chosen_part(options: object, turns: object) -> Part:
+    """The turns that were asked for; without a word the first, in text few."""
+    if options.around:
+        return turns_around(turns, options.around, options.limit or WINDOW)
+    if options.tail:
+        return last_turns(turns, options.tail)
+    few = show_format(options) == "text"
+    return first_turns(turns, listing_limit(options) if few else options.limit or None)
+
+
+def has_words(made: dict) -> bool:
+    """Whether a turn has more to show than tokens."""
+    return bool(made["text"].strip()) or any(made[name] for name in (
+        "results", "mark", "title", "error", "thinking", "calls"))
+
+
+def show_part(options: object, about: dict, part: Part) -> None:
+    """Print some turns, in the form that was asked for, as they come."""
+    form = show_format(options)
+    if form == "whole":
+        show_whole(about, part)
+        return
+    if form == "markdown":
+        put_out(markdown_head(about))
+    elif form == "text":
+        tail = "\n--- tail ---\n" if options.tail else "\n"  # the word of 0.2
+        put_out("\n".join(head_lines(about)) + "\n" + tail)
+    say_turn = {"json": turn_json, "markdown": turn_markdown, "text": turn_text}[form]
+    for made in part.rows:
+        put_out(say_turn(made) + "\n")
+    if part.before and not options.tail:
+        remark(options, f"{part.before} turns before these")
+    if part.more():
+        remark(options, "there are more, --limit 0 shows all, --tail N the last ones")
+
+
+def show_whole(about: dict, part: Part) -> None:
+    """Print meta.json with the turns in it as one JSON value, never held as a whole."""
+    head = json_text(about)[:-len("\n}\n")]
+    put_out(f'{head},\n  "before": {part.before},\n  "turns": [')
+    for at, made in enumerate(part.rows):
+        put_out((",\n    " if at else "\n    ") + turn_json(made))
+    put_out(f'\n  ],\n  "truncated": {json_word(part.more())}\n}}\n')
+
+
+def json_word(value: bool) -> str:
+    """true or false."""
+    return "true" if value else "false"
+
+
+def turn_json(made: dict) -> str:
+    """A turn on one line, without what is empty."""
+    import json
+    doc = {name: value for name, value in made.items()
+           if value not in ("", [], {}, False) or name in ("at", "role", "text")}
+    try:
+        text = json.dumps(doc, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        plain = json.loads(json.dumps(doc), parse_constant=str)
+        text = json.dumps(plain, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def head_lines(about: dict) -> list:
+    """What a session is, in a line or two."""
+    agent, cwd = word(about, "agent_id"), word(about, "cwd")
+    first, last = (minute(about.get(name)) for name in ("started_at",
+                                                        "last_uploaded_at"))
+    lines = [f"session {short(about['session_id'])} ({short(about['harness'])})"
+             + (f" of {short(agent)}" if agent else "")
+             + (f" in {short(cwd)}" if cwd else ""),
+             f"mirrored {first} to {last}, {size_text(number(about, 'total_uploaded_bytes'))}"]
+    kinds = add_counts(about.get("redaction_counts"), {})
+    secrets = {kind: count for kind, count in kinds.items() if kind != "home"}
+    return lines + ([f"redacted: {counts_text(secrets)}"] if secrets else [])
+
+
+def minute(at: object) -> str:
+    """An ISO time to the minute, for people."""
+    seconds = parse_iso(at) if at else None
+    return "?" if seconds is None else iso(seconds)[:16].replace("T", " ")
+
+
+def moment(made: dict) -> str:
+    """When a turn was."""
+    seconds = parse_iso(made["at"]) if made["at"] else None
+    return "?" if seconds is None else iso(seconds)[:19] + "Z"
+
+
+def speaker(made: dict) -> str:
+    """Who speaks in a turn."""
+    return made["role"] + (f" {short(made['agent'])}" if made["agent"] else "") \
+        + (" (sub-agent)" if made["side"] and not made["agent"] else "")
+
+
+def cut_text(text: str, *, size: int, lines: int) -> str:
+    """The beginning of a text, and how much there is beyond."""
+    text = text.strip("\n")
+    cut = "\n".join(text[:size].split("\n")[:lines]).rstrip()
+    more = len(text) - len(cut)
+    return cut + (f" … (+{more} characters)" if more else "")
+
+
+def call_line(call: dict) -> str:
+    """A tool call with what it is about, on one line.
+
+    >>> call_line({"name": "Bash", "input": {"command": ["make", "test"], "x": 1}})
+    'Bash: make test'
+    """
+    given = call["input"]
+    said = given if isinstance(given, str) else ""
+    for name in TELLING if isinstance(given, dict) else ():
+        value = given.get(name)
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        if isinstance(value, str) and value:
+            said = value
+            break
+    return one_line(f"{call['name']}: {said or compact_json(given)}", AROUND)
+
+
+def turn_notes(made: dict) -> list:
+    """The lines of a turn beside its text: what it marks, thinks and calls."""
+    notes = [f"= {made['mark']}"] if made["mark"] else []
+    notes += [f"= title: {one_line(made['title'])}"] if made["title"] else []
+    if made["error"] and made["error"] != made["text"]:
+        notes.append(f"! {one_line(made['error'], RESULT_TEXT)}")
+    if made["thinking"]:
+        notes.append(f"~ {one_line(made['thinking'])}")
+    return notes + [f"> {call_line(call)}" for call in made["calls"]]
+
+
+def turn_text(made: dict) -> str:
+    """A turn for people: who, when, what, each line of others behind a margin."""
+    said = cut_text(made["text"], size=SHOWN_TEXT, lines=TURN_LINES)
+    lines = [f"[{moment(made)}] {speaker(made)}:"
+             + (" " + shown(said, "    ") if said else "")]
+    lines += ["  " + shown(note) for note in turn_notes(made)]
+    for result in made["results"]:
+        said = cut_text(result["text"], size=RESULT_TEXT, lines=RESULT_LINES)
+        lines.append(f"  {'! failed: ' if result['is_error'] else '< '}"
+                     + shown(said, "    "))
+    return "\n".join(lines)
+
+
+def markdown_head(about: dict) -> str:
+    """The title and the facts of a session."""
+    first, *rest = head_lines(about)
+    return f"# {first}\n\n" + "".join(f"- {line}\n" for line in rest) + "\n"
+
+
+def turn_markdown(made: dict) -> str:
+    """A turn as Markdown. What was said is quoted, so that no heading in it passes for
+    one of ours; answers of tools are indented, which makes them code."""
+    blocks = [f"## {speaker(made)}, {moment(made)}"]
+    if made["text"].strip():
+        blocks.append("> " + shown(made["text"].strip("\n"), "> "))
+    blocks += ["- " + shown(note).replace("`", "'") for note in turn_notes(made)]
+    for result in made["results"]:
+        said = cut_text(result["text"], size=SHOWN_TEXT, lines=2 * TURN_LINES)
+        blocks.append("Failed:" if result["is_error"] else "Answer:")
+        blocks.append("    " + shown(said, "    "))
+    return "\n\n".join(blocks) + "\n"
+
+
+# -- stats -------------------------------------------------------------
+
+
+@command(
+    "session stats", "tokens, cost, tools, files and errors of sessions",
+    arg("sessions", nargs="*", metavar="id", help="default: all"),
+    arg("--by-agent", action="store_true", help="summed per agent"),
+    arg("--by-step", action="store_true", help="per step its agent held at the time"),
+    arg("--since", metavar="WHEN", help="what came later: 2h, 3d, or an ISO time"),
+    LIMIT_ARG,
+    examples=("session stats 3f2a91c7", "session stats --by-agent --since 7d"),
+    exits="0 1 2 7")
+def cmd_session_stats(project: object, options: object) -> int | None:
+    if options.by_agent and options.by_step:
+        raise Usage("--by-agent and --by-step: one of them")
+    by = "agent" if options.by_agent else "step" if options.by_step else ""
+    later = since(options.since, project.ledger.now()) if options.since else 0.0
+    prices = price_table(project.settings.config.get("prices"))
+    readings = chosen_readings(project, options.sessions, later)
+    rows = Stats(project, by=by, since=later).of(readings)
+    figures = [one for _, one in rows]
+    total = summed(figures, "").get("", Totals())
+    if by:
+        items = [{by: name, "sessions": sums.sessions, **sums.doc(prices)}
+                 for name, sums in sorted(summed(figures, by).items())]
+    else:
+        items = [stats_item(about, one, prices) for about, one in rows]
+    items.sort(key=lambda item: item["last_at"], reverse=True)
+    show_stats(options, items, {"sessions": total.sessions, **total.doc(prices)}, by=by)
+    return 0 if readings else 1
+
+
+def stats_item(about: dict, figures: Figures, prices: dict) -> dict:
+    """What is said of one session."""
+    facts = ("harness", "session_id", "agent_id", "parent", "cwd")
+    return {**{name: about.get(name) for name in facts}, **figures.whole.doc(prices)}
+
+
+def chosen_readings(project: object, words: list, later: float) -> list:
+    """The sessions that were named, each once, or all that changed since."""
+    if words:
+        found = [project.sessions.find(word) for word in words]
+        return [Reading(one) for one in {one.prefix: one for one in found}.values()]
+    return [listed_reading(project, doc) for doc in project.sessions.list()
+            if not later or (parse_iso(doc.get("last_uploaded_at")) or later) >= later]
+
+
+def show_stats(options: object, items: list, total: dict, *, by: str) -> None:
+    """Figures as JSON, as a table, or, for one session, line by line."""
+    limit = listing_limit(options)
+    cut = items if limit is None else items[:limit]
+    if options.as_json:
+        put_out(json_text({"items": cut, "total": total, "cursor": None,
+                           "truncated": len(cut) < len(items)}))
+        return
+    lines = stats_lines(items[0]) if len(items) == 1 and not by \
+        else stats_table(cut, total, by) if items else ["(no sessions)"]
+    put_out("\n".join(lines) + "\n")
+    if len(cut) < len(items):
+        remark(options, f"+{len(items) - len(cut)} more, --limit 0 shows all")
+    if total["unpriced"]:
+        remark(options, f"no price for {models_text(total['unpriced'])}: their cost is"
+                        " not in the sum; see `prices` in the config")
+
+
+def stats_table(items: list, total: dict, by: str) -> list:
+    """Figures as lines with aligned columns, the sum of all below."""
+    return table_lines([(by.upper() or "SESSION", "OF" if by else "AGENT", *STATS_HEAD),
+                        *(stats_row(item, by) for item in items),
+                        stats_row(total, by, name="total")])
+
+
+def stats_row(item: dict, by: str, *, name: str = "") -> tuple:
+    """A line of the table."""
+    names = {"": f"{item.get('harness')}/{str(item.get('session_id'))[:36]}",
+             "agent": item.get("agent"), "step": item.get("step")}
+    who = f"{item['sessions']} sessions" if "sessions" in item \
+        else item.get("agent_id") or "-"
+    counts = [f"{item['tokens'][kind]:,}" for kind in FIGURES]
+    return (name or short(names[by] or "(none)"), short(who), f"{item['turns']:,}",
+            *counts, cost_text(item), span_text(item["duration_s"]),
+            str(item["errors"]))
+
+
+def stats_lines(item: dict) -> list:
+    """The figures of one session for people."""
+    count = item["tokens"]
+    rows = [("duration", f"{span_text(item['duration_s'])}, {minute(item['first_at'])}"
+                         f" to {minute(item['last_at'])}"),
+            ("turns", f"{item['turns']:,}, {item['prompts']:,} of them prompts"),
+            ("tokens", f"{count['input']:,} in, {count['output']:,} out,"
+                       f" {count['cache_read']:,} read from a cache,"
+                       f" {count['cache_write']:,} written to one"),
+            ("cost", cost_text(item)), ("models", models_text(item["models"])),
+            ("tools", ranked_text(item["tools"])),
+            ("files", ranked_text(dict.fromkeys(item["files"]))),
+            ("errors", str(item["errors"]))]
+    agent = f" of {short(item['agent_id'])}" if item.get("agent_id") else ""
+    return [f"session {short(item['session_id'])} ({short(item['harness'])}){agent}",
+            *(f"  {name:<9} {text}" for name, text in rows)]
+
+
+def cost_text(item: dict) -> str:
+    """US dollars; ? when no model has a price, + when some have none."""
+    cost, more = item["cost_usd"], "+" if item["unpriced"] else ""
+    return "?" if cost is None else f"${cost:,.2f}{more}" if cost >= 0.1 or not cost \
+        else f"${cost:.4f}{more}"
+
+
+def span_text(seconds: float) -> str:
+    """A duration for people.
+
+    >>> span_text(3725)
+    '1h 02m'
+    """
+    if seconds < 120:
+        return f"{seconds:.0f}s"
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m"
+
+
+def models_text(models: object) -> str:
+    """Names of models; one that is not known has none."""
+    return ", ".join(short(model) or "(unnamed)" for model in models) or "-"
+
+
+def ranked_text(counts: dict) -> str:
+    """The first names of a dict with their counts, if it has any, and how many more."""
+    names = [short(name) + (f" {count}" if count else "")
+             for name, count in list(counts.items())[:RANKED]]
+    more = len(counts) - len(names)
+    return (", ".join(names) or "-") + (f" (+{more})" if more else "")
+
+
+# -- search and restore ------------------------------------------------
+
+
+@command(
+    "session search", "find words in transcripts, newest sessions first",
+    arg("text"), arg("--harness", default="", metavar="NAME", help="only of this one"),
+    arg("--by", default="", metavar="AGENT", help="only sessions of this agent"),
+    arg("--regex", action="store_true", help="TEXT is a regular expression"), LIMIT_ARG,
+    examples=('session search "TypeError"',
+              "session search 'port \\d+' --regex --by ben"), exits="0 1 2 7")
+def cmd_session_search(project: object, options: object) -> int:
+    words = Words(options.text, regex=options.regex)
+    hits, more = search_sessions(project, words, harness=options.harness,
+                                 by=options.by, limit=listing_limit(options))
+    answer_list(options, hits, list(map(hit_text, hits)), empty="Nothing found.",
+                truncated=more)
+    return 0 if hits else 1
+
+
+def hit_text(hit: dict) -> str:
+    """A place where words were found, with the lines around it."""
+    lines = [f"[{moment(hit)}] {short(hit['harness'])}/{short(hit['session_id'])}"
+             f" {hit['role']} {hit['where']}"]
+    lines += [f"  {mark} {shown(hit[name])}" for mark, name in (
+        (" ", "before"), (">", "line"), (" ", "after")) if hit[name]]
+    return "\n".join(lines)
+
+
+@command(
+    "session restore", "put a session back where its harness resumes it", SESSION_ARG,
+    arg("--to", metavar="DIR", help="the directory it goes on in; default: here"),
+    arg("--dry-run", action="store_true", help="only say what would be written"),
+    arg("--force", action="store_true", help="in the place of another file"),
+    examples=("session restore 3f2a91c7 --dry-run",
+              "session restore codex/3f2a --to ~/src/shop"), exits="0 1 2 3 7 8 11")
+def cmd_session_restore(project: object, options: object) -> None:
+    found = project.sessions.find(options.session)
+    restore = Restore(project, to=options.to)
+    items = restore.run(found, dry=options.dry_run, force=options.force)
+    next_ = resume_lines(found, restore.cwd, items[0])
+    doc = {"items": items, "dry_run": options.dry_run, "cwd": restore.cwd,
+           "next": next_}
+    lines = [line for item in items
+             for line in restored_lines(item, options.dry_run)]
+    answer(options, "\n".join(lines + next_), doc)
+    lost: dict = {}
+    for item in items:
+        lost = add_counts(lost, item["redactions"])
+    if lost:
+        remark(options, f"warning: {counts_text(lost)} redacted before it was stored:"
+                        " there the transcript differs from the original")
+
+
+def restored_lines(item: dict, dry: bool) -> list:
+    """What became of one session."""
+    name = f"{item['harness']}/{short(item['session_id'])}"
+    deed = "Would restore" if dry else "Restored" if item["wrote"] else "Already there:"
+    lines = [f"{deed} {name} {'as' if item['wrote'] or dry else 'is'}"
+             f" {shown(item['path'])} ({item['records']} records)"]
+    if not item["found"]:
+        lines.append(f"  {item['harness']} keeps no such files: it will not find this"
+                     " copy")
+    if item["rewritten"]:
+        moves = ", ".join(f"{short(old)} -> {short(new)}"
+                          for old, new in item["places"].items())
+        lines.append(f"  {item['rewritten']} records rewritten: {moves}")
+    else:
+        lines.append("  byte for byte as stored")
+    return lines
+
+
+def resume_lines(found: object, cwd: str, item: dict) -> list:
+    """The command that goes on with it, if it is known."""
+    import shlex
+    words = RESUMES.get(found.harness)
+    if not words or not item["found"] or found.standing().get("parent"):
+        return []
+    return [f"cd {shlex.quote(shown(cwd))} && {words} {found.id}"]
+
+
+# == 101. Command line =================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
@@ -28794,16 +31369,9 @@ GROUPS = (
     ("queues", (cmd_queue_push, cmd_queue_pop, cmd_queue_ack, cmd_queue_nack,
                 cmd_queue_extend, cmd_queue_peek, cmd_queue_len, cmd_queue_dead,
                 cmd_queue_requeue)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
-    ("sessions", (cmd_session_redact,)),
+    ("sessions", (cmd_session_mirror, cmd_session_list, cmd_session_show,
+                  cmd_session_search, cmd_session_stats, cmd_session_restore,
+                  cmd_session_compact, cmd_session_stop, cmd_session_redact)),
     ("trials", (cmd_demo, cmd_drill, cmd_bench)),
 )
 TOP_HELP = (
@@ -28822,7 +31390,7 @@ TOP_HELP = (
     ("artifact", "upload / download / list / show / verify / lineage / url / …"),
     ("queue", "push / pop / ack / nack / extend / peek / len / dead / requeue"),
     ("run", "start / log / note / artifact / end / list / show / compare"),
-    ("session", "redact: take the secrets out of a transcript"),
+    ("session", "mirror / list / show / search / stats / restore / redact / …"),
     ("timeline", "what happened   (watch, replay: one page, digest, promote)"),
     ("doctor", "check; --fix  (gc, export, import, config, install, completion)"),
     ("demo", "real processes, two of them crash   (drill, bench)"),
@@ -28984,8 +31552,8 @@ def usage_line(row: Row) -> str:
     for names, how in row.args:
         if not names[0].startswith("-"):
             word = str(how.get("metavar", names[0])).upper()
-            word += "…" if how.get("nargs") == "+" else ""
-            words.append(f"[{word}]" if how.get("nargs") == "?" else word)
+            word += "…" if how.get("nargs") in ("+", "*") else ""
+            words.append(f"[{word}]" if how.get("nargs") in ("?", "*") else word)
     if any(names[0].startswith("-") for names, _ in row.args):
         words.append("[flags]")
     return " ".join(words + ([f"[-- {row.after}]"] if row.after else []))
