@@ -31027,7 +31027,8 @@ def head_lines(about: dict) -> list:
     lines = [f"session {short(about['session_id'])} ({short(about['harness'])})"
              + (f" of {short(agent)}" if agent else "")
              + (f" in {short(cwd)}" if cwd else ""),
-             f"mirrored {first} to {last}, {size_text(number(about, 'total_uploaded_bytes'))}"]
+             f"mirrored {first} to {last},"
+             f" {size_text(number(about, 'total_uploaded_bytes'))}"]
     kinds = add_counts(about.get("redaction_counts"), {})
     secrets = {kind: count for kind, count in kinds.items() if kind != "home"}
     return lines + ([f"redacted: {counts_text(secrets)}"] if secrets else [])
