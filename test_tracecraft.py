@@ -29147,6 +29147,7 @@ def test_the_newest_events_are_kept_and_the_notes_say_what_is_not(worked, bucket
 
 def test_a_replay_reads_what_a_timeline_reads_and_the_metrics(worked):
     timeline = spent(worked, t.gather_past, worked, t.Wanted())
+    timeline["LIST sessions/"] = 1
     assert spent(worked, t.gather_replay, worked, t.Wanted()) == timeline
     with worked.run("train", op="r1") as run:
         run.log(loss=1, step=1)
@@ -29158,6 +29159,31 @@ def test_a_replay_reads_what_a_timeline_reads_and_the_metrics(worked):
 
 
 # -- transcripts -------------------------------------------------------
+
+
+def test_a_replay_tells_the_turns_of_mirrored_transcripts(sh, tmp_path):
+    sh.ok("step", "add", "design")
+    sh.ok("claim", "design")
+    now = time.time()
+    lines = [{"type": "user", "uuid": "1", "sessionId": "s1", "cwd": sh.cwd,
+              "timestamp": tracecraft.iso(now + 1),
+              "message": {"role": "user", "content": "draw <b>geese</b>"}},
+             {"type": "assistant", "uuid": "2", "sessionId": "s1", "cwd": sh.cwd,
+              "timestamp": tracecraft.iso(now + 2),
+              "message": {"id": "m1", "role": "assistant", "model": "claude-opus-4-6",
+                          "content": [{"type": "text", "text": "honk"}],
+                          "usage": {"input_tokens": 1000, "output_tokens": 1000}}}]
+    path = tmp_path / "s1.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sh.ok("session", "mirror", str(path), "--once")
+    page = sh.ok("replay", "--out", "-", "--until",
+                 tracecraft.iso(now + 60).replace("+00:00", "Z"))
+    data = json.loads(re.search(r'type="application/json"[^>]*>(.*?)</script>', page,
+                                re.S).group(1))
+    turns = [row for row in data["events"] if row["kind"] == "turn"]
+    assert [row["text"].partition(": ")[2] for row in turns] == [
+        "draw <b>geese</b>", "honk"]
+    assert {row.get("step") for row in turns} == {"design"} and data["cost"] > 0
 
 
 def turn_of(role="assistant", **facts):

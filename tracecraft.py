@@ -55,9 +55,9 @@ Contents (grep -n '^# == ' prints them with line numbers):
   64 Sessions                65 Mirror                  66 Artifact trees
   67 Queue reader            68 Queues                  69 Project
   70 Context                 71 Views                   72 Timeline
-  73 Digest                  74 Notes                   75 Replay
-  76 Replay page             77 Housekeeping            78 Archive
-  79 Session views           80 Restoring sessions      81 Doctor
+  73 Session views           74 Digest                  75 Notes
+  76 Replay                  77 Replay page             78 Housekeeping
+  79 Archive                 80 Restoring sessions      81 Doctor
   82 Trials                  83 Drill                   84 Bench
   85 Rows                    86 Commands under a lease  87 Step commands
   88 Task commands           89 Lock commands           90 Memory commands
@@ -22349,7 +22349,251 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest(keys if interval is None else ())
 
 
-# == 73. Digest ========================================================
+# == 73. Session views =================================================
+#
+# Reading mirrored sessions back: their turns, what these add up to, words in them.
+# Decisions are those of "Session figures". Changes nothing. Memory is bounded: parts
+# are read READ_AHEAD bytes at a time, and only what is asked for is kept.
+
+AROUND_KEPT = 20  # turns that --around shows
+
+
+class Reading(Recorded):
+    """A session being read. What is damaged is told, left out, and read past.
+
+    counts: {"records": …, "damaged": lines that are no JSON object}."""
+
+    def __init__(self, found: Recorded) -> None:
+        super().__init__(found.ledger, found.harness, found.id)
+        self.cursor, self.meta = found.cursor, found.meta
+        self.counts, self._gone = {"records": 0, "damaged": 0}, set()
+
+    def fetch(self, part: dict) -> bytes:
+        """As of Recorded; b"" for a part that is damaged or gone for good."""
+        try:
+            return super().fetch(part)
+        except Corrupt as why:
+            self.ledger.warn(f"{why.message}; it is left out")
+        except NotFound as why:
+            if part["uuid"] not in self._gone:  # else it was looked for twice
+                self._gone.add(part["uuid"])
+                raise
+            self.ledger.warn(f"a part of session {shown(self.id)} is gone:"
+                             f" {why.message}; it is left out")
+        return b""
+
+    def about(self) -> dict:
+        """meta.json as it should be."""
+        if self.cursor is None and self.meta is not None:
+            self.cursor = self.ledger.read(f"{self.prefix}_cursor.json")
+        doc = project_session(self.standing(), self.meta.doc) or self.standing()
+        return {**doc, "harness": self.harness, "session_id": self.id}
+
+    def turns(self) -> object:
+        """Yields the turns of all generations, each told once. Lines that are no JSON
+        object are counted, and told at the end."""
+        told = Turns(self.harness)
+        for line in self.lines():
+            doc = parsed_any(line.decode("utf-8", "replace"))
+            if isinstance(doc, dict):
+                yield from told.of(doc)
+            else:
+                self.counts["damaged"] += 1
+        self.tell_damage()
+
+    def lines(self) -> object:
+        """Yields the records that are not blank, and counts them."""
+        self.about()
+        for line in self.records():
+            if line.strip():
+                self.counts["records"] += 1
+                yield line
+
+    def tell_damage(self) -> None:
+        """Warn of lines that were left out."""
+        if self.counts["damaged"]:
+            self.ledger.warn(f"session {shown(self.id)}: {self.counts['damaged']} of"
+                             f" {self.counts['records']} records are no JSON object;"
+                             " they are left out")
+
+
+def listed_reading(project: Project, doc: dict) -> Reading:
+    """The session of which `doc` is the meta.json; nothing else is read yet."""
+    found = Recorded(project.ledger, doc["harness"], doc["session_id"])
+    reading = Reading(found)
+    reading.meta = Record(f"{found.prefix}meta.json", doc)
+    return reading
+
+
+# -- which turns -------------------------------------------------------
+
+
+class Part:
+    """Some turns of a session. rows: an iterable of them; before: how many were left
+    out before; more(): whether any follow, once rows is at its end."""
+
+    def __init__(self, rows: object, *, before: int = 0, more: object = None) -> None:
+        self.rows, self.before, self.more = rows, before, more or (lambda: False)
+
+
+def first_turns(turns: object, limit: int | None) -> Part:
+    """The first `limit` (None: all); no more is read than that takes."""
+    import itertools
+    turns = iter(turns)
+    rows = turns if limit is None else itertools.islice(turns, limit)
+    return Part(rows, more=lambda: next(turns, None) is not None)
+
+
+def last_turns(turns: object, count: int) -> Part:
+    """The last `count`."""
+    import collections
+    kept, seen = collections.deque(maxlen=count), 0
+    for seen, made in enumerate(turns, 1):
+        kept.append(made)
+    return Part(kept, before=max(0, seen - count))
+
+
+def turns_around(turns: object, place: str, count: int) -> Part:
+    """`count` turns around the first that holds a text, or is not before an ISO time.
+
+    NotFound when there is none."""
+    import collections
+    import itertools
+    is_here, turns = turn_test(place), iter(turns)
+    kept, before = collections.deque(maxlen=count // 2 + 1), -1
+    for before, made in enumerate(turns):
+        kept.append(made)
+        if is_here(made):
+            break
+    else:
+        raise NotFound(f"no turn {'at or after' if is_time(place) else 'with'}"
+                       f" {shown(place[:80])}", hint="session search finds words")
+    rows = itertools.chain(kept, itertools.islice(turns, max(0, count - len(kept))))
+    return Part(rows, before=before + 1 - len(kept),
+                more=lambda: next(turns, None) is not None)
+
+
+def is_time(text: str) -> bool:
+    """Whether a text is an ISO time, at least a date."""
+    import re
+    return bool(re.match(r"\d{4}-\d\d-\d\d", text)) and parse_iso(text) is not None
+
+
+def turn_test(place: str) -> object:
+    """callable(turn): whether this is the place."""
+    if is_time(place):
+        at = parse_iso(place)
+        return lambda made: (parse_iso(made["at"]) or 0.0) >= at
+    words = Words(place)
+    return lambda made: bool(words.places(made))
+
+
+# -- sums --------------------------------------------------------------
+
+
+class Stats:
+    """The figures of sessions. by: step, if that is asked. since: seconds.
+
+    Requests: a listing of steps/ and a GET per claim (only for `by` step); then per
+    session one GET for the cursor, and its parts."""
+
+    def __init__(self, project: Project, *, by: str = "", since: float = 0.0) -> None:
+        self.project, self.ledger, self.by = project, project.ledger, by
+        self.since, self.spans = since, self._spans() if by == "step" else []
+
+    def _spans(self) -> list:
+        keys = [entry.key for entry in self.ledger.list("steps/").entries
+                if entry.key.endswith("/claim.json")]
+        spans = []
+        for start in range(0, len(keys), AT_ONCE):
+            for record in self.ledger.read_many(keys[start:start + AT_ONCE]):
+                if record.doc is not None:
+                    spans += step_spans(record.key.split("/")[1], record.doc)
+        return spans
+
+    def of(self, readings: list) -> list:
+        """[(meta.json, Figures)], the oldest session first; one that cannot be read is
+        warned of and left out."""
+        found = []
+        for batch in batches(readings, lambda one: number(
+                one.meta.doc, "total_uploaded_bytes")):
+            found += [row for row in self.ledger.each(self._measure, batch) if row]
+        return sorted(found, key=lambda row: (row[1].whole.first or 0.0,
+                                              row[0]["session_id"]))
+
+    def _measure(self, reading: Reading) -> tuple | None:
+        try:
+            about = reading.about()
+            agent, step = word(about, "agent_id"), word(about, "step")
+            held = StepTimes(self.spans, agent)
+            figures = Figures(agent, since=self.since, step_of=lambda at: (
+                step or held.at(at)) if self.by == "step" else "")
+            for made in reading.turns():
+                figures.add(made)
+        except (Corrupt, NotFound) as why:
+            self.ledger.warn(f"session {shown(reading.id)} is left out: {why.message}")
+            return None
+        return about, figures
+
+
+# -- search ------------------------------------------------------------
+
+
+def found_in(reading: Reading, words: Words, limit: int | None) -> list:
+    """[{harness, session_id, agent, at, role, record, where, line, before, after}] of
+    one session, at most `limit`, in order; what is told twice is found once."""
+    hits, seen, about = [], set(), reading.about()
+    kind = reading.harness if reading.harness in TURNS else "jsonl"
+    base = {"harness": reading.harness, "session_id": reading.id,
+            "agent": word(about, "agent_id")}
+    for line in reading.lines():
+        doc = parsed_any(line.decode("utf-8", "replace")) \
+            if words.may_be_in(line) else None
+        for made in harness_turns(kind, doc) if isinstance(doc, dict) else ():
+            for place in words.places(made):
+                mark = hash((made["at"], *place.values()))
+                if mark not in seen:
+                    seen.add(mark)
+                    hits.append({**base, "at": made["at"], "role": made["role"],
+                                 "record": reading.counts["records"], **place})
+        if limit is not None and len(hits) >= limit:
+            return hits[:limit]
+    return hits
+
+
+def search_sessions(project: Project, words: Words, *, harness: str = "", by: str = "",
+                    limit: int | None = None) -> tuple:
+    """([hits of found_in], whether there may be more): the newest sessions first.
+
+    Several sessions are read at a time, and no more than until `limit` is reached."""
+    docs = [doc for doc in project.sessions.list(harness=harness)
+            if by in ("", doc.get("agent_id"))]
+    hits, wanted = [], None if limit is None else limit + 1
+
+    counts: dict = {}  # {number of a session, the newest 0: hits}
+
+    def look(at: int) -> list:
+        newer = sum(count for other, count in list(counts.items()) if other < at)
+        if wanted is not None and newer >= wanted:
+            return []
+        try:
+            found = found_in(listed_reading(project, docs[at]), words, wanted)
+        except (Corrupt, NotFound) as why:
+            project.ledger.warn(f"session {shown(docs[at]['session_id'])} is left out:"
+                                f" {why.message}")
+            found = []
+        counts[at] = len(found)
+        return found
+    for batch in batches(list(range(len(docs))), lambda at: number(
+            docs[at], "total_uploaded_bytes")):
+        for found in project.ledger.each(look, batch):
+            hits += found
+        if limit is not None and len(hits) > limit:
+            return hits[:limit], True
+    return hits, False
+
+
+# == 74. Digest ========================================================
 #
 # What was done, decided, found, failed and is left open, as Markdown that a person or a
 # model can act on. Each line ends with the record it comes from, as [key@rev]; whoever
@@ -22597,7 +22841,7 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
     return out
 
 
-# == 74. Notes =========================================================
+# == 75. Notes =========================================================
 #
 # Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
 # proposed by whoever promotes them, accepted by whoever reviews the change. Their front
@@ -22836,7 +23080,7 @@ class Notes:
         return out
 
 
-# == 75. Replay ========================================================
+# == 76. Replay ========================================================
 #
 # The events of a timeline as the model of a page: a lane for each agent, each event a
 # point in its lane, some with a bar (what lasts) or an arrow (whom it was for). Pure,
@@ -22862,7 +23106,8 @@ def gather_replay(project: Project, wanted: Wanted, *,
     of the sessions. What is not on the page is said in its notes.
     """
     past = gather_past(project, wanted, limit=limit)
-    rows = past.events + list(turns_of(project, wanted))
+    rows = past.events
+    rows += turns_of(project, wanted, rows, limit=limit)
     rows.sort(key=event_order)
     cut = max(0, len(rows) - limit)
     rows = rows[cut:]
@@ -22875,9 +23120,32 @@ def gather_replay(project: Project, wanted: Wanted, *,
                         since=wanted.since, records=past.docs, curves=curves)
 
 
-def turns_of(project: Project, wanted: Wanted) -> object:
-    """Yield the turns of the transcripts that are wanted, as events."""
-    return ()
+def turns_of(project: Project, wanted: Wanted, rows: list, *, limit: int) -> list:
+    """The newest `limit` turns of mirrored transcripts that are wanted, as events.
+
+    rows: the other events; the claims among them tell for which step a turn was.
+    """
+    import heapq
+    prices = price_table(project.settings.config.get("prices"))
+    docs = [doc for doc in project.sessions.list() if wanted.by in (
+        "", word(doc, "agent", "agent_id")) and (
+        parse_iso(doc.get("last_uploaded_at")) or wanted.until) >= wanted.since - SKEW]
+    found = heapq.nlargest(limit, (row for doc in docs for row in turn_rows(
+        listed_reading(project, doc), doc, prices) if wanted.since <= row["at_s"]
+        <= wanted.until), key=event_order)
+    give_steps(found, rows)
+    return [row for row in found if wanted.step in ("", row.get("step"))]
+
+
+def turn_rows(reading: Reading, doc: dict, prices: dict) -> object:
+    """Yield the turns of a session as events; those before any time are left out."""
+    name, latest = f"{reading.harness}/{reading.id}", None
+    for mark, made in enumerate(reading.turns()):
+        latest = parse_iso(made["at"]) or latest
+        if latest is not None and 0 <= latest < YEAR_9999:
+            row = turn_event(made, agent=word(doc, "agent", "agent_id"), session=name,
+                             at=iso(latest), mark=mark, prices=prices)
+            yield {**row, "at_s": latest, "key": reading.meta.key}
 
 
 def left_out(more: int | None, past: Past) -> list:
@@ -23176,7 +23444,7 @@ def page_json(doc: object) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \\ud800
 
 
-# == 76. Replay page ===================================================
+# == 77. Replay page ===================================================
 #
 # The page as one constant: plain HTML, CSS and script without a framework, to be read
 # in any browser from a file, without a network. Its policy allows exactly this style
@@ -24329,7 +24597,7 @@ def is_replay(path: str) -> bool:
         return PAGE_MARK in file.read(100)
 
 
-# == 77. Housekeeping ==================================================
+# == 78. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -24563,7 +24831,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 78. Archive =======================================================
+# == 79. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -24985,250 +25253,6 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
         importer.write(plan["write"])
     return {"objects": len(archive.members), "written": len(plan["write"]),
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
-
-
-# == 79. Session views =================================================
-#
-# Reading mirrored sessions back: their turns, what these add up to, words in them.
-# Decisions are those of "Session figures". Changes nothing. Memory is bounded: parts
-# are read READ_AHEAD bytes at a time, and only what is asked for is kept.
-
-AROUND_KEPT = 20  # turns that --around shows
-
-
-class Reading(Recorded):
-    """A session being read. What is damaged is told, left out, and read past.
-
-    counts: {"records": …, "damaged": lines that are no JSON object}."""
-
-    def __init__(self, found: Recorded) -> None:
-        super().__init__(found.ledger, found.harness, found.id)
-        self.cursor, self.meta = found.cursor, found.meta
-        self.counts, self._gone = {"records": 0, "damaged": 0}, set()
-
-    def fetch(self, part: dict) -> bytes:
-        """As of Recorded; b"" for a part that is damaged or gone for good."""
-        try:
-            return super().fetch(part)
-        except Corrupt as why:
-            self.ledger.warn(f"{why.message}; it is left out")
-        except NotFound as why:
-            if part["uuid"] not in self._gone:  # else it was looked for twice
-                self._gone.add(part["uuid"])
-                raise
-            self.ledger.warn(f"a part of session {shown(self.id)} is gone:"
-                             f" {why.message}; it is left out")
-        return b""
-
-    def about(self) -> dict:
-        """meta.json as it should be."""
-        if self.cursor is None and self.meta is not None:
-            self.cursor = self.ledger.read(f"{self.prefix}_cursor.json")
-        doc = project_session(self.standing(), self.meta.doc) or self.standing()
-        return {**doc, "harness": self.harness, "session_id": self.id}
-
-    def turns(self) -> object:
-        """Yields the turns of all generations, each told once. Lines that are no JSON
-        object are counted, and told at the end."""
-        told = Turns(self.harness)
-        for line in self.lines():
-            doc = parsed_any(line.decode("utf-8", "replace"))
-            if isinstance(doc, dict):
-                yield from told.of(doc)
-            else:
-                self.counts["damaged"] += 1
-        self.tell_damage()
-
-    def lines(self) -> object:
-        """Yields the records that are not blank, and counts them."""
-        self.about()
-        for line in self.records():
-            if line.strip():
-                self.counts["records"] += 1
-                yield line
-
-    def tell_damage(self) -> None:
-        """Warn of lines that were left out."""
-        if self.counts["damaged"]:
-            self.ledger.warn(f"session {shown(self.id)}: {self.counts['damaged']} of"
-                             f" {self.counts['records']} records are no JSON object;"
-                             " they are left out")
-
-
-def listed_reading(project: Project, doc: dict) -> Reading:
-    """The session of which `doc` is the meta.json; nothing else is read yet."""
-    found = Recorded(project.ledger, doc["harness"], doc["session_id"])
-    reading = Reading(found)
-    reading.meta = Record(f"{found.prefix}meta.json", doc)
-    return reading
-
-
-# -- which turns -------------------------------------------------------
-
-
-class Part:
-    """Some turns of a session. rows: an iterable of them; before: how many were left
-    out before; more(): whether any follow, once rows is at its end."""
-
-    def __init__(self, rows: object, *, before: int = 0, more: object = None) -> None:
-        self.rows, self.before, self.more = rows, before, more or (lambda: False)
-
-
-def first_turns(turns: object, limit: int | None) -> Part:
-    """The first `limit` (None: all); no more is read than that takes."""
-    import itertools
-    turns = iter(turns)
-    rows = turns if limit is None else itertools.islice(turns, limit)
-    return Part(rows, more=lambda: next(turns, None) is not None)
-
-
-def last_turns(turns: object, count: int) -> Part:
-    """The last `count`."""
-    import collections
-    kept, seen = collections.deque(maxlen=count), 0
-    for seen, made in enumerate(turns, 1):
-        kept.append(made)
-    return Part(kept, before=max(0, seen - count))
-
-
-def turns_around(turns: object, place: str, count: int) -> Part:
-    """`count` turns around the first that holds a text, or is not before an ISO time.
-
-    NotFound when there is none."""
-    import collections
-    import itertools
-    is_here, turns = turn_test(place), iter(turns)
-    kept, before = collections.deque(maxlen=count // 2 + 1), -1
-    for before, made in enumerate(turns):
-        kept.append(made)
-        if is_here(made):
-            break
-    else:
-        raise NotFound(f"no turn {'at or after' if is_time(place) else 'with'}"
-                       f" {shown(place[:80])}", hint="session search finds words")
-    rows = itertools.chain(kept, itertools.islice(turns, max(0, count - len(kept))))
-    return Part(rows, before=before + 1 - len(kept),
-                more=lambda: next(turns, None) is not None)
-
-
-def is_time(text: str) -> bool:
-    """Whether a text is an ISO time, at least a date."""
-    import re
-    return bool(re.match(r"\d{4}-\d\d-\d\d", text)) and parse_iso(text) is not None
-
-
-def turn_test(place: str) -> object:
-    """callable(turn): whether this is the place."""
-    if is_time(place):
-        at = parse_iso(place)
-        return lambda made: (parse_iso(made["at"]) or 0.0) >= at
-    words = Words(place)
-    return lambda made: bool(words.places(made))
-
-
-# -- sums --------------------------------------------------------------
-
-
-class Stats:
-    """The figures of sessions. by: step, if that is asked. since: seconds.
-
-    Requests: a listing of steps/ and a GET per claim (only for `by` step); then per
-    session one GET for the cursor, and its parts."""
-
-    def __init__(self, project: Project, *, by: str = "", since: float = 0.0) -> None:
-        self.project, self.ledger, self.by = project, project.ledger, by
-        self.since, self.spans = since, self._spans() if by == "step" else []
-
-    def _spans(self) -> list:
-        keys = [entry.key for entry in self.ledger.list("steps/").entries
-                if entry.key.endswith("/claim.json")]
-        spans = []
-        for start in range(0, len(keys), AT_ONCE):
-            for record in self.ledger.read_many(keys[start:start + AT_ONCE]):
-                if record.doc is not None:
-                    spans += step_spans(record.key.split("/")[1], record.doc)
-        return spans
-
-    def of(self, readings: list) -> list:
-        """[(meta.json, Figures)], the oldest session first; one that cannot be read is
-        warned of and left out."""
-        found = []
-        for batch in batches(readings, lambda one: number(
-                one.meta.doc, "total_uploaded_bytes")):
-            found += [row for row in self.ledger.each(self._measure, batch) if row]
-        return sorted(found, key=lambda row: (row[1].whole.first or 0.0,
-                                              row[0]["session_id"]))
-
-    def _measure(self, reading: Reading) -> tuple | None:
-        try:
-            about = reading.about()
-            agent, step = word(about, "agent_id"), word(about, "step")
-            held = StepTimes(self.spans, agent)
-            figures = Figures(agent, since=self.since, step_of=lambda at: (
-                step or held.at(at)) if self.by == "step" else "")
-            for made in reading.turns():
-                figures.add(made)
-        except (Corrupt, NotFound) as why:
-            self.ledger.warn(f"session {shown(reading.id)} is left out: {why.message}")
-            return None
-        return about, figures
-
-
-# -- search ------------------------------------------------------------
-
-
-def found_in(reading: Reading, words: Words, limit: int | None) -> list:
-    """[{harness, session_id, agent, at, role, record, where, line, before, after}] of
-    one session, at most `limit`, in order; what is told twice is found once."""
-    hits, seen, about = [], set(), reading.about()
-    kind = reading.harness if reading.harness in TURNS else "jsonl"
-    base = {"harness": reading.harness, "session_id": reading.id,
-            "agent": word(about, "agent_id")}
-    for line in reading.lines():
-        doc = parsed_any(line.decode("utf-8", "replace")) \
-            if words.may_be_in(line) else None
-        for made in harness_turns(kind, doc) if isinstance(doc, dict) else ():
-            for place in words.places(made):
-                mark = hash((made["at"], *place.values()))
-                if mark not in seen:
-                    seen.add(mark)
-                    hits.append({**base, "at": made["at"], "role": made["role"],
-                                 "record": reading.counts["records"], **place})
-        if limit is not None and len(hits) >= limit:
-            return hits[:limit]
-    return hits
-
-
-def search_sessions(project: Project, words: Words, *, harness: str = "", by: str = "",
-                    limit: int | None = None) -> tuple:
-    """([hits of found_in], whether there may be more): the newest sessions first.
-
-    Several sessions are read at a time, and no more than until `limit` is reached."""
-    docs = [doc for doc in project.sessions.list(harness=harness)
-            if by in ("", doc.get("agent_id"))]
-    hits, wanted = [], None if limit is None else limit + 1
-
-    counts: dict = {}  # {number of a session, the newest 0: hits}
-
-    def look(at: int) -> list:
-        newer = sum(count for other, count in list(counts.items()) if other < at)
-        if wanted is not None and newer >= wanted:
-            return []
-        try:
-            found = found_in(listed_reading(project, docs[at]), words, wanted)
-        except (Corrupt, NotFound) as why:
-            project.ledger.warn(f"session {shown(docs[at]['session_id'])} is left out:"
-                                f" {why.message}")
-            found = []
-        counts[at] = len(found)
-        return found
-    for batch in batches(list(range(len(docs))), lambda at: number(
-            docs[at], "total_uploaded_bytes")):
-        for found in project.ledger.each(look, batch):
-            hits += found
-        if limit is not None and len(hits) > limit:
-            return hits[:limit], True
-    return hits, False
 
 
 # == 80. Restoring sessions ============================================
