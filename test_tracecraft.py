@@ -26683,6 +26683,13 @@ def test_a_note_survives_its_own_front_matter(story, tmp_path):
     assert "type: skill" in body
 
 
+def test_no_secret_is_promoted_into_git(story, tmp_path):
+    story.memory.set("db", "use it\nDB_PASSWORD=hunter2hunter2")
+    made = tracecraft.Notes(story, str(tmp_path)).promote(["db"], kind="fact")
+    text = open(made["path"]).read()
+    assert "hunter2" not in text and "[REDACTED:" in text and made["redacted"]
+
+
 def test_what_says_nothing_is_not_promoted(story, tmp_path):
     notes = tracecraft.Notes(story, str(tmp_path))
     story.claim("bare", ignore_needs=True)

@@ -23012,14 +23012,19 @@ class Notes:
         sources = [{"key": record.key, "rev": number(record.doc, "rev"),
                     "sha256": text_sha256(text)}
                    for record, text in zip(records, texts_of)]
-        title = one_line(title or texts_of[0].strip().split("\n")[0], 80)
+        # Git forgets nothing: secrets stay behind, as of a transcript.
+        redactor = redactor_for(self.project.settings)
+        body = b"\n".join(redactor.line(line.encode("utf-8", "surrogatepass"))
+                          for line in "\n\n".join(texts_of).split("\n")).decode(
+                              "utf-8", "replace")
+        title = one_line(title or body.strip().split("\n")[0], 80)
         front = {"type": kind, "title": title, "status": status,
                  "author": source_author(records[0].doc),
                  "date": self.ledger.at()[:10],
                  "project": self.project.settings.project, "sources": sources}
         path = os.path.join(self.folder, f"{kind}-{slug(title)}.md")
-        changed = self._write(path, front, "\n\n".join(texts_of))
-        return {"path": path, "changed": changed, **front}
+        changed = self._write(path, front, body)
+        return {"path": path, "changed": changed, "redacted": redactor.counts, **front}
 
     def _write(self, path: str, front: dict, body: str) -> bool:
         with FileTrouble("write", path):
@@ -29594,6 +29599,9 @@ def cmd_promote(project: object, options: object) -> int:
     made = Notes(project, options.to).promote(
         options.keys, kind=options.type, title=options.title or "",
         status=options.status or "proposed")
+    if made["redacted"]:
+        remark(options, "left out: " + ", ".join(
+            f"{count} {kind}" for kind, count in made["redacted"].items()))
     if find_repository(options.to) is None:
         remark(options, f"{shown(options.to)} is in no git checkout: nobody reviews it")
     done = "Wrote" if made["changed"] else "Unchanged:"
@@ -30753,7 +30761,7 @@ def follow_sessions(follower: Follower, chosen: Chosen, options: object) -> None
         with Stoppable() as stop:
             while True:
                 follower.turn()
-                stop.pause(options.interval)
+                stop.pause(options.interval, time.sleep)
     except KeyboardInterrupt:
         remark(options, "stopping…")
     options.follow = False  # what fails now is not tried again
