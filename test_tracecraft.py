@@ -29203,8 +29203,10 @@ def turn_of(role="assistant", **facts):
     ("assistant", {"text": "done"}, "ada said: done"),
     ("assistant", {"thinking": "hm"}, "ada thought: hm"),
     ("assistant", {"text": "I look", "calls": [
-        {"id": "1", "name": "Bash", "input": {"command": "ls"}}]},
+        {"id": "1", "name": "Bash", "input": {"command": "ls", "why": "to see"}}]},
      "ada called Bash: ls"),
+    ("assistant", {"calls": [{"id": "1", "name": "shell", "input": {
+        "command": ["sh", "-c", "ls"], "timeout": 5}}]}, "ada called shell: sh -c ls"),
     ("tool", {"results": [{"id": "1", "text": "a.txt", "is_error": False}]},
      "ada got an answer: a.txt"),
     ("tool", {"results": [{"id": "1", "text": "no", "is_error": True}]},
@@ -29239,6 +29241,70 @@ def test_a_turn_belongs_to_the_step_that_its_agent_held_then(ada, bob, bucket):
     turns = [{**turn_of(text="t"), "at_s": begun + at} for at in (-5, 50, 150, 250)]
     t.give_steps(turns, t.gather_past(ada, t.Wanted()).events)
     assert [row.get("step") for row in turns] == [None, "one", "two", "one"]
+
+
+def said_lines(count, begin=0):
+    """Records of a session of any harness, a second apart."""
+    return [{"role": "user", "content": f"say {n}", "timestamp": JAN % n}
+            for n in range(begin, begin + count)]
+
+
+def texts_of(model):
+    return [point["text"].partition(": ")[2] for point in points(model, "turn")]
+
+
+def test_the_turns_of_mirrored_sessions_are_on_the_page(ada, bucket):
+    place_session(bucket, claude_records(), agent="bob")
+    model = model_of(ada)
+    turns = points(model, "turn")
+    assert {model["lanes"][turn["lane"]]["name"] for turn in turns} == {"bob"}
+    assert turns[0]["text"] == "bob was told: write a.py"
+    assert turns[0]["key"] == "sessions/claude-code/s/"
+    assert [call["name"] for turn in turns for call in turn.get("calls", ())] == ["Write"]
+    figures = t.Stats(ada).of([t.listed_reading(ada, doc)
+                               for doc in ada.sessions.list()])[0][1]
+    assert model["cost"] == round(figures.whole.doc(
+        t.price_table())["cost_usd"], 4) > 0
+
+
+def test_turns_are_those_of_the_time_the_agent_and_the_step_wanted(ada, bob, bucket):
+    bucket.clock_at = t.parse_iso(JAN % 10)
+    bob.claim("s", ttl=0)
+    place_session(bucket, said_lines(20), harness="jsonl", agent="bob")
+    place_session(bucket, said_lines(3), harness="jsonl", session="other")
+    since, until = t.parse_iso(JAN % 5), t.parse_iso(JAN % 7)
+    window = model_of(ada, since=since, until=until, by="bob")
+    assert texts_of(window) == ["say 5", "say 6", "say 7"]
+    assert texts_of(model_of(ada, step="s")) == [f"say {n}" for n in range(11, 20)]
+    assert texts_of(model_of(ada, by="ada")) == ["say 0", "say 1", "say 2"]
+
+
+def test_the_newest_turns_are_kept_and_older_sessions_are_not_read(ada, bucket):
+    place_session(bucket, said_lines(6), harness="jsonl", session="old")
+    doc = bucket.doc("sessions/jsonl/old/meta.json")
+    bucket.place("sessions/jsonl/old/meta.json",
+                 {**doc, "last_uploaded_at": "2026-01-01T00:00:00Z"})
+    place_session(bucket, said_lines(9), harness="jsonl")
+    model = model_of(ada, limit=4)  # the newest event says that it was mirrored
+    assert texts_of(model) == ["say 6", "say 7", "say 8"]
+    assert model["notes"][0].startswith("More events are not on this page")
+    assert not [key for _, key in ada.store.counts if key.startswith(
+        "sessions/jsonl/old/part")]
+
+
+def test_a_session_that_cannot_be_read_is_warned_of_and_left_out(ada, bucket):
+    place_session(bucket, said_lines(3), harness="jsonl")
+    place_session(bucket, said_lines(3), harness="jsonl", session="bad")
+    bucket.place("sessions/jsonl/bad/_cursor.json", b"{")
+    assert texts_of(model_of(ada)) == ["say 0", "say 1", "say 2"]
+    assert any("session bad is left out" in line for line in ada.warned)
+
+
+def test_what_a_fork_repeats_is_paid_for_once(ada, bucket):
+    place_session(bucket, claude_records())
+    once = model_of(ada)["cost"]
+    place_session(bucket, claude_records(), session="fork")
+    assert model_of(ada)["cost"] == once > 0
 
 
 def test_tokens_are_added_up_by_lane_without_those_from_a_cache():

@@ -4892,6 +4892,24 @@ def moved(record: object, old: str, *, new: str) -> object:
 
 FIGURES = ("input", "output", "cache_read", "cache_write")  # tokens, as shown
 AROUND = 160  # characters of a found line that are kept
+TELLING = ("command", "cmd", "file_path", "path", "filePath", "pattern", "query", "url",
+           "description", "prompt")  # arguments that say what a call is about
+
+
+def call_words(given: object) -> str:
+    """What the call of a tool with this input is about, as text.
+
+    >>> call_words({"command": ["make", "test"], "x": 1})
+    'make test'
+    """
+    if isinstance(given, str):
+        return given
+    for name in TELLING if isinstance(given, dict) else ():
+        value = given.get(name)
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        if isinstance(value, str) and value:
+            return value
+    return compact_json(given)
 
 
 class Totals:
@@ -22389,10 +22407,10 @@ class Reading(Recorded):
         doc = project_session(self.standing(), self.meta.doc) or self.standing()
         return {**doc, "harness": self.harness, "session_id": self.id}
 
-    def turns(self) -> object:
+    def turns(self, counted: dict | None = None) -> object:
         """Yields the turns of all generations, each told once. Lines that are no JSON
-        object are counted, and told at the end."""
-        told = Turns(self.harness)
+        object are counted, and told at the end. counted: as of class Turns."""
+        told = Turns(self.harness, counted=counted)
         for line in self.lines():
             doc = parsed_any(line.decode("utf-8", "replace"))
             if isinstance(doc, dict):
@@ -23096,7 +23114,6 @@ REPLAY_BYTES = 18 << 20  # of data in a page: a phone still opens it
 CUTS = ((8000, 4000), (2000, 1000), (500, 0), (100, 0))  # characters of a text, record
 DIFF_LINES = 300  # of a value; a longer one is shown, not compared
 TURN_TEXT = 4000  # characters of each text in a turn of a transcript
-LEASES_BACK = 50  # of an agent's claims that are looked at for the step of a turn
 CURVES = 12  # metrics of a run
 CURVED_RUNS = 100  # the newest, whose metrics are read
 SAID = ("at", "at_s", "agent", "kind", "what", "subject", "text", "id", "key", "to",
@@ -23107,50 +23124,26 @@ def gather_replay(project: Project, wanted: Wanted, *,
                   limit: int = REPLAY_EVENTS) -> dict:
     """The model of a page with the newest `limit` events that are wanted.
 
-    Reads as gather_past() does, then the metrics of the newest runs and the transcripts
-    of the sessions. What is not on the page is said in its notes.
+    Reads as gather_past() does, then the metrics of the newest runs, then transcripts:
+    a listing for each harness, three records and the parts of each session. What is not
+    on the page is said in its notes.
     """
     past = gather_past(project, wanted, limit=limit)
-    rows = past.events
-    rows += turns_of(project, wanted, rows, limit=limit)
-    rows.sort(key=event_order)
-    cut = max(0, len(rows) - limit)
-    rows = rows[cut:]
+    spoken = Spoken(project, wanted, limit=limit)
+    spoken.read()
+    give_steps(spoken.rows, past.events)
+    rows = sorted(past.events + [row for row in spoken.rows if wanted.step in (
+        "", row.get("step"))], key=event_order)
+    more = None if None in (past.more, spoken.more) else \
+        past.more + spoken.more + max(0, len(rows) - limit)
+    rows = rows[-limit:]
     runs = [row["subject"] for row in reversed(rows) if row["kind"] == "run"]
     runs = list(dict.fromkeys(runs))[:CURVED_RUNS]
     curves = dict(zip(runs, project.ledger.each(project.runs.metrics, runs)))
-    notes = left_out(None if past.more is None else past.more + cut, past)
-    return replay_model(rows, project=project.settings.project, notes=notes,
+    return replay_model(rows, project=project.settings.project,
+                        notes=left_out(more, past), since=wanted.since,
                         now=min(project.ledger.now(), wanted.until),
-                        since=wanted.since, records=past.docs, curves=curves)
-
-
-def turns_of(project: Project, wanted: Wanted, rows: list, *, limit: int) -> list:
-    """The newest `limit` turns of mirrored transcripts that are wanted, as events.
-
-    rows: the other events; the claims among them tell for which step a turn was.
-    """
-    import heapq
-    prices = price_table(project.settings.config.get("prices"))
-    docs = [doc for doc in project.sessions.list() if wanted.by in (
-        "", word(doc, "agent", "agent_id")) and (
-        parse_iso(doc.get("last_uploaded_at")) or wanted.until) >= wanted.since - SKEW]
-    found = heapq.nlargest(limit, (row for doc in docs for row in turn_rows(
-        listed_reading(project, doc), doc, prices) if wanted.since <= row["at_s"]
-        <= wanted.until), key=event_order)
-    give_steps(found, rows)
-    return [row for row in found if wanted.step in ("", row.get("step"))]
-
-
-def turn_rows(reading: Reading, doc: dict, prices: dict) -> object:
-    """Yield the turns of a session as events; those before any time are left out."""
-    name, latest = f"{reading.harness}/{reading.id}", None
-    for mark, made in enumerate(reading.turns()):
-        latest = parse_iso(made["at"]) or latest
-        if latest is not None and 0 <= latest < YEAR_9999:
-            row = turn_event(made, agent=word(doc, "agent", "agent_id"), session=name,
-                             at=iso(latest), mark=mark, prices=prices)
-            yield {**row, "at_s": latest, "key": reading.meta.key}
+                        records=past.docs, curves=curves)
 
 
 def left_out(more: int | None, past: Past) -> list:
@@ -23336,7 +23329,7 @@ def turn_event(made: dict, *, agent: str, session: str, at: str, mark: object,
 def turn_words(made: dict) -> tuple:
     """(verb, text) of the most telling thing in a turn."""
     said = {"user": "was told", "system": "noted"}.get(made["role"], "said")
-    calls = [input_text(call["input"]) for call in made["calls"][:1]]
+    calls = [call_words(call["input"]) for call in made["calls"][:1]]
     answers = [result["text"] for result in made["results"][:1]]
     errors = [result["text"] for result in made["results"] if result["is_error"]]
     for what, there in (("had an error", made["error"]), ("called", calls),
@@ -23360,22 +23353,70 @@ def input_text(value: object) -> str:
 
 
 def give_steps(turns: list, rows: list) -> None:
-    """Give each turn the step that its agent held then, the last claimed of several.
+    """Give each turn that has none the step that its agent held then. rows: the other
+    events."""
+    spans = [(row["agent"], row["at_s"], lasts_until(row), row["subject"])
+             for row in rows if row["kind"] == "claim" and row.get("holds")]
+    times = {name: StepTimes(spans, name)
+             for name in {row["agent"] for row in turns}}
+    for row in turns:
+        step = row.get("step") or times[row["agent"]].at(row["at_s"])
+        row.update({"step": step} if step else {})
 
-    rows: the other events, oldest first."""
-    import bisect
-    held: dict = {}
-    for row in rows:
-        if row["kind"] == "claim" and row.get("holds"):
-            held.setdefault(row["agent"], []).append(
-                (row["at_s"], lasts_until(row), row["subject"]))
-    for turn_row in turns:
-        at, spans = turn_row["at_s"], held.get(turn_row["agent"], [])
-        end = bisect.bisect_right(spans, (at, float(YEAR_9999)))
-        steps = [sid for _, over, sid in spans[max(0, end - LEASES_BACK):end]
-                 if over >= at]
-        if steps:
-            turn_row["step"] = steps[-1]
+
+class Spoken:
+    """The newest `limit` turns of a project's transcripts, as events, while they are
+    read. rows: oldest first. more: how many others there are, None when not all were
+    looked at. Sessions that cannot be read are warned of."""
+
+    def __init__(self, project: Project, wanted: Wanted, *, limit: int) -> None:
+        self.project, self.wanted, self.limit = project, wanted, limit
+        self.prices = price_table(project.settings.config.get("prices"))
+        self.counted: dict = {}  # what a fork repeats was paid for once
+        self.rows, self.more = [], 0
+
+    def read(self) -> None:
+        """Read the sessions, the last uploaded first, while they may have newer turns.
+        """
+        for doc in self.project.sessions.list():
+            agent = word(doc, "agent_id") or doc["harness"]
+            last = parse_iso(doc.get("last_uploaded_at")) or float(YEAR_9999)
+            if last < self.wanted.since - SKEW or self.wanted.by not in ("", agent):
+                continue
+            if len(self.rows) >= self.limit and last < self.rows[0]["at_s"] - SKEW:
+                self.more = None
+                break
+            try:
+                self._read(doc, agent)
+            except (Corrupt, NotFound) as why:
+                self.project.ledger.warn(f"session {shown(doc['session_id'])} is left"
+                                         f" out: {why.message}")
+            self._trim()
+
+    def _read(self, doc: dict, agent: str) -> None:
+        session = f"{doc['harness']}/{doc['session_id']}"
+        at = word(doc, "started_at", "last_uploaded_at")
+        turns = listed_reading(self.project, doc).turns(self.counted)
+        for count, made in enumerate(turns):
+            at = made["at"] or at
+            self._take(turn_event(made, agent=agent, session=session, at=at, mark=count,
+                                  prices=self.prices), word(doc, "step"))
+
+    def _take(self, row: dict, step: str) -> None:
+        at_s = parse_iso(row["at"])
+        last = min(self.wanted.until, YEAR_9999 - 1)
+        if at_s is None or not self.wanted.since <= at_s <= last:
+            return
+        row.update({"step": step} if step else {}, at=iso(at_s), at_s=at_s,
+                   key=f"sessions/{row['session']}/")
+        self.rows.append(row)
+        if len(self.rows) > 2 * self.limit:
+            self._trim()
+
+    def _trim(self) -> None:
+        self.rows.sort(key=event_order)
+        older = max(0, len(self.rows) - self.limit)
+        self.rows, self.more = self.rows[older:], self.more + older
 
 
 # -- in bounds ---------------------------------------------------------
@@ -23522,7 +23563,8 @@ aside { display: flex; flex-direction: column; min-width: 0; min-height: 0;
 #rows { position: absolute; left: 0; right: 0; top: 0; }
 .row { display: flex; gap: 8px; align-items: center; padding: 0 12px; cursor: pointer; }
 .said { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.row time { color: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.row time { color: var(--soft); font-size: 12px; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .row:hover, .row[aria-selected="true"] { background: var(--band); }
 .row[aria-selected="true"] { box-shadow: inset 3px 0 var(--accent); }
 .later { opacity: .5; }
@@ -23694,6 +23736,7 @@ const stamp = (seconds) => new Date(seconds * 1000).toISOString();
 const clock = (seconds) => stamp(seconds).slice(11, 19);
 const day = (seconds) => stamp(seconds).slice(0, 10);
 const dated = (seconds) => day(seconds) + " " + clock(seconds);
+const brief = data.to - data.from > 86400 ? (at) => dated(at).slice(5) : clock;
 
 function duration(seconds) {
   const units = [[86400, "days"], [3600, "h"], [60, "min"], [1, "s"], [.001, "ms"]];
@@ -24014,7 +24057,7 @@ function drawName(pen, row) {
 }
 
 const SCALE = [.001, .01, .1, .5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800,
-  3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800, 2592000, 31536000];
+  3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800, 2592000, 7776000];
 
 function drawAxis(pen, tall) {
   const least = (state.to - state.from) / Math.max(1, (width - gutter) / 90);
@@ -24081,7 +24124,7 @@ function drawList() {
 }
 
 function listRow(index) {
-  const event = events[index], row = el("div", "row", el("time", "", clock(event.t)),
+  const event = events[index], row = el("div", "row", el("time", "", brief(event.t)),
     glyph(event.kind, colour(event)), el("span", "said", event.text));
   row.style.height = ROW + "px";
   row.setAttribute("role", "option");
@@ -24428,7 +24471,7 @@ function showTip(index, left = 0, top = 0) {
   box.hidden = index < 0;
   $("lanes").style.cursor = index < 0 ? "grab" : "pointer";
   if (index < 0) return;
-  box.textContent = visible(clock(events[index].t) + "  " + events[index].text);
+  box.textContent = visible(brief(events[index].t) + "  " + events[index].text);
   box.style.left = Math.max(4, Math.min(left + 12, width - box.offsetWidth - 4)) + "px";
   const low = top + 60 + box.offsetHeight > $("stage").clientHeight;
   box.style.top = (low ? top - box.offsetHeight - 10 : top + 16) + "px";
@@ -30955,8 +30998,6 @@ SHOWN_TEXT = 1200  # characters of a turn, and lines, that text shows ...
 TURN_LINES = 12
 RESULT_TEXT = 300  # ... and of a tool's answer
 RESULT_LINES = 4
-TELLING = ("command", "cmd", "file_path", "path", "filePath", "pattern", "query", "url",
-         "description", "prompt")  # arguments that say what a call is about
 STATS_HEAD = ("TURNS", "INPUT", "OUTPUT", "CACHE READ", "CACHE WRITE", "COST",
               "DURATION", "ERRORS")
 RANKED = 6  # tools, files and models that a line of text names
@@ -31098,15 +31139,7 @@ def call_line(call: dict) -> str:
     >>> call_line({"name": "Bash", "input": {"command": ["make", "test"], "x": 1}})
     'Bash: make test'
     """
-    given = call["input"]
-    said = given if isinstance(given, str) else ""
-    for name in TELLING if isinstance(given, dict) else ():
-        value = given.get(name)
-        value = " ".join(map(str, value)) if isinstance(value, list) else value
-        if isinstance(value, str) and value:
-            said = value
-            break
-    return one_line(f"{call['name']}: {said or compact_json(given)}", AROUND)
+    return one_line(f"{call['name']}: {call_words(call['input'])}", AROUND)
 
 
 def turn_notes(made: dict) -> list:
