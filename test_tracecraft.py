@@ -29249,7 +29249,7 @@ def said_lines(count, begin=0):
             for n in range(begin, begin + count)]
 
 
-def texts_of(model):
+def told_turns(model):
     return [point["text"].partition(": ")[2] for point in points(model, "turn")]
 
 
@@ -29274,9 +29274,9 @@ def test_turns_are_those_of_the_time_the_agent_and_the_step_wanted(ada, bob, buc
     place_session(bucket, said_lines(3), harness="jsonl", session="other")
     since, until = t.parse_iso(JAN % 5), t.parse_iso(JAN % 7)
     window = model_of(ada, since=since, until=until, by="bob")
-    assert texts_of(window) == ["say 5", "say 6", "say 7"]
-    assert texts_of(model_of(ada, step="s")) == [f"say {n}" for n in range(11, 20)]
-    assert texts_of(model_of(ada, by="ada")) == ["say 0", "say 1", "say 2"]
+    assert told_turns(window) == ["say 5", "say 6", "say 7"]
+    assert told_turns(model_of(ada, step="s")) == [f"say {n}" for n in range(11, 20)]
+    assert told_turns(model_of(ada, by="ada")) == ["say 0", "say 1", "say 2"]
 
 
 def test_the_newest_turns_are_kept_and_older_sessions_are_not_read(ada, bucket):
@@ -29286,7 +29286,7 @@ def test_the_newest_turns_are_kept_and_older_sessions_are_not_read(ada, bucket):
                  {**doc, "last_uploaded_at": "2026-01-01T00:00:00Z"})
     place_session(bucket, said_lines(9), harness="jsonl")
     model = model_of(ada, limit=4)  # the newest event says that it was mirrored
-    assert texts_of(model) == ["say 6", "say 7", "say 8"]
+    assert told_turns(model) == ["say 6", "say 7", "say 8"]
     assert model["notes"][0].startswith("More events are not on this page")
     assert not [key for _, key in ada.store.counts if key.startswith(
         "sessions/jsonl/old/part")]
@@ -29296,7 +29296,7 @@ def test_a_session_that_cannot_be_read_is_warned_of_and_left_out(ada, bucket):
     place_session(bucket, said_lines(3), harness="jsonl")
     place_session(bucket, said_lines(3), harness="jsonl", session="bad")
     bucket.place("sessions/jsonl/bad/_cursor.json", b"{")
-    assert texts_of(model_of(ada)) == ["say 0", "say 1", "say 2"]
+    assert told_turns(model_of(ada)) == ["say 0", "say 1", "say 2"]
     assert any("session bad is left out" in line for line in ada.warned)
 
 
@@ -29339,7 +29339,7 @@ def test_a_page_stays_below_its_size_whatever_was_written(ada):
     assert json.loads(t.replay_json(model, most=0))["events"] == []
 
 
-HOSTILE = [
+HOSTILE_TEXTS = [
     "#ops", "_broadcast", "all",
     "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>",
     "<!--<script>", "--><img src=x onerror=window.hacked=1>", "]]>", "&lt;b&gt;",
@@ -29348,7 +29348,7 @@ HOSTILE = [
     "@DATA@ @POLICY@", "__proto__", "constructor", "x" * 100_000, "\u0645\u0631\u062d"]
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[:24])
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=lambda text: ascii(text)[:24])
 def test_whatever_is_in_the_data_is_json_without_markup(text):
     data = t.page_json({"text": text, text: [text]})
     assert not set("<>&\u2028\u2029") & set(data.decode())
@@ -29357,7 +29357,7 @@ def test_whatever_is_in_the_data_is_json_without_markup(text):
 
 def hostile(bucket):
     """A project in which every field an agent can fill holds something hostile."""
-    for n, text in enumerate(HOSTILE):
+    for n, text in enumerate(HOSTILE_TEXTS):
         at = tracecraft.iso(bucket.clock_at + n)
         ns = f"{int((bucket.clock_at + n) * 1e9):019d}_eve_{n:08x}"
         bucket.place(f"messages/bob/{ns}.json", {
@@ -29380,7 +29380,7 @@ def test_a_page_of_hostile_records_has_one_script_and_one_block_of_data(ada, buc
     assert page.count("<!--") == 1 and page.count("<style") == 1
     data = page.partition('id="data">')[2].partition("</script>")[0]
     said = {point["subject"] for point in json.loads(data)["events"]}
-    assert {f"s{n}" for n in range(len(HOSTILE))} <= said
+    assert {f"s{n}" for n in range(len(HOSTILE_TEXTS))} <= said
 
 
 @pytest.mark.parametrize("key", RECORDS)
