@@ -25271,9 +25271,9 @@ def test_soak_the_book_agrees_with_hf_xet_on_anything(tmp_path):
 # Expected values: BLAKE3's test_vectors.json and reference library; hf_xet 1.8.0,
 # captured on a loopback CAS, its xorbs uncompressed; one public log of s3.hf.co.
 
-B3_KEY = b"whats the Elvish word for friend"
-B3_PATTERN = bytes(range(251)) * 408
-B3_HASHES = dict(pair.split(":") for pair in """
+KEYED_KEY = b"whats the Elvish word for friend"
+KEYED_PATTERN = bytes(range(251)) * 408
+KEYED_HASHES = dict(pair.split(":") for pair in """
 0:92b2b75604ed3c76 1:6d7878dfff2f4856 2:5392ddae0e0a69d5 63:bb1eb5d4afa793c1
 64:ba8ced36f327700d 65:c0a4edefa2d2accb 127:c64200ae7dfaf355 128:b04fe15577457267
 129:d4a64dae6cdccbac 1023:c951ecdf03288d0f 1024:75c46f6f3d9eb4f5 1025:357dc55de0c7e382
@@ -25285,7 +25285,7 @@ B3_HASHES = dict(pair.split(":") for pair in """
 
 # A file's rule; the first 16 digits of: file hash, hash of one xorb with all chunks,
 # SHA-256 of the shard and of the xorb as sent.
-PACKED_BY_HF = """
+PACKED_LINES = """
 text: 0000000000000000 - 15c513dcf1464077 -
 count:1 3b81e151057cd1ab 1c07e489664a1616 7e93db1425d54884 28f1e6d535d19078
 text:hello_world f15edd43b7e85cfd 4e39378b9d359f11 9c4fa5bdc01d1243 357bf5d04ec12043
@@ -25310,7 +25310,7 @@ count:200000x5 bff9ff6d1fbf3d28 03c47edfd361e177 95d5019fc83e2e99 236a1c85ce74c4
 PACKED_BY_HF = [pytest.param(*line.split(), id=line.split()[0][:20], marks=(
     pytest.mark.brief if len(line.split()[0]) < 13 else
     pytest.mark.soak if "12582912" in line else ()))
-    for line in PACKED_BY_HF.strip().splitlines()]
+    for line in PACKED_LINES.strip().splitlines()]
 
 
 def counted(seed, size):
@@ -25343,11 +25343,11 @@ def pack_all(files, **how):
 
 @pytest.mark.brief
 def test_keyed_hashes_are_those_of_the_reference_one_by_one_and_at_once():
-    inputs = [B3_PATTERN[:int(size)] for size in B3_HASHES]
-    alone = [tracecraft.keyed_hash(B3_KEY, data) for data in inputs]
-    assert [raw.hex()[:16] for raw in alone] == list(B3_HASHES.values())
-    assert tracecraft.keyed_hashes(B3_KEY, inputs[::-1]) == alone[::-1]
-    assert tracecraft.keyed_hashes(B3_KEY, []) == []
+    inputs = [KEYED_PATTERN[:int(size)] for size in KEYED_HASHES]
+    alone = [tracecraft.keyed_hash(KEYED_KEY, data) for data in inputs]
+    assert [raw.hex()[:16] for raw in alone] == list(KEYED_HASHES.values())
+    assert tracecraft.keyed_hashes(KEYED_KEY, inputs[::-1]) == alone[::-1]
+    assert tracecraft.keyed_hashes(KEYED_KEY, []) == []
 
 
 @pytest.mark.brief
@@ -30046,10 +30046,13 @@ def test_sections_use_only_sections_above():
 
 
 @pytest.mark.brief
-def test_no_top_level_name_is_defined_twice():
+@pytest.mark.parametrize("path", [PATH, __file__])
+def test_no_top_level_name_is_defined_twice(path):
     """The second would silently take the place of the first, for its callers too."""
     names = collections.Counter()
-    for node in ast.parse(SOURCE).body:
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names[node.name] += 1
         elif isinstance(node, ast.Assign):
