@@ -22127,6 +22127,779 @@ class PlainStore(MemoryStore):
         super().__init__(*args, **kwargs)
         self.verdict = {"atomic": False, "cas": False, "dialect": "quoted",
                         "why": "no compare-and-set here", "hint": "make a key"}
+# == Redaction =========================================================
+#
+# No secret stands here, nor anything a scanner would take for one: {u93} becomes 93
+# characters of the alphabet u, drawn anew from a seed, and {pw} a password.
+
+SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "shared",
+                       "samples", "sessions")
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ALPHABETS = {"a": LETTERS + "0123456789", "h": "0123456789abcdef", "l": LETTERS,
+             "u": LETTERS + "0123456789_-", "b": LETTERS + "0123456789+/",
+             "c": "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "d": "123456789"}
+PASSWORDS = ("S3cr" "3t!pass", "hunter2" "hunter2", "xK9#m" "Q2$vL", "Winter" "2024!",
+             "p4ssW" "0rd-xyz")
+
+TOKENS = r"""
+anthropic_key     sk-ant-api03-{u93}AA
+anthropic_key     sk-ant-admin01-{u93}AA
+anthropic_key     sk-ant-oat01-{u95}
+anthropic_key     sk-ant-ort01-{u95}
+openai_key        sk-proj-{u58}T3BlbkFJ{u58}
+openai_key        sk-svcacct-{u74}T3BlbkFJ{u74}
+openai_key        sk-admin-{u58}T3BlbkFJ{u58}
+openai_key        sk-{a20}T3BlbkFJ{a20}
+openai_key        sk-{h32}
+openai_key        sk-{a48}
+openrouter_key    sk-or-v1-{h64}
+langfuse_key      sk-lf-{h8}-{h4}-{h4}-{h4}-{h12}
+github_pat        ghp_{a36}
+github_pat        gho_{a36}
+github_pat        ghu_{a36}
+github_pat        ghs_{a36}
+github_pat        ghr_{a76}
+github_pat        github_pat_{a22}_{a59}
+github_pat        ghs_ey{a40}.ey{u80}.{u60}
+google_key        AIza{a35}
+google_oauth      ya29.{u150}
+google_oauth      1//0{u60}
+google_oauth      GOCSPX-{u28}
+aws_access_key    AKIA{c16}
+aws_access_key    ABIA{c16}
+aws_session_token  ASIA{c16}
+aws_bedrock_key   ABSK{b128}
+hf_token          hf_{l34}
+hf_token          api_org_{l34}
+xai_key           xai-{a80}
+groq_key          gsk_{a52}
+perplexity_key    pplx-{a48}
+replicate_token   r8_{a37}
+fireworks_key     fw_{a24}
+nvidia_key        nvapi-{u64}
+gitlab_token      glpat-{u20}
+gitlab_token      glrt-{u20}
+gitlab_token      glpat-{u40}.01.{h9}
+npm_token         npm_{a36}
+pypi_token        pypi-AgEIcHlwaS5vcmc{u80}
+rubygems_key      rubygems_{h48}
+crates_token      cio{a32}
+docker_token      dckr_pat_{u27}
+age_key           AGE-SECRET-KEY-1{c58}
+jwt               eyJ{a33}.eyJ{u80}.{u43}
+jwt               eyJ{a33}.{u40}.{u22}.{u90}.{u22}
+slack_token       xoxb-{d12}-{d12}-{a24}
+slack_token       xoxe.xoxp-1-{a60}
+slack_token       xapp-1-A{c10}-{d13}-{h64}
+slack_webhook     https://hooks.slack.com/services/T{c8}/B{c8}/{a24}
+discord_webhook   https://discord.com/api/webhooks/{d18}/{u68}
+discord_token     M{a23}.{a6}.{a38}
+telegram_token    {d10}:AA{u33}
+stripe_key        sk_live_{a24}
+stripe_key        rk_live_{a99}
+stripe_key        sk_test_{a24}
+stripe_key        whsec_{b32}
+twilio_key        SK{h32}
+sendgrid_key      SG.{u22}.{u43}
+mailgun_key       key-{h32}
+mailchimp_key     {h32}-us12
+brevo_key         xkeysib-{h64}-{a16}
+digitalocean_token  dop_v1_{h64}
+databricks_token  dapi{h32}
+doppler_token     dp.pt.{a43}
+vault_token       hvs.{u95}
+terraform_token   {a14}.atlasv1.{u67}
+pulumi_token      pul-{h40}
+fly_token         fo1_{u43}
+planetscale_token  pscale_tkn_{u43}
+supabase_key      sbp_{h40}
+supabase_key      sb_secret_{u31}
+vercel_token      vercel_blob_rw_{a16}_{a30}
+cloudflare_key    v1.0-{h24}-{h146}
+grafana_token     glsa_{a32}_{h8}
+grafana_token     glc_eyJ{a100}
+sentry_token      sntryu_{h64}
+newrelic_key      NRAK-{c27}
+linear_key        lin_api_{a40}
+notion_token      ntn_{a46}
+notion_token      secret_{a43}
+figma_token       figd_{u40}
+postman_key       PMAK-{h24}-{h34}
+shopify_token     shpat_{h32}
+square_token      sq0atp-{u22}
+square_token      EAAA{u60}
+atlassian_token   ATATT3xFfGF0{u180}
+airtable_token    pat{a14}.{h64}
+dropbox_token     sl.{u135}
+azure_secret      {a3}8Q~{a34}
+onepassword_token  ops_eyJ{a250}
+onepassword_token  A3-{c6}-{c11}-{c5}-{c5}-{c5}
+tailscale_key     tskey-auth-{a17}-{a32}
+langsmith_key     lsv2_pt_{h32}_{h10}
+wandb_key         wandb_v1_{a80}
+e2b_key           e2b_{h40}
+browserbase_key   bb_live_{u27}
+alibaba_key       LTAI{a20}
+facebook_token    EAAC{a150}
+openshift_token   sha256~{u43}
+artifactory_key   AKCp{a69}
+artifactory_key   cmVmdGtu{a56}
+"""
+
+# The whole text, the secret in it after a bar where it is not all of it.
+CARRIERS = r"""
+assignment        DB_PASSWORD={pw}
+assignment        export API_KEY="{a32}"
+assignment        SECRET_KEY='{u50}'
+assignment        DD_API_KEY={h32}
+assignment        HEROKU_API_KEY={h8}-{h4}-{h4}-{h4}-{h12}
+assignment        password: {pw}
+assignment        "password": "{pw}"
+assignment        'api_key': '{a32}',
+assignment        client_secret = "{a40}"
+assignment        aws_secret_access_key = {b40}
+assignment        X-Api-Key: {a32}
+assignment        -H "X-Auth-Token: {pw}"
+assignment        -H "Token: {h16}"
+assignment        -H 'PRIVATE-TOKEN: {u20}'
+assignment        --password={pw}
+assignment        <password>{pw}</password>
+assignment        <add key="ApiKey" value="{a32}"/>
+assignment        os.environ["API_SECRET"] = "{pw}"
+assignment        config.set("auth_token", "{a40}")
+assignment        getenv_or("api_token", "{h8}-{h4}-{h4}-{h4}-{h12}")
+assignment        - name: DB_PASSWORD\n  value: "{pw}"
+assignment        {"name": "API_TOKEN", "value": "{pw}"}
+assignment        ENV ADMIN_PASSWORD={pw}
+assignment        docker run -e POSTGRES_PASSWORD={pw} postgres
+assignment        https://h.example/p?access_token={a32}&x=1
+assignment        API key: `{a32}`
+assignment        secret => "{pw}"
+assignment        //registry.npmjs.org/:_authToken={u36}
+assignment        spring.datasource.password={pw}
+assignment        $env:API_KEY = "{a32}"
+assignment        creds = {a30}
+assignment        mySecretString={a30}
+assignment        token: s.{a24}
+assignment        private_key = 0x{h64}
+assignment        otpauth://totp/A:b?secret=JBSW{c20}&issuer=A
+assignment        const jwtSecret = "{a24}";
+assignment        "auth": "{pair}"
+assignment        refreshToken: "{u60}"
+assignment        ENCRYPTION_KEY={b44}
+assignment        session_token = "{b120}"
+bearer_token      Authorization: Bearer {u40}
+bearer_token      Authorization: Bearer {h32}
+bearer_token      authorization: token {h40}
+bearer_token      "Authorization": "Api-Key {a32}"
+basic_auth        Authorization: Basic {pair}
+cookie            Cookie: theme=dark; sessionid={a32}
+cookie            Set-Cookie: sid={a32}; Path=/; HttpOnly
+password          curl -u admin:{pw} https://h.example
+password          curl -sS --user "me:{pw}" https://h.example
+password          sshpass -p {pw} ssh me@h
+password          mysql -u root -p{pw} db
+password          redis-cli -h r -a {pw} ping
+password          docker login -u me -p {pw} ghcr.io
+password          tool --db-password {pw} run
+password          machine api.h.example login me password {pw}
+password          db.h.example:5432:app:me:{pw}
+url_password      postgres://app:{pw}@db.h.example:5432/x
+url_password      redis://:{pw}@r:6379
+url_password      https://me:p%40{a12}@h.example/
+url_password      mongodb+srv://u:{a16}@c.h.example,d.h.example/db
+url_password      amqp://guest:{a10}@mq/
+url_password      https://{h40}@github.com/o/r.git
+connection_string  Server=db;Database=x;User Id=sa;Password={pw};
+connection_string  host=db user=app password=tulip-garden dbname=x|tulip-garden
+connection_string  AccountName=a;AccountKey={b86}==;EndpointSuffix=core.windows.net
+assignment        SharedAccessKeyName=Root;SharedAccessKey={b43}=
+signature         https://a.blob.core.windows.net/c?sv=2020&sig={a40}%3D&se=1
+signature         https://b.s3.amazonaws.com/k?X-Amz-Expires=9&X-Amz-Signature={h64}
+mnemonic          mnemonic: "{words}"
+private_key       {pem}
+private_key       {pem diff}
+private_key       {pem numbered}
+private_key       {pem crlf}
+private_key       {pem escaped}
+private_key       {pem cut}
+private_key       {putty}
+"""
+
+HARMLESS = r"""
+AKIAIOSFODNN7EXAMPLE
+aws_secret_access_key = {b28}EXAMPLEKEY
+AKIAXXXXXXXXXXXXXXXX
+sk-ant-api03-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+sk-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+sk-your-api-key-goes-here-please
+ghp_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+hf_XXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXX
+hf_requiredCharacteristicTypesForDisplayMetadata
+hf_hub_download(repo_id="x", filename="y")
+commit {h40}
+sha256:{h64}
+md5: {h32}
+etag: "{h32}-5"
+"integrity": "sha512-{b86}=="
+github.com/pkg/errors v0.9.1 h1:{b43}=
+id: {h8}-{h4}-{h4}-{h4}-{h12}
+"token_id": "{h8}-{h4}-{h4}-{h4}-{h12}"
+"token": "{h8}-{h4}-{h4}-{h4}-{h12}"
+Idempotency-Key: {h8}-{h4}-{h4}-{h4}-{h12}
+"idempotency_key": "{a20}"
+credentialsId: '{h8}-{h4}-{h4}-{h4}-{h12}'
+TOKEN_AUDIENCE = "{h8}-{h4}-{h4}-{h4}-{h12}"
+cache_key = "{h40}"
+cache_key = "user:1234:profile:v2"
+"bucket_key": "SalesResults-1.2"
+"public_key": "{b43}="
+ssh-rsa AAAAB3NzaC1yc2E{b200} me@host
+ssh-ed25519 AAAAC3NzaC1lZDI1NTE5{b43} me@host
+data:image/png;base64,iVBORw0KGgo{b400}
+toolu_01{a22}
+msg_01{a22}
+req_011{a21}
+call_{a24}
+"signature":"EqQBCgIYAhIM{b300}=="
+"thoughtSignature": "Cr4B{b300}"
+"encrypted_content": "gAAAAAB{u300}"
+"nextToken": "{a40}"
+next_page_token: CAUQ{a20}
+csrf-token={b64}
+pk_live_{a24}
+sb_publishable_{a24}
+https://{h32}@o123.ingest.sentry.io/456
+key_down_event={a30}
+"sessionKey":"agent:main:main"
+"session_key": "agent:main:telegram:12345678"
+"apiKeySource":"none"
+arn:aws:iam::123456789012:role/MyRole
+arn:aws:secretsmanager:us-east-1:123456789012:secret:prod/db-{a6}
+0x{h40}
+password = getpass.getpass("Password: ")
+password = os.environ["DB_PASSWORD"]
+const apiKey = process.env.OPENAI_API_KEY;
+api_key=os.getenv("OPENAI_API_KEY")
+api_key = settings.api_key2
+token: str = Field(..., description="the token")
+token: string;
+password: string
+private apiKey: string | undefined = undefined;
+secret: kubernetes.Secret
+user = User(name="x", password=hashed_password2)
+private_key: ed25519.Ed25519PrivateKey, other: int
+private_key: PKCS7PrivateKeyTypes,
+def set_password(self, password: SecretStr) -> None:
+token = self.tokens[self.pos + 1]
+assert token.type == TokenType.NUMBER2
+token.address] = tls_idset
+KeyPair = X25519.KeyPair
+key_length = XSalsa20.key_length
+self.assertEqual(key, "param:secp384r1.pem")
+keys = ["alpha1beta2", "gamma3delta4"]
+names = ["opaqueBufferTriggerToken", "sfntMapEncoding2"]
+"required": ["api_key", "secret_key2", "base_url"]
+sorted(items, key=operator.itemgetter(1))
+KeyError: 'password'
+API_KEY=<your-api-key>
+API_KEY=your_api_key_here
+API_KEY=xxxxxxxxxxxxxxxxxxxxxxxx
+API_KEY=${API_KEY}
+API_KEY=$API_KEY
+API_KEY={{ api_key }}
+API_KEY="$(cat /run/secrets/api_key)"
+API_KEY=
+GITHUB_API_KEY=\nOTHER_API_KEY=
+API_KEY=API_KEY_V2
+password: "{{ vault_password }}"
+password: changeme
+password: CHANGE_ME_123
+PASSWORD=********
+PASSWORD=$1
+password=""
+password: op://Private/db/password
+password: !vault |
+password_hash = hashlib.sha256(pw).hexdigest()
+PASSWORD_RESET_TIMEOUT=259200
+PASSWORD_MIN_LENGTH=12
+password must be at least 12 characters long
+"password": "Must contain 8 characters, 1 digit"
+The default password: none of your business
+The token expired, please log in again.
+the secret is to keep going
+Enter password:
+| `API_KEY` | the key | `sk-...` |
+x-api-key: required
+secrets: inherit
+secretName: my-app-tls-secret
+name: db-password-secret-v2
+LLM_SECRET_NAME = "NEXUS-GPT4-API-KEY"
+keyVaultToStoreSecrets: cmp2-qat-1208358310
+token: ${{ secrets.GITHUB_TOKEN }}
+token_url = "https://auth.h.example/oauth/token1"
+AUTH_URL=https://auth.h.example/v1
+KEY_PATH=/etc/ssl/private/server1.key
+SSH_AUTH_SOCK=/tmp/ssh-XXXXabcd/agent.1234
+TOKEN_FILE=/var/run/secrets/token1
+--password-file /run/secrets/pw1
+--password "$DB_PASSWORD"
+--username and --password options instead
+auth: none
+auth_type = "basic"
+Basic authentication is required
+basic instructions follow
+Bearer YOUR_ACCESS_TOKEN_GOES_HERE
+Authorization: Bearer $TOKEN
+Authorization: Bearer <token>
+Authorization: Bearer test-token-for-the-unit-tests
+Authorization: Basic ...
+Authorization: Token **********
+Set-Cookie: theme=dark; Path=/; HttpOnly
+cookie: consent=accepted-all-categories
+"input_tokens": 12345, "output_tokens": 678
+max_tokens=4096
+tokens_per_second: 123.456
+tokenizer = AutoTokenizer.from_pretrained("gpt2")
+"key": "Ctrl+Shift+P"
+"keyName": "some-key-name-v2"
+"Key": "867139942017-EntitiesDetection-{h32}/"
+keyboard: qwerty-us-intl2
+schemaKey = 'DOC_Vector_5_32'
+curl -u "$USER:$PASS" https://h.example
+curl -u me https://h.example
+docker run -p 8080:80 nginx1
+ssh -p 2222 host
+mysql -u root -p mydb1
+https://github.com/owner/repo.git
+git@github.com:owner/repo.git
+https://h.example:8443/path@2
+http://localhost:3000/@fs/src/main.ts
+postgres://me:${DB_PASS}@localhost/db
+postgres://me:<password>@localhost/db
+mongodb://localhost:27017/test
+https://me@h.example/
+me@h.example
+npm install @scope/package@1.2.3
+task-{h32}
+disk-usage-report-2024-01-01-final-version
+.sk-fading-circle-animation-delay-one
+npm_config_registry=https://registry.npmjs.org/
+-----BEGIN CERTIFICATE-----\n{b64}\n-----END CERTIFICATE-----
+-----BEGIN PUBLIC KEY-----\n{b64}\n-----END PUBLIC KEY-----
+a file that begins with -----BEGIN PRIVATE KEY----- is a key
+grep -r "BEGIN RSA PRIVATE KEY" .
+-----BEGIN RSA PRIVATE KEY-----\nMIIE...\n-----END RSA PRIVATE KEY-----
+/Users/ann/projects/app/node_modules/.bin/jest
+C:\\Users\\ann\\AppData\\Local\\Temp\\x.tmp
+version: 1.2.3-beta.4+build.5678
+2026-01-01T00:00:00.000Z
+[REDACTED:hf_token] and api_key=[REDACTED:assignment]
+password=[REDACTED]
+"""
+
+
+class Maker:
+    """Fills the templates above; `secret` is what the last one drew, parts joined."""
+
+    def __init__(self, seed=7):
+        self.random = random.Random(seed)
+
+    def draw(self, alphabet, count):
+        return "".join(self.random.choice(ALPHABETS[alphabet]) for _ in range(count))
+
+    def pem(self, how="plain"):
+        lines = [self.draw("b", 64) for _ in range(12)] + [self.draw("b", 22) + "=="]
+        text = "\n".join(["-----BEGIN RSA PRIVATE" " KEY-----", *lines,
+                          "-----END RSA PRIVATE" " KEY-----"])
+        return {"plain": text, "diff": text.replace("\n", "\n+"), "cut": text[:400],
+                "numbered": text.replace("\n", "\n    12\u2192"),
+                "crlf": text.replace("\n", "\r\n"),
+                "escaped": text.replace("\n", "\\n")}[how], lines[2]
+
+    def fill(self, template):
+        """(text, the longest thing that was drawn)."""
+        drawn = []
+
+        def part(found):
+            word = found.group(1)
+            if word == "pw":
+                drawn.append(self.random.choice(PASSWORDS))
+            elif word == "pair":
+                pair = ("me:" + self.draw("a", 12)).encode()
+                drawn.append(base64.b64encode(pair).decode())
+            elif word == "words":
+                drawn.append("able about above absent absorb abstract absurd abuse"
+                             " access accident account accuse")
+            elif word.startswith("pem"):
+                text, line = self.pem(*word.split()[1:])
+                drawn.append(line)
+                return text
+            elif word == "putty":
+                drawn.append(self.draw("b", 64))
+                return f"PuTTY-User-Key-File-3: x\nPrivate-Lines: 2\n{drawn[-1]}\n" \
+                       f"{self.draw('b', 40)}\nPrivate-MAC: {self.draw('h', 64)}"
+            else:
+                drawn.append(self.draw(word[0], int(word[1:])))
+            return drawn[-1]
+        text = re.sub(r"\{(pw|pair|words|putty|pem[a-z ]*|[ahlubcd]\d+)\}", part,
+                      template.replace("\\n", "\n"))
+        text, _, named = text.partition("|") if "|tulip" in template else (text, "", "")
+        return text, named or max(drawn, key=len, default="")
+
+
+def redactor(*patterns, literals=(), home=""):
+    return t.Redactor(t.user_patterns(list(patterns)), list(literals), home=home)
+
+
+def redacted(data, **how):
+    """(what is left, as text; counts)."""
+    one = redactor(**how)
+    return one.line(data if isinstance(data, bytes) else data.encode()).decode(), \
+        one.counts
+
+
+def ways_to_stand(text):
+    """`text` as transcripts hold it: {what: line}."""
+    line = text.replace("\r", "").replace("\n", "\\n")
+    asked = json.dumps({"cmd": text + "\nnext"})
+    return {"plain": line + "\n", "string": json.dumps({"a": [{"text": text}]}),
+            "utf-8": json.dumps({"t": f"\u2192 {text} \u00fc"}, ensure_ascii=False),
+            "colour": json.dumps({"t": f"\x1b[32m{text}\x1b[0m"}),
+            "within": json.dumps({"t": f"see\n\t{text}\nthen"}),
+            "nested": json.dumps({"arguments": asked}),
+            "quoted": json.dumps({"out": "Result: " + json.dumps({"x": asked})})}
+
+
+def rows_of(table, split=True):
+    rows = [row for row in table.strip("\n").splitlines()]
+    return [row.split(None, 1) for row in rows] if split else rows
+
+
+def shape_cases():
+    maker = Maker()
+    for kind, template in rows_of(TOKENS):
+        text, _ = maker.fill(template)
+        yield kind, text, text.split("/")[-1].split(":")[-1][-16:]
+    for kind, template in rows_of(CARRIERS):
+        yield (kind, *maker.fill(template))
+
+
+def test_secrets_go_and_what_only_looks_like_one_stays(record_property):
+    cases, maker = list(shape_cases()), Maker()
+    harmless = [maker.fill(row)[0] for row in rows_of(HARMLESS, split=False)]
+    missed = [(kind, how, text[:40]) for kind, text, secret in cases
+              for how, line in ways_to_stand(text).items()
+              if secret in (left := redacted(line)[0]) or left == line]
+    wrong = [text for text in harmless
+             if any(redacted(line)[0] != line for line in ways_to_stand(text).values())]
+    recall = 1 - len(missed) / len(cases) / 7
+    precision = len(cases) / (len(cases) + len(wrong))
+    print(f"recall {recall:.4f} of {len(cases)}, precision {precision:.4f} with"
+          f" {len(harmless)} harmless texts")
+    record_property("recall", recall)
+    record_property("precision", precision)
+    assert len(cases) >= 150 and len(harmless) >= 150
+    assert recall >= 0.98, missed
+    assert precision >= 0.97, wrong
+
+
+def test_each_shape_is_marked_with_its_kind():
+    wrong = [(kind, text[:20], counts) for kind, text, _ in shape_cases()
+             for counts in [redacted(json.dumps({"t": text}))[1]] if kind not in counts]
+    assert wrong == []
+
+
+def test_what_0_2_took_is_taken_under_the_same_name():
+    """The shortest of each of its eight patterns."""
+    shortest = {"aws_access_key": "AKIA" + "0Z" * 8, "hf_token": "hf_" + "a1" * 15,
+                "aws_session_token": "ASIA" + "9Q" * 8, "github_pat": "gho_" + "b2" * 15,
+                "anthropic_key": "sk-ant-" + "c3" * 10, "openai_key": "sk-" + "d4" * 10,
+                "slack_token": "xoxb-" + "1e" * 5, "bearer_token": "Bearer " + "f5" * 10}
+    for kind, text in shortest.items():
+        left, counts = redacted(json.dumps({"t": f"({text})"}))
+        assert counts == {kind: 1} and f"[REDACTED:{kind}]" in left and text not in left
+
+
+def test_a_line_without_a_finding_is_the_very_same_object():
+    for line in (b'{"a" : 1.0, "b":"text \\u00e9 \\/ x",  "a":2}\n', b"plain\xff\n", b""):
+        assert redactor(home="/home/ann").line(line) is line
+
+
+def test_only_the_secret_changes_in_its_line():
+    token = Maker().fill("ghp_{a36}")[0]
+    line = '{"n":1.50, "x" :"\\u00e9\\/", "n": 1e400,"t":"a %s b","k":[ ]}\r\n'
+    left, counts = redacted(line % token)
+    assert left == line % "[REDACTED:github_pat]" and counts == {"github_pat": 1}
+
+
+def test_a_key_is_never_changed_and_names_its_value():
+    token, password = Maker().fill("ghp_{a36}")[0], PASSWORDS[0]
+    doc = {token: 1, "/home/ann/x": "/home/ann/y", "api_key": password,
+           "inner": json.dumps({token: token, "/home/ann": 2, "auth": {"pwd": password}})}
+    left = json.loads(redacted(json.dumps(doc), home="/home/ann")[0])
+    assert list(left) == list(doc) and left["/home/ann/x"] == "~/y"
+    assert left["api_key"] == "[REDACTED:assignment]"
+    assert json.loads(left["inner"]) == {token: "[REDACTED:github_pat]", "/home/ann": 2,
+                                         "auth": {"pwd": "[REDACTED:assignment]"}}
+
+
+def test_a_value_is_judged_by_the_name_beside_it_and_an_escape_hides_nothing():
+    password, token = PASSWORDS[0], Maker().fill("hf_{l34}")[0]
+    for line in ('{"name": "DB_PASSWORD", "value": "%s"}' % password,
+                 '{"t":"\\u0068%s"}' % token[1:],
+                 '{"t":"https:\\/\\/me:%s@h.example\\/"}' % password,
+                 '{"Cookie":"theme=dark; sid=%s"}' % token):
+        left = redacted(line)[0]
+        assert "[REDACTED:" in left and password not in left and token[4:] not in left
+        assert list(json.loads(left)) == list(json.loads(line))
+
+
+def test_a_private_key_over_several_lines_of_text_goes_line_by_line():
+    text, line = Maker().pem()
+    one = redactor()
+    lines = [one.line(row.encode() + b"\n") for row in ["a", *text.split("\n"), "done it"]]
+    assert lines[0] == b"a\n" and lines[-1] == b"done it\n" and len(lines) == 17
+    assert set(lines[2:-2]) == {b"[REDACTED:private_key]\n"}
+    assert one.line(line.encode()) == line.encode(), "the key has ended"
+
+
+@pytest.mark.parametrize("line", [
+    '{"type":"user","t":"cut in the middle ghp_{a36}', '      "text": "ghp_{a36}",',
+    '{"a":1}{"b":"ghp_{a36}"} and more', 'x "ghp_{a36}" \\n "y', '[[[{"a":"ghp_{a36}"'])
+def test_what_is_only_nearly_json_is_redacted_too(line):
+    token = Maker().fill("ghp_{a36}")[0]
+    line = line.replace("ghp_{a36}", token)
+    assert redacted(line)[0] == line.replace(token, "[REDACTED:github_pat]")
+
+
+def test_values_of_secret_looking_variables_go_wherever_they_stand():
+    maker = Maker()
+    plain, token = maker.draw("a", 30), maker.fill("ghp_{a36}")[0]
+    environ = {"MY_TOKEN": plain, "GH_TOKEN": token, "DB_PASSWORD": "postgres",
+               "GPG_KEY": maker.draw("h", 40), "TOKEN_FILE": "/etc/token1", "PWD": "/x",
+               "DATABASE_URL": "postgres://me:tulip-garden@db/x", "API_KEY": "short1",
+               "SESSION_ID": maker.draw("a", 20)}
+    values = t.secret_values(environ)
+    assert values == [plain.encode(), token.encode(), b"tulip-garden"]
+    left, counts = redacted(json.dumps({"t": f"x{plain}y{token}"}), literals=values)
+    assert json.loads(left)["t"] == "x[REDACTED:env_value]y[REDACTED:github_pat]"
+
+
+def test_the_home_directory_becomes_a_tilde_and_nothing_else_does():
+    line = json.dumps({"cwd": "/home/ann", "t": "/home/ann/x -I/home/ann/y\n/home/ann."
+                       " /home/anna /mnt/home/ann /home/ann-b ~/home/ann"})
+    left, counts = redacted(line, home="/home/ann/")
+    assert json.loads(left) == {"cwd": "~", "t": "~/x -I~/y\n~. /home/anna /mnt/home/ann"
+                                " /home/ann-b ~/home/ann"}
+    assert counts == {"home": 4} and redacted(line, home="/")[0] == line
+    windows = json.dumps({"t": r"C:\Users\ann\x C:/Users/ann C:\Users\anna"})
+    assert json.loads(redacted(windows, home=r"C:\Users\ann")[0])["t"] == \
+        r"~\x ~ C:\Users\anna"
+
+
+def test_patterns_of_the_user_have_their_kinds_and_leave_marks_alone():
+    one = t.Redactor(t.user_patterns({"ticket": "ACME-[0-9]+", "name": r"\bÜ\w+"}), [])
+    line = json.dumps({"ACME-1": "ACME-22 and Übel", "t": ["é ACME-3", "[REDACTED:x]"]})
+    assert json.loads(one.line(line.encode())) == {
+        "ACME-1": "[REDACTED:ticket] and [REDACTED:name]",
+        "t": ["é [REDACTED:ticket]", "[REDACTED:x]"]}
+    assert one.counts == {"ticket": 2, "name": 1}
+    left = redactor("[A-Z]{3,}").line(b'{"t":"[REDACTED:jwt] ABC"}')
+    assert left == b'{"t":"[REDACTED:jwt] [REDACTED:custom]"}'
+
+
+@pytest.mark.parametrize("given, said", [
+    ("(", "compile"), ("a*", "nothing"), ("", "nothing"), ("(a+)+b", "for ever"),
+    (r"(\w|\d)*x", "for ever"), ("(a?){30}a", "for ever"), (".*secret", "for ever"),
+    ([1], "not text"), ({"a b": "x"}, "does not fit"), ({"x": None}, "not text")])
+def test_a_pattern_that_cannot_be_used_is_refused(given, said):
+    with pytest.raises(t.Usage, match=said):
+        t.user_patterns(given)
+
+
+def test_patterns_that_are_fine_are_taken():
+    fine = ["ACME-[0-9]{6}", "(?:foo|bar)-[a-z]+", r"(?i)acme_\w+", "[(+]x+", "(ab)+c",
+            r"\(a+\)+", "(?P<n>a)(?=b)"]
+    assert [kind for kind, _ in t.user_patterns(fine)] == ["custom"] * len(fine)
+    assert t.user_patterns(None) == [] and len(t.user_patterns("x1")) == 1
+
+
+def any_document(chance, pieces, depth=0):
+    """A random JSON document whose keys and strings are made of `pieces`."""
+    def text():
+        return "".join(chance.choice(pieces) for _ in range(chance.randrange(6)))
+    pick = chance.random() if depth < 4 else 0
+    if pick < 0.5:
+        return text()
+    if pick < 0.7:
+        return {chance.choice(["api_key", "name", "value", "Cookie", text()]):
+                any_document(chance, pieces, depth + 1) for _ in range(3)}
+    if pick < 0.8:
+        return [any_document(chance, pieces, depth + 1) for _ in range(3)]
+    if pick < 0.9:
+        return json.dumps(any_document(chance, pieces, depth + 1))
+    return chance.choice([None, True, 1.5, -3])
+
+
+def without_strings(doc):
+    if isinstance(doc, dict):
+        return {key: without_strings(value) for key, value in doc.items()}
+    return [without_strings(each) for each in doc] if isinstance(doc, list) else \
+        "" if isinstance(doc, str) else doc
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_json_stays_json_with_its_keys_and_twice_is_once(seed):
+    chance = random.Random(seed)
+    pieces = [text for _, text, _ in shape_cases()] + [
+        '"', "\\", "\n", "\u00e9", "\ud800", "/home/ann", "/x", "key", "password", "=",
+        ":", "{", "}", "[", " ", "a" * 30, "https://", "@", "[REDACTED:x]", "\\u0041"]
+    for _ in range(120):
+        doc = any_document(chance, pieces)
+        line = json.dumps(doc, ensure_ascii=chance.random() < 0.5).encode(
+            "utf-8", "backslashreplace")
+        left = redactor("zq+", home="/home/ann").line(line)
+        assert without_strings(json.loads(left)) == without_strings(json.loads(line))
+        assert redactor("zq+", home="/home/ann").line(left) == left
+
+
+def test_a_secret_is_found_at_any_place_of_a_long_line():
+    token = Maker().fill("ghp_{a36}")[0]
+    for at in range(0, 200_000, 9_973):
+        words = ("word " * 40_000)[:at] + " " + token + " " + "word " * 2_000
+        left, counts = redacted(json.dumps({"t": words}))
+        assert token not in left and counts == {"github_pat": 1}
+
+
+@pytest.mark.parametrize("unit", ["a", "{", "[", "eyJ", '"', "\\", '\\"', "sk-ant-", "://",
+                                  "password=", "PRIVATE KEY", "cookie: a=", "a1B2", "/x"])
+def test_a_hostile_line_takes_no_longer_than_its_length(unit):
+    line = (unit * 1_000_000)[:1_000_000]
+    begun = time.process_time()
+    redacted(line, home="/home/ann")
+    redacted(json.dumps({"t": line[:500_000]}), home="/home/ann")
+    assert time.process_time() - begun < 8
+
+
+def generated_transcript(size):
+    """Lines as an agent that works on this program leaves them."""
+    chance, lines = random.Random(3), SOURCE.splitlines()
+    while size > 0:
+        at, count = chance.randrange(len(lines) - 200), chance.choice([3, 20, 200])
+        text = "\n".join(f"{at + n:6}\u2192{lines[at + n]}" for n in range(count))
+        line = json.dumps({
+            "uuid": str(uuid.UUID(int=chance.getrandbits(128))), "cwd": "/home/ann/shop",
+            "sessionId": str(uuid.UUID(int=chance.getrandbits(128))), "message": {
+                "role": "user", "content": [{"type": "tool_result", "content": text,
+                                             "tool_use_id": f"toolu_{at:022}"}]},
+            "usage": {"input_tokens": at, "cache_read_input_tokens": 18772}},
+            ensure_ascii=False).encode() + b"\n"
+        size -= len(line)
+        yield line
+
+
+def test_a_transcript_passes_at_20_mb_a_second(record_property):
+    """In the processor's time; a quarter of that is asked of a crowded machine."""
+    lines = list(generated_transcript(6_000_000))
+    one, begun = redactor(literals=[b"tulip-garden"], home="/home/ann"), \
+        time.process_time()
+    changed = sum(one.line(line) is not line for line in lines)
+    rate = sum(map(len, lines)) / 1e6 / (time.process_time() - begun)
+    print(f"redaction: {rate:.1f} MB/s")
+    record_property("rate", rate)
+    assert rate > 5 and changed == len(lines) == one.counts["home"]
+
+
+@pytest.mark.soak
+def test_50_mb_pass_and_a_line_of_50_mb_too():
+    lines = list(generated_transcript(50_000_000))
+    one, begun = redactor(home="/home/ann"), time.process_time()
+    for line in lines:
+        one.line(line)
+    rate = 50 / (time.process_time() - begun)
+    token = Maker().fill("ghp_{a36}")[0]
+    left = one.line(json.dumps({"t": 'say "x"\n' * 5_000_000 + token}).encode())
+    assert rate >= 10 and one.counts["github_pat"] == 1
+    assert left.endswith(b'\\n[REDACTED:github_pat]"}')
+
+
+def sample_files():
+    return [os.path.join(folder, name) for folder, _, names in os.walk(SAMPLES)
+            for name in names if name.endswith((".json", ".jsonl"))]
+
+
+@pytest.mark.skipif(not os.path.isdir(SAMPLES), reason="no samples here")
+def test_real_transcripts_lose_nothing_but_secrets():
+    for path in sample_files():
+        one = redactor(home="/home/nobody")
+        with open(path, "rb") as file:
+            lines = file.readlines()
+        assert [one.line(line) for line in lines] == lines, path
+        assert one.counts == {}, path
+
+
+@pytest.fixture
+def transcript(sh):
+    token = Maker().fill("hf_{l34}")[0]
+    with open(os.path.join(sh.cwd, "s.jsonl"), "w") as file:
+        file.write(json.dumps({"cwd": sh.home, "message": {"text": ["a", "x " + token]}})
+                   + "\n" + json.dumps({"n": 1}) + "\nexport API_KEY=" + token + "\n")
+    return token
+
+
+def test_a_dry_run_says_what_would_go_and_not_what_it_is(sh, transcript):
+    out = sh.ok("session", "redact", "--dry-run", "s.jsonl")
+    assert out.splitlines() == ["line 1  hf_token  $.message.text[1]",
+                                "line 3  hf_token", "3 lines: 2 hf_token, 1 home"]
+    doc = sh.json("session", "redact", "--dry-run", "s.jsonl", "--limit", "1")
+    assert doc["places"] == [{"line": 1, "path": "$.message.text[1]",
+                              "kind": "hf_token"}]
+    assert doc["counts"] == {"hf_token": 2, "home": 1} and doc["truncated"] is True
+    assert doc["lines"] == 3 and transcript not in out + json.dumps(doc)
+
+
+def test_a_key_that_is_a_secret_is_not_shown_as_a_path(sh):
+    token = Maker().fill("ghp_{a36}")[0]
+    with open(os.path.join(sh.cwd, "s.jsonl"), "w") as file:
+        json.dump({token: token}, file)
+    out = sh.ok("session", "redact", "--dry-run", "s.jsonl")
+    assert token not in out and out.startswith("line 1  github_pat  $.[REDACTED")
+
+
+def test_without_dry_run_the_text_goes_to_stdout_or_into_a_new_file(sh, transcript):
+    wanted = '{"cwd": "~", "message": {"text": ["a", "x [REDACTED:hf_token]"]}}\n' \
+             '{"n": 1}\nexport API_KEY=[REDACTED:hf_token]\n'
+    done = sh.run("session", "redact", "s.jsonl")
+    assert (done.out, done.err) == (wanted, "2 hf_token, 1 home\n")
+    with open(os.path.join(sh.cwd, "s.jsonl"), "rb") as file:
+        assert sh.run("session", "redact", "-", stdin=file.read()).out == wanted
+    assert "2 hf_token" in sh.ok("session", "redact", "s.jsonl", "--out", "p.jsonl")
+    with open(os.path.join(sh.cwd, "p.jsonl")) as file:
+        assert file.read() == wanted
+    assert "is there" in sh.refused(3, "session", "redact", "s.jsonl", "--out", "p.jsonl")
+
+
+def test_what_session_redact_cannot_do_is_a_sentence(sh, transcript):
+    assert "cannot read" in sh.refused(2, "session", "redact", "none.jsonl")
+    assert "cannot read" in sh.refused(2, "session", "redact", "none", "--out", "new")
+    assert not os.path.exists(os.path.join(sh.cwd, "new"))
+    assert "--dry-run or --out" in sh.refused(2, "session", "redact", "s.jsonl", "--json")
+
+
+def test_the_config_and_the_environment_name_what_else_is_secret(sh):
+    with open(os.path.join(sh.cwd, ".tracecraft.json"), "w") as file:
+        json.dump({"redact": ["ACME-[0-9]+"], "secret_key": "tulip-garden"}, file)
+    with open(os.path.join(sh.cwd, "s.txt"), "w") as file:
+        file.write("ACME-12 tulip-garden violet-meadow1\n")
+    done = sh.run("session", "redact", "s.txt", MY_PASSWORD="violet-meadow1")
+    assert done.out == "[REDACTED:custom] [REDACTED:env_value] [REDACTED:env_value]\n"
+    with open(os.path.join(sh.cwd, ".tracecraft.json"), "w") as file:
+        json.dump({"redact": "(a+)+"}, file)
+    assert "for ever" in sh.refused(2, "session", "redact", "s.txt")
+
+
+# == What an attack found ==============================================
 
     def handle(self, name="?"):
         return PlainStore(self.project, self.shared, name)

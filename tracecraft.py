@@ -6151,7 +6151,7 @@ class Judge:
         self._word = re.compile(rb"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
         self._turn = re.compile(rb"(?<=[A-Za-z])\d|(?<=\d)[A-Za-z]")
         self._spoken = re.compile(rb"(?i)(?=.*[aeiouy])(?!.*[bcdfghjklmnpqrstvwxz]{6})"
-                                  rb".{2,24}")
+                                  rb"(?!.*(.)\1{3}).{2,18}")
         self._sign = re.compile(rb"[!@#$%^&*+=?~]")
         self._digest = re.compile(  # or a UUID
             rb"(?i)(?:0x)?[\da-f]{16,}|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}")
@@ -6221,7 +6221,8 @@ class Judge:
         """Whether `value` is one under a name of that strength.
 
         loose: it is quoted or ends its line, so it is no piece of code or prose."""
-        if len(value) < SHORTEST or b" " in value or value.isdigit():
+        if len(value) < SHORTEST or b" " in value or value.isdigit() \
+                or len(set(value)) < 4:
             return False
         if self._digest.fullmatch(value):
             return strength == 3
@@ -6260,8 +6261,9 @@ TOKEN_BYTES = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-
 ESCAPED = rb"(?<=\\[nrtbf])|(?<=[\d;\[]m)|(?<=%[\da-fA-F]{2})|(?<=\\u[0-9a-f]{4})"
 LEFT = rb"(?:(?<![A-Za-z0-9_])|" + ESCAPED + rb")"
 
-# kind, how it begins, how it goes on. The first eight kinds are those of 0.2 and take
-# at least what it took. Where a beginning is a word too, the length is exact.
+# kind, how it begins, how it goes on. The kinds that 0.2 had keep their names and take
+# at least what it took, but for fillers. Where a beginning might be part of an ordinary
+# name, the length is exact.
 TOKEN_TABLE = r"""
 anthropic_key     sk-ant-                [\w-]{20,}
 openrouter_key    sk-or-                 (?:v1-)?[\w-]{32,}
@@ -6386,7 +6388,7 @@ render_key        rnd_                   [A-Za-z0-9]{20,}
 # kind, a word that is always there, what to look for in lower case: `s` is replaced.
 # Tokens with '+' and '/', which would end a run, and what commands and headers show.
 QUOTES = rb"[\\\"']{0,4}"
-BARE_WORD = rb"(?P<s>[^\s\"'\\|;&]{4,})"
+BARE_WORD = rb"(?P<s>[^\s\"'\\|;&\x1b]{4,})"
 MNEMONIC = rb"[^a-z]{1,9}(?P<s>(?:[a-z]{3,8} ){11,23}[a-z]{3,8})"
 PHRASE_TABLE = (
     ("slack_webhook", b"slack.com/",
@@ -6424,12 +6426,11 @@ PHRASE_TABLE = (
 
 # What stands between a secret-looking name and a value of sufficient length: at any
 # depth of escapes, in code, config, headers, JSON, XML and YAML; in lower case.
-SPACE = rb"(?:\s|\\[tnr])"
 REST = (
-    rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?" + SPACE + rb"{0,20}\\*[\"']?value\\*"
-    rb"[\"']?\s?[:=]|" + SPACE + rb"{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?"
-    + SPACE + rb"{0,8})(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
-NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|w(?<=pw)d|pass|c(?<=sec)ret|cred"
+    rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?(?:\s|\\[tnr]){0,20}\\*[\"']?value\\*"
+    rb"[\"']?\s?[:=]|[ \t]{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?[ \t]{0,8})"
+    rb"(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
+NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|pwd|pass|c(?<=sec)ret|cred"
                rb"|u(?<=au)th)" + REST)
 
 # Where a word of PHRASE_TABLE or a named value may be. A search for one letter is ten
@@ -6437,11 +6438,11 @@ NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|w(?<=pw)d|pass|c(?<=sec)ret|cr
 # by it, and preceded by the letters before it. In a line without any of these words
 # there is nothing for PhraseRule to find.
 HINTS = (
-    rb"k(?:ey(?:REST|(?<=private key)|-file(?<=user-key-file))|e(?<=toke)nREST"
+    rb"k(?:ey(?:(?<=private key)|-file(?<=user-key-file)|REST)|e(?<=toke)nREST"
     rb"|i(?<=cooki)eREST|\.(?<=slack.)com/|s(?<=webhooks)/|(?<=absk)|e(?<=docke)r\s)",
     rb"c(?:r(?:ed|(?<=secr)et)REST|url|_(?<=whsec_)|[ %](?<=basic.)|l(?<=redis-cl)i"
     rb"|(?<=mnemonic))",
-    rb"p(?:ass(?:REST|(?<=sshpass)|word\s)|wdREST|hrase|odman|(?<=\s-p)[^\s-])",
+    rb"p(?:ass(?:(?<=sshpass)|word\s|REST)|wdREST|hrase|odman|(?<=\s-p)[^\s-])",
     rb"u(?<=au)th(?:REST|orization)", rb"bearer", rb"xox", rb"54(?<=:54)3",
     rb"=(?:(?<=[?&]sig=)|(?<=signature=))",
 )
@@ -6549,8 +6550,9 @@ class KeyRule:
         self._begin, self._end = re.compile(self.BEGIN), re.compile(self.END)
         self._body = re.compile(rb"(?!(.)\1{15})[A-Za-z0-9+/]{32}")
         self._rest = re.compile(rb"[^\"'`<>{}]*")
-        self._putty = re.compile(rb"Private-Lines: ?\d+(?:\s|\\[rn])+((?:[A-Za-z0-9+/=]"
-                                 rb"{1,64}(?:\s|\\[rn]){1,4}){1,400})")
+        self._putty = re.compile(
+            rb"Private-Lines: ?\d+(?:\s|\\+[rn])+([A-Za-z0-9+/=]{1,64}"
+            rb"(?:(?:\s|\\+[rn]){1,4}[A-Za-z0-9+/=]{1,64}(?![\w-])){0,400})")
 
     def find(self, text: bytes) -> object:
         """The keys in `text`; a header that is only mentioned is none. Without an end
@@ -6581,26 +6583,27 @@ class NamedRule:
     def __init__(self, judge: Judge) -> None:
         import re
         self._judge, self._named = judge, re.compile(NAMED_VALUE)
-        self._bare = re.compile(rb"[^\s\"'`<>]*")
+        self._bare = re.compile(rb"[^\s\"'`<>\x1b]*")  # a colour ends it
         self._inner = {quote: re.compile(rb"[^\\\n" + quote + rb"]*")
                        for quote in (b'"', b"'", b"`")}
-        self._line = re.compile(rb"[^\\\n\"']*")
-        self._link = re.compile(rb"[^\s;&\"'`\\<>]{0,512}")
-        self._cut = re.compile(rb"[,;&|(){}\[\]\\]")
+        self._line = re.compile(rb"[^\\\n\"'\x1b]*")
+        self._link = re.compile(rb"[^\s;&\"'`\\<>\x1b]{0,512}")
+        self._cut, self._escape = re.compile(rb"[,;&|(){}\[\]\\]"), re.compile(rb"\\")
         self._before = re.compile(rb"(?:api|access|secret|auth|private|client|refresh|"
                                   rb"signing|encryption|account|master|webhook) $")
         self._place = re.compile(
             rb"(?:server|host|data source|endpoint|accountname|user ?id|uid|user"
             rb"|username|database|initial catalog|dbname|sslmode)\s?=")
         self._pair = re.compile(rb"[\w.-]{1,80}=([^;,\s\"'\\]{8,})")
+        self._escaped = re.compile(rb"[\d;]*m|[nrt]|")
         self._header = re.compile(rb"(?:-h|--header)[\s=]?\\*[\"']$")
         # settings.api_key2, API_KEY_V2, PKCS8Key: names in code, not values.
-        word = rb"[A-Za-z_]+(?:\d{1,4}[A-Za-z_]+){0,2}\d{0,2}"
+        word = rb"[A-Za-z_]+(?:\d{1,6}[A-Za-z_]+){0,2}\d{0,6}"
         self._code = re.compile(word + rb"(?:\." + word + rb")+|[A-Z]+(?:_[A-Z\d]+)+"
                                 rb"|(?:[A-Z]*\d{0,3}[A-Z][a-z]{2,})+")
         self._ended = re.compile(rb"\\+[nrt\"'`]")
 
-    def may_be(self, text: bytes, low: bytes, at: int) -> object:
+    def may_be(self, text: bytes, low: bytes, *, at: int) -> object:
         """What NAMED_VALUE matches at `at`, if there may be a secret when escapes in
         `text` are decoded; None if not."""
         found = self._named.match(low, at)
@@ -6627,7 +6630,7 @@ class NamedRule:
                 continue
             if name.lower().endswith(b"cookie"):
                 done = self._line.match(text, found.end()).end()
-                yield from self._cookies(text, found.end(), done)
+                yield from self._cookies(text, found.end(), stop=done)
                 continue
             for start, end, kind in self._found(text, low, found=found, name=name,
                                                 strength=strength):
@@ -6637,7 +6640,7 @@ class NamedRule:
     def member(self, name: bytes, value: bytes) -> object:
         """The same for the whole value of a JSON member."""
         if name.lower().endswith(b"cookie"):
-            yield from self._cookies(value, 0, len(value))
+            yield from self._cookies(value, 0, stop=len(value))
             return
         odd = name.translate(None, TOKEN_BYTES + b" $@")  # a sentence, a path, a type
         strength = 0 if odd else self._judge.strength(name)
@@ -6651,8 +6654,8 @@ class NamedRule:
         at = found.start()
         window = text[max(0, at - 60):at]
         start = at - len(window) + len(window.rstrip(TOKEN_BYTES))
-        if text[start - 1:start] == b"\\" and text[start] in b"nrt":
-            start += 1
+        if text[start - 1:start] in (b"\\", b"[", b";"):  # the end of an escape
+            start += self._escaped.match(text, start, at).end() - start
         # "API key: …", as prose and headings write it
         before = self._before.search(low, max(0, start - 12), start)
         start = before.start() if before else start
@@ -6690,15 +6693,15 @@ class NamedRule:
             return start, self._inner[quote].match(text, start, start + JUDGED).end(), \
                 not listed
         end = self._bare.match(text, start, start + JUDGED).end()
-        if name.isupper() and sep == b"=":
-            stop = text.find(b"\\", start, end)
-            return start, stop if stop >= 0 else end, True
-        cut = self._cut.search(text, start, end)
+        env = name.isupper() and sep == b"="
+        tag = sep.strip() == b">"
+        cut = (self._escape if env or tag else self._cut).search(text, start, end)
         if cut:
             end = start if cut.group() in b"([" else cut.start()
-        if listed or self._code.fullmatch(text, start, end):
+        if listed or tag and text[end:end + 1] != b"<" \
+                or self._code.fullmatch(text, start, end):
             end = start
-        return start, end, text[end:end + 1] in b"\r\n\"'`<&\\"
+        return start, end, env or text[end:end + 1] in b"\r\n\"'`<&\\\x1b"
 
     def _link_end(self, text: bytes, low: bytes, *, found: object, name: bytes) -> int:
         """The end of a password in a connection string, which may be any word; 0 when
@@ -6715,7 +6718,7 @@ class NamedRule:
             and not any(sign in value for sign in (b"(", b"[", b"{", b","))
         return end if fits and not self._judge.is_reference(value) else 0
 
-    def _cookies(self, text: bytes, start: int, stop: int) -> object:
+    def _cookies(self, text: bytes, start: int, *, stop: int) -> object:
         """The values of name=value pairs up to `stop` that are no words."""
         for pair in self._pair.finditer(text, start, stop):
             if self._judge.is_secret(pair.group(1), 3, loose=True):
@@ -6743,7 +6746,7 @@ class PhraseRule:
                 continue  # nearly always, and cheaper than to begin a finditer
             for found in hint.finditer(low):
                 at, end = found.span()
-                if not found.lastindex or self.named.may_be(text, low, at):
+                if not found.lastindex or self.named.may_be(text, low, at=at):
                     spots += [at, end]
         return spots
 
@@ -6914,12 +6917,12 @@ class PatternRule:
 
     def _spans(self, words: str, pattern: object) -> object:
         marks = self._marks.finditer(words)
-        mark = next(marks, None)
+        ahead = next(marks, None)
         for found in pattern.finditer(words):
             start, end = found.span()
-            while mark and mark.end() <= start:
-                mark = next(marks, None)
-            if start < end and not (mark and mark.start() < end):
+            while ahead and ahead.end() <= start:
+                ahead = next(marks, None)
+            if start < end and not (ahead and ahead.start() < end):
                 yield start, end
 
 
@@ -6992,7 +6995,7 @@ class Redactor:
         spots, armed = self._suspect(data)
         if not spots:
             return data
-        new = self._json(data, spots, armed) if self._start.match(data) else None
+        new = self._json(data, spots, armed=armed) if self._start.match(data) else None
         if new is not None:
             return new
         self._in_key = b"PRIVATE KEY" in data \
@@ -7019,7 +7022,7 @@ class Redactor:
         self._count("private_key")
         return mark("private_key") + data[len(data.rstrip(b"\r\n")):]
 
-    def _json(self, text: bytes, spots: list, armed: list) -> bytes | None:
+    def _json(self, text: bytes, spots: list, *, armed: list) -> bytes | None:
         """`text` with those string values redacted that hold a spot; None when it is
         not made as JSON is."""
         pieces, kept, before = [], 0, dict(self.counts)
@@ -7035,7 +7038,7 @@ class Redactor:
                 if spot > end and not (self._user and self._user.matches(
                         unquoted(raw))):
                     continue
-                new = self._value(raw, name, armed)
+                new = self._value(raw, name, armed=armed)
                 if new is not raw:
                     pieces += [text[kept:start], new]
                     kept = end
@@ -7080,13 +7083,13 @@ class Redactor:
             if (at - back) % 2 == 0:
                 return at
 
-    def _value(self, raw: bytes, name: bytes, armed: list) -> bytes:
+    def _value(self, raw: bytes, name: bytes, *, armed: list) -> bytes:
         """What becomes of a string between its quotes; the same object if nothing."""
         text, new = unquoted(raw), None
         if text is not raw and self._escape.search(raw) or text[:1] in (b"{", b"["):
             spots, armed = self._suspect(text)
             if text[:1] in (b"{", b"["):
-                new = self._json(text, spots, armed)
+                new = self._json(text, spots, armed=armed)
         if new is None:
             new = self._text(text, armed)
         new = self._splice(new, list(self._named.member(name, new)))
@@ -7145,17 +7148,19 @@ def secret_values(environ: dict, more: tuple = ()) -> list:
     """The values of secret-looking variables, passwords of URLs in any, and `more`:
     worth removing wherever they stand. Short, plain and repetitive ones are not: too
     much would go with them."""
-    judge, found = Judge(), []
-    urls = UrlRule(judge)
+    judge = Judge()
+    urls, found = UrlRule(judge), [value.encode("utf-8", "backslashreplace")
+                                   for value in more]
     for name, value in environ.items():
         data = os.fsencode(value)
-        found += [data[start:end] for start, end, _ in urls.find(data)
-                  if end - start >= SHORTEST]
+        found += [data[start:end] for start, end, _ in urls.find(data)]
         strength = judge.strength(os.fsencode(name))
-        if strength and judge.is_secret(data, max(2, strength), loose=True):
+        plain = judge.is_plain(data) and len(data) < 16 or strength < 2
+        if strength and not judge.is_reference(data) and (
+                not plain or judge.is_secret(data, strength, loose=True)):
             found.append(data)
-    found += [value.encode() for value in more if len(value) >= SHORTEST]
-    return [value for value in found if len(set(value)) > 5 and b"\n" not in value]
+    return [value for value in found if len(value) >= SHORTEST and len(set(value)) > 5
+            and not value.isdigit() and b"\n" not in value]
 
 
 def marks_made(before: bytes, after: bytes) -> list:
@@ -13583,7 +13588,9 @@ def _say_what_is_unusual(found: Settings) -> None:
 def redactor_for(settings: Settings) -> Redactor:
     """What takes secrets out of text here: the config's `redact`, the secret values of
     the environment and of the config, the home directory. Usage for a bad pattern."""
-    config, environ = settings.config, settings.environ
+    environ = settings.environ
+    # settings.config lacks the keys of a store that is not in use.
+    config = read_config(settings.config_path) if settings.config_path else {}
     own = tuple(str(config[name]) for name in SECRETS if config.get(name))
     return Redactor(user_patterns(config.get("redact")),
                     secret_values(environ, (*own, settings.key)),
