@@ -22127,12 +22127,128 @@ class PlainStore(MemoryStore):
         super().__init__(*args, **kwargs)
         self.verdict = {"atomic": False, "cas": False, "dialect": "quoted",
                         "why": "no compare-and-set here", "hint": "make a key"}
+
+    def handle(self, name="?"):
+        return PlainStore(self.project, self.shared, name)
+
+    def put(self, key, data, *, if_match=None, if_none_match=False):
+        if if_match is not None or if_none_match:
+            raise tracecraft.Unsafe("no compare-and-set here")
+        return super().put(key, data)
+
+    def upload(self, key, path, *, if_none_match=False, **how):
+        if if_none_match:
+            raise tracecraft.Unsafe("no compare-and-set here")
+        return super().upload(key, path, **how)
+
+
+@pytest.fixture
+def plain():
+    return agent_on(PlainStore(), "ada")
+
+
+def test_memory_without_conditions_is_overwritten_and_said_once(plain):
+    assert plain.memory.set("k", "1")["rev"] == 1
+    assert plain.memory.set("k", "2")["rev"] == 2
+    assert plain.memory.get("k")["value"] == "2"
+    assert plain.warned == ["no compare-and-set here: written as a plain overwrite,"
+                            " for one writer"]
+
+
+WINNERS = {
+    "claim": lambda p: p.claim("s"), "lock": lambda p: p.locks.acquire("l", ttl=60),
+    "reserve": lambda p: p.reservations.reserve(("*.py",)),
+    "push": lambda p: p.queue("q").push("x"), "incr": lambda p: p.memory.incr("n"),
+    "if-rev": lambda p: p.memory.set("k", "v", if_rev=0),
+    "if-absent": lambda p: p.memory.set("k", "v", if_absent=True),
+    "append": lambda p: p.memory.append("k", "v"),
+    "step add": lambda p: p.steps.add("s", title="t")}
+
+
+@pytest.mark.parametrize("act", WINNERS)
+def test_what_must_have_one_winner_is_refused_without_conditions(plain, act):
+    error = refused(tracecraft.Unsafe, WINNERS[act], plain)
+    assert error.hint == "make a key" and not plain.ledger.store.log
+
+
+@pytest.mark.parametrize("act", ["claim", "incr", "lock"])
+def test_an_advisory_act_is_allowed_with_a_warning_each_time(plain, act):
+    plain.ledger.allow_advisory = True
+    WINNERS[act](plain)
+    before = len(plain.warned)
+    plain.claim("another")
+    assert before and len(plain.warned) > before and "advisory" in plain.warned[-1]
+
+
+def test_mail_goes_its_way_without_conditions_and_an_id_is_sent_once(plain):
+    bob = agent_on(plain.ledger.store, "bob")
+    bob.presence.beat()
+    first = plain.mail.send("bob", "hello", op="7")
+    assert plain.mail.send("bob", "hello", op="7")["key"] == first["key"]
+    refused(tracecraft.Conflict, plain.mail.send, "bob", "other", op="7")
+    batch = bob.mail.inbox(new=True)
+    assert [m["message"] for m in batch.messages] == ["hello"]
+    batch.commit()
+    assert not bob.mail.inbox(new=True).messages
+
+
+def test_a_message_of_no_id_costs_no_look_without_conditions(plain):
+    agent_on(plain.ledger.store, "bob").presence.beat()
+    plain.mail.send("bob", "first")
+    plain.ledger.store.forget()
+    plain.mail.send("bob", "second")
+    assert plain.ledger.store.requests == 1
+
+
+def test_artifacts_work_without_conditions(plain, tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    plain.artifacts.upload(str(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(b"two")
+    refused(tracecraft.Conflict, plain.artifacts.upload, str(tmp_path / "a"))
+    plain.artifacts.upload(str(tmp_path / "a"), overwrite=True)
+    plain.artifacts.download("a", output=str(tmp_path / "b"))
+    assert (tmp_path / "b").read_bytes() == b"two"
+    plain.artifacts.delete("a")
+    assert plain.artifacts.show("a")["deleted_at"]
+
+
+def test_init_without_conditions_leaves_no_verdict_for_others(plain):
+    assert plain.init()["atomic"] is False
+    doc = plain.ledger.read("_project.json").doc
+    assert doc["layout"] == 1 and doc["verdicts"] == {}
+    assert plain.init()["cas"] is False
+
+
+class DigestStore(MemoryStore):
+    """A memory store whose ETags are digests of the bytes, as at Hugging Face."""
+
+    def handle(self, name="?"):
+        return DigestStore(self.project, self.shared, name)
+
+    def etag_of(self, data):
+        return '"' + hashlib.sha256(data).hexdigest() + '"'
+
+    def head(self, key):
+        found = super().head(key)
+        return tracecraft.Found(key, b"", etag=self.etag_of(self.shared.objects[key][0]),
+                                modified=found.modified, now=found.now, size=found.size)
+
+
+def test_where_etags_are_digests_one_head_settles_a_lost_answer():
+    ada = agent_on(DigestStore(), "ada")
+    store = ada.ledger.store
+    store.fault("lose", key="claim.json")
+    assert ada.claim("s").token == 1
+    asked = [pair for pair in store.counts if pair[1].endswith("claim.json")]
+    assert store.counts["HEAD", "steps/s/claim.json"] == 1, asked
+
+
 # == Redaction =========================================================
 #
 # No secret stands here, nor anything a scanner would take for one: {u93} becomes 93
 # characters of the alphabet u, drawn anew from a seed, and {pw} a password.
 
-SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "shared",
+REAL_SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "shared",
                        "samples", "sessions")
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ALPHABETS = {"a": LETTERS + "0123456789", "h": "0123456789abcdef", "l": LETTERS,
@@ -22141,7 +22257,7 @@ ALPHABETS = {"a": LETTERS + "0123456789", "h": "0123456789abcdef", "l": LETTERS,
 PASSWORDS = ("S3cr" "3t!pass", "hunter2" "hunter2", "xK9#m" "Q2$vL", "Winter" "2024!",
              "p4ssW" "0rd-xyz")
 
-TOKENS = r"""
+TOKEN_SHAPES = r"""
 anthropic_key     sk-ant-api03-{u93}AA
 anthropic_key     sk-ant-admin01-{u93}AA
 anthropic_key     sk-ant-oat01-{u95}
@@ -22571,23 +22687,23 @@ def ways_to_stand(text):
             "quoted": json.dumps({"out": "Result: " + json.dumps({"x": asked})})}
 
 
-def rows_of(table, split=True):
+def case_rows(table, split=True):
     rows = [row for row in table.strip("\n").splitlines()]
     return [row.split(None, 1) for row in rows] if split else rows
 
 
 def shape_cases():
     maker = Maker()
-    for kind, template in rows_of(TOKENS):
+    for kind, template in case_rows(TOKEN_SHAPES):
         text, _ = maker.fill(template)
         yield kind, text, text.split("/")[-1].split(":")[-1][-16:]
-    for kind, template in rows_of(CARRIERS):
+    for kind, template in case_rows(CARRIERS):
         yield (kind, *maker.fill(template))
 
 
 def test_secrets_go_and_what_only_looks_like_one_stays(record_property):
     cases, maker = list(shape_cases()), Maker()
-    harmless = [maker.fill(row)[0] for row in rows_of(HARMLESS, split=False)]
+    harmless = [maker.fill(row)[0] for row in case_rows(HARMLESS, split=False)]
     missed = [(kind, how, text[:40]) for kind, text, secret in cases
               for how, line in ways_to_stand(text).items()
               if secret in (left := redacted(line)[0]) or left == line]
@@ -22825,11 +22941,11 @@ def test_50_mb_pass_and_a_line_of_50_mb_too():
 
 
 def sample_files():
-    return [os.path.join(folder, name) for folder, _, names in os.walk(SAMPLES)
+    return [os.path.join(folder, name) for folder, _, names in os.walk(REAL_SAMPLES)
             for name in names if name.endswith((".json", ".jsonl"))]
 
 
-@pytest.mark.skipif(not os.path.isdir(SAMPLES), reason="no samples here")
+@pytest.mark.skipif(not os.path.isdir(REAL_SAMPLES), reason="no samples here")
 def test_real_transcripts_lose_nothing_but_secrets():
     for path in sample_files():
         one = redactor(home="/home/nobody")
@@ -22840,7 +22956,7 @@ def test_real_transcripts_lose_nothing_but_secrets():
 
 
 @pytest.fixture
-def transcript(sh):
+def told_session(sh):
     token = Maker().fill("hf_{l34}")[0]
     with open(os.path.join(sh.cwd, "s.jsonl"), "w") as file:
         file.write(json.dumps({"cwd": sh.home, "message": {"text": ["a", "x " + token]}})
@@ -22848,7 +22964,7 @@ def transcript(sh):
     return token
 
 
-def test_a_dry_run_says_what_would_go_and_not_what_it_is(sh, transcript):
+def test_a_dry_run_says_what_would_go_and_not_what_it_is(sh, told_session):
     out = sh.ok("session", "redact", "--dry-run", "s.jsonl")
     assert out.splitlines() == ["line 1  hf_token  $.message.text[1]",
                                 "line 3  hf_token", "3 lines: 2 hf_token, 1 home"]
@@ -22856,7 +22972,7 @@ def test_a_dry_run_says_what_would_go_and_not_what_it_is(sh, transcript):
     assert doc["places"] == [{"line": 1, "path": "$.message.text[1]",
                               "kind": "hf_token"}]
     assert doc["counts"] == {"hf_token": 2, "home": 1} and doc["truncated"] is True
-    assert doc["lines"] == 3 and transcript not in out + json.dumps(doc)
+    assert doc["lines"] == 3 and told_session not in out + json.dumps(doc)
 
 
 def test_a_key_that_is_a_secret_is_not_shown_as_a_path(sh):
@@ -22867,7 +22983,7 @@ def test_a_key_that_is_a_secret_is_not_shown_as_a_path(sh):
     assert token not in out and out.startswith("line 1  github_pat  $.[REDACTED")
 
 
-def test_without_dry_run_the_text_goes_to_stdout_or_into_a_new_file(sh, transcript):
+def test_without_dry_run_the_text_goes_to_stdout_or_into_a_new_file(sh, told_session):
     wanted = '{"cwd": "~", "message": {"text": ["a", "x [REDACTED:hf_token]"]}}\n' \
              '{"n": 1}\nexport API_KEY=[REDACTED:hf_token]\n'
     done = sh.run("session", "redact", "s.jsonl")
@@ -22880,7 +22996,7 @@ def test_without_dry_run_the_text_goes_to_stdout_or_into_a_new_file(sh, transcri
     assert "is there" in sh.refused(3, "session", "redact", "s.jsonl", "--out", "p.jsonl")
 
 
-def test_what_session_redact_cannot_do_is_a_sentence(sh, transcript):
+def test_what_session_redact_cannot_do_is_a_sentence(sh, told_session):
     assert "cannot read" in sh.refused(2, "session", "redact", "none.jsonl")
     assert "cannot read" in sh.refused(2, "session", "redact", "none", "--out", "new")
     assert not os.path.exists(os.path.join(sh.cwd, "new"))
@@ -22899,121 +23015,6 @@ def test_the_config_and_the_environment_name_what_else_is_secret(sh):
     assert "for ever" in sh.refused(2, "session", "redact", "s.txt")
 
 
-# == What an attack found ==============================================
-
-    def handle(self, name="?"):
-        return PlainStore(self.project, self.shared, name)
-
-    def put(self, key, data, *, if_match=None, if_none_match=False):
-        if if_match is not None or if_none_match:
-            raise tracecraft.Unsafe("no compare-and-set here")
-        return super().put(key, data)
-
-    def upload(self, key, path, *, if_none_match=False, **how):
-        if if_none_match:
-            raise tracecraft.Unsafe("no compare-and-set here")
-        return super().upload(key, path, **how)
-
-
-@pytest.fixture
-def plain():
-    return agent_on(PlainStore(), "ada")
-
-
-def test_memory_without_conditions_is_overwritten_and_said_once(plain):
-    assert plain.memory.set("k", "1")["rev"] == 1
-    assert plain.memory.set("k", "2")["rev"] == 2
-    assert plain.memory.get("k")["value"] == "2"
-    assert plain.warned == ["no compare-and-set here: written as a plain overwrite,"
-                            " for one writer"]
-
-
-WINNERS = {
-    "claim": lambda p: p.claim("s"), "lock": lambda p: p.locks.acquire("l", ttl=60),
-    "reserve": lambda p: p.reservations.reserve(("*.py",)),
-    "push": lambda p: p.queue("q").push("x"), "incr": lambda p: p.memory.incr("n"),
-    "if-rev": lambda p: p.memory.set("k", "v", if_rev=0),
-    "if-absent": lambda p: p.memory.set("k", "v", if_absent=True),
-    "append": lambda p: p.memory.append("k", "v"),
-    "step add": lambda p: p.steps.add("s", title="t")}
-
-
-@pytest.mark.parametrize("act", WINNERS)
-def test_what_must_have_one_winner_is_refused_without_conditions(plain, act):
-    error = refused(tracecraft.Unsafe, WINNERS[act], plain)
-    assert error.hint == "make a key" and not plain.ledger.store.log
-
-
-@pytest.mark.parametrize("act", ["claim", "incr", "lock"])
-def test_an_advisory_act_is_allowed_with_a_warning_each_time(plain, act):
-    plain.ledger.allow_advisory = True
-    WINNERS[act](plain)
-    before = len(plain.warned)
-    plain.claim("another")
-    assert before and len(plain.warned) > before and "advisory" in plain.warned[-1]
-
-
-def test_mail_goes_its_way_without_conditions_and_an_id_is_sent_once(plain):
-    bob = agent_on(plain.ledger.store, "bob")
-    bob.presence.beat()
-    first = plain.mail.send("bob", "hello", op="7")
-    assert plain.mail.send("bob", "hello", op="7")["key"] == first["key"]
-    refused(tracecraft.Conflict, plain.mail.send, "bob", "other", op="7")
-    batch = bob.mail.inbox(new=True)
-    assert [m["message"] for m in batch.messages] == ["hello"]
-    batch.commit()
-    assert not bob.mail.inbox(new=True).messages
-
-
-def test_a_message_of_no_id_costs_no_look_without_conditions(plain):
-    agent_on(plain.ledger.store, "bob").presence.beat()
-    plain.mail.send("bob", "first")
-    plain.ledger.store.forget()
-    plain.mail.send("bob", "second")
-    assert plain.ledger.store.requests == 1
-
-
-def test_artifacts_work_without_conditions(plain, tmp_path):
-    (tmp_path / "a").write_bytes(b"one")
-    plain.artifacts.upload(str(tmp_path / "a"))
-    (tmp_path / "a").write_bytes(b"two")
-    refused(tracecraft.Conflict, plain.artifacts.upload, str(tmp_path / "a"))
-    plain.artifacts.upload(str(tmp_path / "a"), overwrite=True)
-    plain.artifacts.download("a", output=str(tmp_path / "b"))
-    assert (tmp_path / "b").read_bytes() == b"two"
-    plain.artifacts.delete("a")
-    assert plain.artifacts.show("a")["deleted_at"]
-
-
-def test_init_without_conditions_leaves_no_verdict_for_others(plain):
-    assert plain.init()["atomic"] is False
-    doc = plain.ledger.read("_project.json").doc
-    assert doc["layout"] == 1 and doc["verdicts"] == {}
-    assert plain.init()["cas"] is False
-
-
-class DigestStore(MemoryStore):
-    """A memory store whose ETags are digests of the bytes, as at Hugging Face."""
-
-    def handle(self, name="?"):
-        return DigestStore(self.project, self.shared, name)
-
-    def etag_of(self, data):
-        return '"' + hashlib.sha256(data).hexdigest() + '"'
-
-    def head(self, key):
-        found = super().head(key)
-        return tracecraft.Found(key, b"", etag=self.etag_of(self.shared.objects[key][0]),
-                                modified=found.modified, now=found.now, size=found.size)
-
-
-def test_where_etags_are_digests_one_head_settles_a_lost_answer():
-    ada = agent_on(DigestStore(), "ada")
-    store = ada.ledger.store
-    store.fault("lose", key="claim.json")
-    assert ada.claim("s").token == 1
-    asked = [pair for pair in store.counts if pair[1].endswith("claim.json")]
-    assert store.counts["HEAD", "steps/s/claim.json"] == 1, asked
 # == Session records ===================================================
 #
 # The decisions alone: every interleaving of two mirrors, a compaction, crashes, lost
