@@ -23790,6 +23790,18 @@ def test_a_mirror_that_is_broken_is_caught(small, tmp_path, broken):
     assert any(caught(number) for number in range(20))
 
 
+def test_a_part_created_too_late_is_deleted_by_who_created_it(bucket, file):
+    slow = mirror_of(file.add(2), bucket)
+
+    def meanwhile():  # another finishes it, and a compaction merges and deletes it
+        mirror_of(file, bucket, name="bob").flush()
+        mirror_of(file.add(2), bucket, name="bob").flush()
+        agent_on(bucket, "eve").sessions.compact("s")
+    slow.store.fault("ok", key="part-", before=meanwhile)
+    slow.flush()
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+
+
 # -- compaction --------------------------------------------------------
 
 
@@ -23922,6 +23934,37 @@ def test_a_session_of_02_goes_on_where_it_ends(bucket, file, ranges):
     meta = bucket.doc(SESSION + "meta.json")
     assert meta["total_source_bytes"] == len(file.data)
     assert meta["started_at"] == "2026-01-01T00:00:00+00:00"
+
+
+@pytest.mark.parametrize("harness, start", [
+    ("claude-code", (0, 70)), ("hermes", (1, None)), ("other", (1, None))])
+def test_after_a_compaction_by_02_its_total_says_how_far_bytes_go(harness, start):
+    """Rows of a database it counted otherwise: those are stored again, none is lost."""
+    merged = {"seq": 0, "uuid": "0000000c", "compacted_from": 3, "uploaded_bytes": 65}
+    meta = {"harness": harness, "total_source_bytes": 70, "parts": [merged]}
+    cursor = t.adopt_session(meta, {"part-00000-0000000c.jsonl": 65}, {})
+    assert (cursor["generation"], cursor["position"]) == start
+    assert [part["uploaded_bytes"] for part in cursor["parts"]] == [65]
+
+
+def test_a_lost_cursor_is_a_new_generation_and_its_revision_goes_on(bucket, file):
+    mirrored(file, bucket, 3).flush()
+    rev = bucket.doc(CURSOR)["rev"]
+    bucket.shared.objects.pop(CURSOR)
+    mirror_of(file.add(), bucket).flush()
+    assert stored(bucket, -1) == file.data and bucket.doc(CURSOR)["generation"] == 1
+    assert bucket.doc(CURSOR)["rev"] > rev
+    assert bucket.doc(SESSION + "meta.json")["generation"] == 1
+
+
+def test_a_big_part_of_02_is_read_in_pieces(bucket, file, monkeypatch):
+    file.add(40)
+    place_02(bucket, (0, 900), (900, 910), (910, len(file.data)), data=file.data)
+    monkeypatch.setattr(tracecraft, "READ_AHEAD", 64)
+    assert stored(bucket) == file.data
+    session = agent_on(bucket, "ada").sessions.find("s")
+    pieces = [len(data) for _, data in session._fetched(session.parts(), 130)]
+    assert sum(pieces) == len(file.data) - 130 and max(pieces) <= 64
 
 
 def test_a_session_of_02_alone_can_be_read_listed_and_compacted(bucket, file):
@@ -28839,6 +28882,20 @@ def test_rows_that_change_in_a_database_are_stored_again_in_the_same_generation(
     mirror.flush()
     assert b"".join(session.records()) == whole(source)
     assert session.doc["generation"] == 0
+
+
+def test_a_source_that_is_deleted_while_it_is_read_leaves_what_is_stored(bucket, file):
+    class Vanishing(t.GrowingFile):
+        def stamp(self):
+            return "it was there"
+    mirror = mirror_of(file.add(2), bucket)
+    mirror.look()
+    whole_file = file.data
+    os.unlink(file.path)
+    mirror.source = Vanishing("jsonl", "s", path=file.path)
+    assert mirror.look() == 0
+    mirror.flush(end=True)
+    assert stored(bucket) == whole_file
 
 
 def test_fifty_idle_sessions_cost_no_request_and_hardly_any_time(bucket, tmp_path):

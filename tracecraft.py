@@ -3524,7 +3524,8 @@ def checked_cursor(doc: dict | None, key: str) -> dict | None:
     sound = type(doc.get("generation")) is int and "position" in doc \
         and isinstance(parts, list) and all(map(is_part, parts)) \
         and isinstance(doc.get("totals"), dict) \
-        and (reserved is None or is_part(reserved) and {"from", "to"} <= {*reserved}) \
+        and (reserved is None or is_part(reserved) and {"from", "to"} <= {*reserved}
+             and type(reserved.get("generation")) is int) \
         and all(isinstance(doc.get(name), list) and len(texts(doc, name))
                 == len(doc[name]) for name in ("pages", "merging", "doomed"))
     if not sound:
@@ -3544,7 +3545,7 @@ def page_parts(doc: dict | None, key: str) -> list:
 
 def first_cursor(about: dict) -> dict:
     """The cursor of a session of which nothing is stored. about: harness, session_id,
-    source_path, cwd, parent, agent_id, started_at."""
+    source_path, cwd, title, parent, agent_id, started_at, as far as known."""
     return {**about, "generation": 0, "position": None, "reserved": None, "pages": [],
             "parts": [], "merging": [], "doomed": [], "compactions": 0, "totals": {}}
 
@@ -3855,8 +3856,9 @@ def project_session(cursor: dict, old: dict | None) -> dict:
         return old
     ended, last = (old or {}).get("ended_at"), cursor.get("last_uploaded_at")
     later = (parse_iso(ended) or 0.0) > (parse_iso(last) or 0.0)
-    facts = ("harness", "session_id", "source_path", "cwd", "agent_id", "parent",
-             "started_at", "last_uploaded_at", "last_compacted_at", "generation")
+    facts = ("harness", "session_id", "source_path", "cwd", "title", "agent_id",
+             "parent", "started_at", "last_uploaded_at", "last_compacted_at",
+             "generation")
     return {**(old or {}), "schema_version": 1,
             **{name: cursor.get(name) for name in facts},
             "ended_at": cursor.get("ended_at") or (ended if later else None),
@@ -19024,15 +19026,15 @@ def check_params(params: dict) -> dict:
 
 
 def batches(items: list, size_of: object) -> object:
-    """Yields lists of neighbours to be fetched at once: at most 64, and no further one
-    beyond READ_AHEAD bytes."""
+    """Yields lists of neighbours to be fetched at once: at most 64, of READ_AHEAD bytes
+    or one that is bigger."""
     batch, size = [], 0
     for item in items:
-        batch.append(item)
-        size += size_of(item)
-        if len(batch) == 64 or size >= READ_AHEAD:
+        if batch and (len(batch) == 64 or size + size_of(item) > READ_AHEAD):
             yield batch
             batch, size = [], 0
+        batch.append(item)
+        size += size_of(item)
     if batch:
         yield batch
 
@@ -19497,13 +19499,20 @@ class Recorded:
     def read(self) -> None:
         """Read cursor and meta.json anew (two requests)."""
         self.ledger.restart()
-        cursor, self.meta = self.ledger.read_many(
-            [f"{self.prefix}_cursor.json", f"{self.prefix}meta.json"])
+        self.take(*self.ledger.read_many(self.keys))
+
+    @property
+    def keys(self) -> list:
+        """The keys of the cursor and of meta.json."""
+        return [f"{self.prefix}_cursor.json", f"{self.prefix}meta.json"]
+
+    def take(self, cursor: Record, meta: Record) -> None:
+        """Take in the two records as they were just read."""
         if cursor.fault:
             raise cursor.fault
-        if self.meta.fault:  # it only repeats the cursor
-            self.ledger.warn(self.meta.fault.message)
-        self.cursor = cursor
+        if meta.fault:  # it only repeats the cursor
+            self.ledger.warn(meta.fault.message)
+        self.cursor, self.meta = cursor, meta
 
     def leaves(self) -> dict:
         """{last component: size} of all keys of the session."""
@@ -19511,12 +19520,15 @@ class Recorded:
                 for entry in self.ledger.list(self.prefix).entries}
 
     def pages(self, cursor: dict) -> dict:
-        """{leaf: parts} of the cursor's pages. They never change: each is read once."""
+        """{leaf: parts} of the cursor's pages. They never change: each is read once.
+        NotFound when one is gone: a compaction has made another cursor."""
         todo = [leaf for leaf in cursor["pages"] if leaf not in self._pages]
         records = self.ledger.read_many([self.prefix + leaf for leaf in todo])
         for leaf, record in zip(todo, records):
             if record.fault:
                 raise record.fault
+            if record.doc is None:
+                raise NotFound(f"{shown(record.key)} is gone")
             self._pages[leaf] = page_parts(record.doc, record.key)
         return self._pages
 
@@ -19570,19 +19582,21 @@ class Recorded:
     def stream(self, generation: int | None = None) -> object:
         """Yields (generation, bytes) in order. A compaction meanwhile moves no byte:
         the count of those that were yielded says where to go on."""
-        done, gone = 0, None
+        done, before = 0, None
         while True:
-            parts = self.parts(generation)
             try:
-                for part, data in self._fetched(parts, done):
+                for part, data in self._fetched(self.parts(generation), done):
                     done += len(data)
                     yield part.get("generation"), data
                 return
             except NotFound as why:
-                if gone == parts:
+                seen = self.cursor.etag, self.meta.etag
+                if seen == (None, None):
+                    raise
+                if seen == before:
                     raise Corrupt(f"a part of session {shown(self.id)} is gone:"
                                   f" {why.message}") from why
-                gone = parts
+                before = seen
                 self.read()
 
     def _fetched(self, parts: list, done: int) -> object:
@@ -19595,9 +19609,26 @@ class Recorded:
             before = end
         for batch in batches(todo, lambda one: number(one[0], "uploaded_bytes")):
             self.ledger.restart()
+            if number(batch[0][0], "uploaded_bytes") > READ_AHEAD:
+                for data in self._pieces(*batch[0]):
+                    yield batch[0][0], data
+                continue
             found = self.ledger.each(lambda one: self.fetch(one[0]), batch)
             for (part, skip), data in zip(batch, found):
                 yield part, data[skip:]
+
+    def _pieces(self, part: dict, start: int) -> object:
+        """Yields the bytes of a big part: 0.2 stores the whole of a session in one."""
+        import hashlib
+        key, digest = self.prefix + part_leaf(part), hashlib.sha256()
+        for at in range(0, part["uploaded_bytes"], READ_AHEAD):
+            self.ledger.restart()
+            data = self.ledger.store.get(key, start=at, limit=READ_AHEAD).body
+            digest.update(data)
+            yield data[max(0, start - at):]
+        if part.get("sha256") not in (None, digest.hexdigest()):
+            raise Corrupt(f"{shown(key)} is not what was stored: another digest",
+                          key=key)
 
     def records(self, generation: int | None = None) -> object:
         """Yields every record as bytes, each with its line end, in order.
@@ -19695,7 +19726,7 @@ class Compaction:
             try:
                 done = self._merge()
                 break
-            except Moved:  # by a mirror that follows, or another compaction
+            except (Moved, NotFound):  # a mirror follows, or another compaction
                 if last:
                     raise
                 self.session.read()
@@ -19720,9 +19751,9 @@ class Compaction:
                       for group, name in zip(groups, names)]
             session.change(lambda doc: merge_parts(
                 doc, session.pages(doc), merged, at=self.ledger.at()))
-        except (Moved, NotFound) as why:
+        except (Moved, NotFound):
             self._give_up(leaves)
-            raise Moved(why.message) from why
+            raise
         return {**done, "bytes": sum(part["uploaded_bytes"] for part, _ in merged)}
 
     def _finished(self) -> dict:
@@ -19791,6 +19822,19 @@ class Sessions:
         recorded = Recorded(self.ledger, *exact[0])
         recorded.read()
         return recorded
+
+    def read_ahead(self, sessions: list) -> None:
+        """Read the cursors of many sessions in parallel. What is damaged or cannot be
+        read now is left to whoever needs it."""
+        self.ledger.restart()
+        try:
+            records = self.ledger.read_many([key for one in sessions
+                                             for key in one.keys])
+        except Unavailable:
+            return
+        for one, cursor, meta in zip(sessions, records[::2], records[1::2]):
+            if not cursor.fault:
+                one.take(cursor, meta)
 
     def _below(self, prefix: str, begin: str = "") -> list:
         """The names of the folders in `prefix` that begin so."""
@@ -19867,32 +19911,62 @@ class AsItIs:
 
 
 class Cut:
-    """The part that is being made of records, each redacted as it comes."""
+    """A part being made of records, each redacted as it comes.
 
-    __slots__ = ("redactor", "lines", "digest", "records", "size", "_before")
+    generation, start, end: its range of the source. turning: (generation, position)
+    behind which the source was found to be another; None if it goes on. data: the
+    bytes to be stored, once it is done."""
 
-    def __init__(self, redactor: object) -> None:
+    __slots__ = ("generation", "start", "end", "turning", "size", "records", "counts",
+                 "data", "_lines", "_digest", "_redactor", "_before")
+
+    def __init__(self, redactor: object, generation: int, start: object, *,
+                 turning: tuple | None = None) -> None:
         import hashlib
-        self.redactor, self.lines, self.digest = redactor, [], hashlib.sha256()
-        self.records = self.size = 0
-        self._before = dict(redactor.counts)
+        self.generation, self.start, self.end = generation, start, start
+        self.turning, self.size, self.records, self.data = turning, 0, 0, b""
+        self._lines, self._digest, self._redactor = [], hashlib.sha256(), redactor
+        self.counts, self._before = {}, dict(redactor.counts)
 
-    def add(self, data: bytes) -> None:
-        """Take in whole records of the source."""
+    def add(self, data: bytes, end: object) -> None:
+        """Take in whole records of the source, up to the position `end`."""
         records, _ = split_records(data, b"")
-        self.lines += map(self.redactor.line, records)
-        self.digest.update(data)
+        self._lines += map(self._redactor.line, records)
+        self._digest.update(data)
         self.records += len(records)
         self.size += len(data)
+        self.end = end
 
-    def part(self, uuid: str, *, generation: int, start: object, end: object) -> dict:
+    def done(self) -> Cut:
+        """This cut with its bytes and what was taken out of them."""
+        self.data, self._lines = b"".join(self._lines), []
+        found = {kind: number(self._redactor.counts, kind) - number(self._before, kind)
+                 for kind in self._redactor.counts}
+        self.counts = {kind: count for kind, count in found.items() if count}
+        return self
+
+    def part(self, uuid: str) -> dict:
         """The part as it is reserved."""
-        now = self.redactor.counts
-        found = {kind: number(now, kind) - number(self._before, kind) for kind in now}
-        return {"uuid": uuid, "generation": generation, "from": start, "to": end,
-                "records": self.records, "source_bytes": self.size,
-                "source_sha256": self.digest.hexdigest(),
-                "redactions": {kind: count for kind, count in found.items() if count}}
+        return {"uuid": uuid, "generation": self.generation, "from": self.start,
+                "to": self.end, "records": self.records, "source_bytes": self.size,
+                "source_sha256": self._digest.hexdigest(), "redactions": self.counts}
+
+
+def made_ahead(cuts: object) -> object:
+    """Yields what `cuts` does; once one is full, the next is made in a thread while the
+    caller stores this one."""
+    for cut in cuts:
+        yield cut
+        if cut.size >= CUT_BYTES:
+            break
+    else:
+        return
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, cuts, None)
+        while coming.result() is not None:
+            cut, coming = coming.result(), pool.submit(next, cuts, None)
+            yield cut
 
 
 class Mirror:
@@ -19904,17 +19978,30 @@ class Mirror:
     def __init__(self, session: Recorded, source: object, *, agent: str = "",
                  redactor: object = None, min_bytes: int = 1,
                  told: object = None) -> None:
-        self.session, self.source, self.agent = session, source, agent
+        self.session, self.source = session, source
         self.ledger, self.redactor = session.ledger, redactor or AsItIs()
         self.min_bytes, self.told = min_bytes, told or (lambda part: None)
+        self._about = self._facts(agent)
         self.stored, self.by = 0, self.ledger.hex(8)
         self._begun = None  # the cursor, before there is one
+        self._is_new = True  # the cursor was just read
         self._held = None  # (uuid, bytes) of a part of mine that may not be there yet
         self._made = None  # what is there under the reserved name, not yet committed
-        self._turning = None  # (generation, position) where the source is another
+        self._created = ""  # its leaf, if it was I who created it
         self._mine = None  # (generation, position) up to which I last stored
         self._seen: object = ()  # the source's stamp when nothing was left to store
         self._meta_due, self._projected_at = False, None
+
+    def _facts(self, agent: str) -> dict:
+        """What cursor and meta.json say of the source; the home directory is ~."""
+        source = self.source
+        facts = {"harness": source.harness, "session_id": source.session,
+                 "parent": source.parent, "agent_id": agent}
+        for name, text in (("source_path", source.path), ("cwd", source.cwd),
+                           ("title", source.title)):
+            data = self.redactor.line(text.encode("utf-8", "backslashreplace"))
+            facts[name] = data.decode("utf-8", "replace")
+        return {name: value for name, value in facts.items() if value}
 
     # -- what others call
 
@@ -19964,25 +20051,36 @@ class Mirror:
         session = self.session
         if session.cursor is None:
             session.read()
-            self._made = self._turning = self._begun = None
-            standing = session.standing(self._about())
-            if session.doc is None:
-                self._begun = {**standing, "started_at": standing.get("started_at")
-                               or self.ledger.at()}
-            elif standing is not session.doc:
-                session.project()  # 0.2 was here
-            if session.doc is not None:
-                session.sweep()
-                self._meta_due |= number(session.meta.doc, "cursor_rev") \
-                    < number(session.doc, "rev")
+            self._is_new = True
+        if self._is_new:
+            self._made = self._begun = None
+            self._drop_late()
+            self._take_in(session.standing(self._about))
+            self._is_new = False
         return session.doc if session.doc is not None else self._begun
 
-    def _about(self) -> dict:
-        source = self.source
-        facts = {"harness": source.harness, "session_id": source.session,
-                 "source_path": source.path, "cwd": source.cwd,
-                 "parent": source.parent, "agent_id": self.agent}
-        return {name: value for name, value in facts.items() if value}
+    def _take_in(self, standing: dict) -> None:
+        """Begin from the cursor as it was read, and mend what others left undone."""
+        session = self.session
+        if session.doc is None:
+            self._begun = {**standing, "started_at": standing.get("started_at")
+                           or self.ledger.at()}
+            return
+        if standing is not session.doc:
+            session.project()  # 0.2 was here
+        session.sweep()
+        behind = number(session.meta.doc, "cursor_rev") < number(session.doc, "rev")
+        self._meta_due = self._meta_due or behind
+
+    def _drop_late(self) -> None:
+        """Delete the part I created if it counts no more: another had created it, and
+        it was committed, merged and deleted while I was at it."""
+        leaf, self._created, doc = self._created, "", self.session.doc
+        if leaf and doc is not None:
+            parts = listed_parts(doc, self.session.pages(doc))
+            live = map(part_leaf, filter(None, [*parts, doc["reserved"]]))
+            if leaf not in live:
+                self.ledger.store.delete(self.session.prefix + leaf)
 
     def _is_quiet(self) -> bool:
         """Whether the source looks as if its harness had left it."""
@@ -19993,13 +20091,16 @@ class Mirror:
 
     def _advance(self, least: int, *, ended: bool = False) -> None:
         for _ in range(RIVALS):
-            self._finish_first()
             try:
-                for cut, start, end in self._cuts(least, ended):
-                    self._store(cut, start, end)
+                self._finish_first()
+                for cut in made_ahead(self._cuts(*self._front(), least=least,
+                                                 ended=ended)):
+                    self._store(cut)
                 self._mine = self._front()
                 return
-            except Moved:
+            except (Moved, NotFound) as why:
+                if why.details.get("bucket"):
+                    raise
                 self.session.cursor = None  # somebody else was faster: look again
         raise Busy(f"session {self.session.id}: too many mirrors at once",
                    hint="one is enough; try again")
@@ -20016,11 +20117,11 @@ class Mirror:
 
     def _refuse_two(self, doc: dict) -> None:
         """Two files under one id would begin a generation in turn, for ever."""
-        turned = doc.get("turned") or {}
+        turned = mapping(doc, "turned")
         if self._mine is None or doc["generation"] == self._mine[0] \
                 or turned.get("by") == self.by or turned.get("why") != "rewritten":
             return
-        if not self.source.read(self._mine[1]).fresh:
+        if not self._read(self._mine[1]).fresh:
             raise Conflict(f"session {self.session.id} is mirrored from another file as"
                            " well", hint="give one of them another --session-id")
 
@@ -20033,58 +20134,64 @@ class Mirror:
 
     # -- parts
 
-    def _cuts(self, least: int, ended: bool) -> object:
-        """Yields (Cut, (generation, from), to) for what is new in the source."""
-        (generation, start), cut = self._front(), Cut(self.redactor)
-        position = start
+    def _cuts(self, generation: int, start: object, *, least: int,
+              ended: bool) -> object:
+        """Yields a Cut for each part of what is new in the source."""
+        cut = Cut(self.redactor, generation, start)
         while True:
-            lines = self.source.read(position, ended=ended, size=CUT_BYTES // 4)
+            lines = self._read(cut.end, ended=ended, size=CUT_BYTES // 4)
             if not lines.data:
                 break
             if lines.fresh:
                 if cut.size:  # it was rewritten while it was read
-                    yield cut, (generation, start), position
-                    cut = Cut(self.redactor)
-                self._turning = (generation, position)
-                generation, start, least = generation + 1, None, 1
-            cut.add(lines.data)
-            position = lines.position
+                    yield cut.done()
+                cut = Cut(self.redactor, cut.generation + 1, None,
+                          turning=(cut.generation, cut.end))
+                least = 1
+            cut.add(lines.data, lines.position)
             if cut.size >= CUT_BYTES:
-                yield cut, (generation, start), position
-                start, cut, least = position, Cut(self.redactor), 1
+                yield cut.done()
+                cut, least = Cut(self.redactor, cut.generation, cut.end), 1
         if cut.size >= max(1, least):
-            yield cut, (generation, start), position
+            yield cut.done()
 
-    def _store(self, cut: Cut, start: tuple, end: object) -> None:
-        part, data = cut.part(self.ledger.hex(8), generation=start[0], start=start[1],
-                              end=end), b"".join(cut.lines)
-        page = next_page(self._open())
+    def _read(self, position: object, **how: object) -> Lines:
+        try:
+            return self.source.read(position, **how)
+        except NotFound:  # its harness has deleted it: what is stored stays
+            return Lines(b"", position, fresh=False)
+
+    def _store(self, cut: Cut) -> None:
+        part, page = cut.part(self.ledger.hex(8)), next_page(self._open())
         if page is not None:
             self.ledger.create_bytes(self.session.prefix + page[0], page[1])
-        self._held = part["uuid"], data
-        reserved = self._change(lambda doc: self._next(doc, part, page))["reserved"]
-        self._made = self._turning = None
-        self._create(reserved, data)
+        self._held = part["uuid"], cut.data
+        reserved = self._change(lambda doc: self._next(
+            doc, part, page=page, turning=cut.turning))["reserved"]
+        self._made, self._created = None, ""
+        self._create(reserved, cut.data)
         if self._made is None:
             raise Moved("was skipped by another mirror")
 
-    def _next(self, doc: dict, part: dict, page: tuple | None) -> dict:
+    def _next(self, doc: dict, part: dict, *, page: tuple | None,
+              turning: tuple | None) -> dict:
         """The cursor with what I made committed and `part` reserved: one request."""
         at = self.ledger.at()
         if self._made is not None:
             doc = commit_part(doc, self._made, at=at)
         if page is not None:
             doc = turn_page(doc, page[0])
-        if self._turning is not None:
-            doc = turn_generation(doc, self._turning, why="rewritten", at=at,
-                                  by=self.by)
-        return reserve_part(doc, {**part, "by": self.by, "at": at}, about=self._about())
+        if turning is not None:
+            doc = turn_generation(doc, turning, why="rewritten", at=at, by=self.by)
+        return reserve_part(doc, {**part, "by": self.by, "at": at}, about=self._about)
 
     def _create(self, reserved: dict, data: bytes) -> None:
         """Let `data` be what is there under the reserved name, or find what is. Nothing
         (b"") keeps every other mirror from creating it: it is skipped."""
-        key = self.session.prefix + part_leaf(reserved)
-        if not self.ledger.create_bytes(key, data):
+        leaf = part_leaf(reserved)
+        if self.ledger.create_bytes(self.session.prefix + leaf, data):
+            self._created = leaf
+        else:
             data = self.session.fetch({**reserved, "open": True})
         self._held = None
         if data:
@@ -20110,18 +20217,14 @@ class Mirror:
     def _again(self, reserved: dict) -> bytes:
         """The bytes of a part somebody reserved; b"" when its range is there no more.
         """
-        cut, position = Cut(self.redactor), reserved["from"]
+        cut = Cut(self.redactor, 0, reserved["from"])
         while cut.records < number(reserved, "records"):
-            try:
-                lines = self.source.read(position, upto=reserved["to"])
-            except NotFound:
-                return b""
+            lines = self._read(cut.end, upto=reserved["to"])
             if lines.fresh or not lines.data:
                 return b""
-            cut.add(lines.data)
-            position = lines.position
-        same = cut.digest.hexdigest() == reserved.get("source_sha256")
-        return b"".join(cut.lines) if same else b""
+            cut.add(lines.data, lines.position)
+        same = cut.part("")["source_sha256"] == reserved.get("source_sha256")
+        return cut.done().data if same else b""
 
     def _commit(self, *, end: bool = False) -> None:
         made, self._made = self._made, None
@@ -20132,8 +20235,10 @@ class Mirror:
             return end_session(done, at) if end else done
         try:
             self._change(decide)
+            self._created = ""
         except Moved:
-            self.session.cursor = None  # it was committed long ago
+            self.session.cursor = None
+            self._open()  # it was committed long ago
 
     def _project(self, *, after: float) -> None:
         """Write meta.json if the cursor is ahead and the last time is so long ago."""
