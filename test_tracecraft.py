@@ -29092,24 +29092,28 @@ def test_following_outlives_a_store_that_is_away(file, capsys):
     assert part["event"] == "part" and part["session"] == "s"
 
 
-def test_a_session_that_cannot_be_mirrored_is_given_up_alone(tmp_path, capsys):
+def test_a_session_that_cannot_be_mirrored_does_not_stop_the_others(tmp_path, capsys):
     bucket = MemoryStore()
     ada = agent_on(bucket, "ada")
     files = [Transcript(tmp_path / f"{name}.jsonl").add(2) for name in ("bad", "good")]
     options = SimpleNamespace(
-        files=[one.path for one in files], harness="auto", all=True, session_id=None,
+        files=[one.path for one in files], harness="auto", all=False, session_id=None,
         cwd=None, no_redact=True, min_bytes=1, interval=1, follow=True, as_json=True,
         quiet=False)
     ada.settings.cwd = str(tmp_path)
     bucket.place("sessions/jsonl/bad/_cursor.json", b"junk")
     follower = t.Follower(ada, t.Chosen(ada.settings, options), options)
-    for one in files:
-        source = one.source("")
-        follower.mirrors["jsonl", source.session] = follower._mirror(source)
-    follower.each(t.Mirror.look)
-    assert list(follower.failed) == [("jsonl", "bad")] and len(follower.mirrors) == 1
-    assert "session bad is given up" in capsys.readouterr().err or True
+    follower.find()
+    for _ in range(3):
+        follower.each(t.Mirror.look)
+    assert capsys.readouterr().err.count("warning: session bad: ") == 1
     assert bucket.doc("sessions/jsonl/good/_cursor.json")
+    follower.raise_if(hopeless=True)
+    assert refused(t.Corrupt, follower.raise_if).details["key"].endswith("_cursor.json")
+    bucket.shared.objects.pop("sessions/jsonl/bad/_cursor.json")
+    follower.end()
+    follower.raise_if()
+    assert bucket.doc("sessions/jsonl/bad/meta.json")["ended_at"]
 
 
 # -- 0.2.5 before and after us -----------------------------------------
@@ -29185,24 +29189,20 @@ def test_soak_500_mb_are_mirrored_at_20_mb_a_second_in_64_mib(sh):
         for _ in range(500):
             file.write(line.encode() * (10**6 // len(line)))
     size = os.path.getsize(path)
-    py_compile.compile(PROGRAM)
-    code = ("import resource, sys, tracecraft; code = tracecraft.main();"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr);"
-            "sys.exit(code)")
+    py_compile.compile(PROGRAM)  # to compile a program takes more memory than to run it
+    code = ("import sys, tracecraft; code = tracecraft.main();"
+            "print(open('/proc/self/status').read(), file=sys.stderr); sys.exit(code)")
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-S", "-c", code, "session", "mirror", path,
                            "--no-redact"], cwd=sh.cwd, env=sh.env({}),
-                          capture_output=True)
+                          capture_output=True, text=True)
     took = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    assert size / took > 20e6 and int(done.stderr.split()[-1]) < 64 << 10
-    digest = hashlib.sha256()
-    with t.connect(cwd=sh.cwd, environ=sh.env({})) as project:
-        for record in project.sessions.read("big"):
-            digest.update(record)
-    with open(path, "rb") as file:
-        assert digest.hexdigest() == hashlib.file_digest(file, "sha256").hexdigest() \
-            if hasattr(hashlib, "file_digest") else True
+    assert size / took > 20e6
+    assert int(re.search(r"VmHWM:\s+(\d+)", done.stderr)[1]) < 64 << 10
+    with t.connect(cwd=sh.cwd, environ=sh.env({})) as project, open(path, "rb") as file:
+        records = project.sessions.read("big")
+        assert all(record == next(file) for record in records) and not file.read(1)
 
 
 # == Session views =====================================================

@@ -30692,6 +30692,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
 # "Mirror", and where transcripts are, "Harnesses" knows.
 
 DISCOVER = 15  # seconds between looks for new sessions: it reads directories
+RETRY = 60  # seconds after which what will hardly help is tried again
 SESSION_ARG = arg("session", metavar="id", help="its id, HARNESS/ID, or how it begins")
 
 
@@ -30760,23 +30761,29 @@ class Chosen:
 
 
 class Follower:
-    """The mirrors of one call: each source once, whatever becomes of the others."""
+    """The mirrors of one call: each source once, whatever becomes of the others.
+
+    stop: a Stoppable that ends even a long turn between two parts. failed: {(harness,
+    id): the Error of the last turn, or None}."""
 
     def __init__(self, project: object, chosen: Chosen, options: object) -> None:
         self.project, self.chosen, self.options = project, chosen, options
         self.mirrors: dict = {}  # (harness, id): Mirror
-        self.failed: dict = {}  # (harness, id): the Error for which it was given up
-        self._trouble, self._looked_at = "", None
+        self.stop, self.failed, self._rests, self._looked_at = None, {}, {}, 0.0
 
     def find(self) -> None:
-        """Take in the sources there are; those that are new are announced."""
+        """Take in the sources that are new; while following each is announced."""
+        new = []
         for source in self.chosen.sources():
             name = source.harness, source.session
-            if name in self.mirrors or name in self.failed:
+            if name in self.mirrors:
                 continue
             self.mirrors[name] = self._mirror(source)
-            self.tell(f"+ now following session={shown(source.session)}", event="found",
-                      harness=source.harness, session=source.session)
+            new.append(self.mirrors[name].session)
+            if self.options.follow:
+                self.tell(f"+ now following session={shown(source.session)}",
+                          event="found", harness=source.harness, session=source.session)
+        self.project.sessions.read_ahead(new)
         self._looked_at = time.monotonic()
 
     def _mirror(self, source: object) -> Mirror:
@@ -30794,6 +30801,8 @@ class Follower:
                       harness=source.harness, session=source.session,
                       source_bytes=size, uploaded_bytes=part["uploaded_bytes"],
                       redactions=counts)
+            if self.stop is not None and self.stop.asked:
+                raise KeyboardInterrupt  # here nothing is half done
         redactor = AsItIs() if options.no_redact else redactor_for(project.settings)
         return Mirror(session, source, agent=project.agent, told=told,
                       redactor=redactor, min_bytes=options.min_bytes)
@@ -30806,33 +30815,50 @@ class Follower:
             put_out(json_line(event) + "\n")
 
     def each(self, act: object) -> None:
-        """act(mirror) for all. Trouble that may pass is said once; a session for which
-        it does not pass is given up."""
-        trouble = ""
-        for name, mirror in list(self.mirrors.items()):
+        """act(mirror) for all. What fails is said once and tried again, later if that
+        may not help; two that fail in a row end the turn: the store may be away."""
+        now, row = time.monotonic(), 0
+        for name, mirror in self.mirrors.items():
+            if self._rests.get(name, 0) > now:
+                continue
             try:
                 act(mirror)
+                row, self.failed[name] = 0, None
             except Error as why:
-                if why.retryable and self.options.follow:
-                    trouble = why.message
-                    continue
-                self.failed[name] = why
-                del self.mirrors[name]
-                remark(self.options, f"warning: session {shown(name[1])} is given up:"
-                       f" {why.message}")
-        if trouble and trouble != self._trouble:
-            remark(self.options, f"warning: {trouble}; trying on")
-        self._trouble = trouble
+                self._fail(name, why)
+                row += why.retryable
+            if row == 2:
+                return
+
+    def _fail(self, name: tuple, why: Error) -> None:
+        known, self.failed[name] = self.failed.get(name), why
+        self._rests[name] = 0 if why.retryable else time.monotonic() + RETRY
+        many = self.options.follow or len(self.mirrors) > 1
+        if many and (known is None or known.message != why.message):
+            remark(self.options, f"warning: session {shown(name[1])}: {why.message}"
+                   + ("; trying on" if self.options.follow else ""))
+
+    def raise_if(self, *, hopeless: bool = False) -> None:
+        """Raise the first failure there is. hopeless: only if nothing else came of the
+        turn, and trying again will hardly help."""
+        found = [why for why in self.failed.values() if why is not None]
+        if hopeless and (len(found) < len(self.mirrors)
+                         or any(why.retryable for why in found)):
+            return
+        for why in found:
+            raise why
 
     def turn(self) -> None:
         """One turn of following."""
-        due = self._looked_at is None or time.monotonic() - self._looked_at > max(
-            DISCOVER, self.options.interval)
-        if due and not self.options.files:
+        if time.monotonic() - self._looked_at > max(DISCOVER, self.options.interval) \
+                and not self.options.files:
             self.find()
         self.each(Mirror.look)
-        if self.failed and not self.mirrors and not self.options.all:
-            raise next(iter(self.failed.values()))
+
+    def end(self) -> None:
+        """Store what is left and note the end; a second signal is not waited for."""
+        self.stop, self.options.follow, self._rests = None, False, {}
+        self.each(lambda mirror: mirror.flush(end=True))
 
     def report(self) -> list:
         """meta.json of what was mirrored, as it is now."""
@@ -30877,8 +30903,7 @@ def cmd_session_mirror(project: object, options: object) -> None:
 
 def mirror_once(follower: Follower, chosen: Chosen, options: object) -> None:
     """Store what there is now, and say what that was."""
-    for source in chosen.sources():
-        follower.mirrors[source.harness, source.session] = follower._mirror(source)
+    follower.find()
     if not follower.mirrors:
         raise chosen.none_found()
 
@@ -30890,43 +30915,42 @@ def mirror_once(follower: Follower, chosen: Chosen, options: object) -> None:
                           f" size={mirror.source.size:,}")
     follower.each(flush)
     docs = follower.report()
+    if len(follower.mirrors) == 1:
+        follower.raise_if()
     if options.as_json:
         put_out(json_text({"items": docs, "truncated": False, "cursor": None}))
     elif docs:
         put_out(receipt(docs) + "\n")
-    for why in follower.failed.values():
-        raise why
+    follower.raise_if()
 
 
 def follow_sessions(follower: Follower, chosen: Chosen, options: object) -> None:
     """Mirror until TERM or INT, then store what is left and note the end."""
-    what = "sessions" if options.files else f"{options.harness} sessions"
-    if not options.files:
-        follower.find()
-        if not follower.mirrors and not options.all:
-            raise chosen.none_found()
-        what += f" in {shown(chosen.cwd)}"
-    else:
-        follower.find()
+    follower.find()
+    if not follower.mirrors and not options.all:
+        raise chosen.none_found()
+    what = "files" if options.files else f"{shown(options.harness)} sessions in" \
+        f" {shown(chosen.cwd)}"
     remark(options, f"following {what} every {options.interval:g}s — Ctrl-C to stop")
     if not follower.mirrors:
         remark(options, f"nothing to follow yet in {shown(chosen.cwd)} (waiting for a"
                " session)")
     try:
-        with Stoppable() as stop:
+        with Stoppable() as follower.stop:
+            follower.turn()
+            if not options.all:
+                follower.raise_if(hopeless=True)
             while True:
+                follower.stop.pause(options.interval, time.sleep)
                 follower.turn()
-                stop.pause(options.interval, time.sleep)
     except KeyboardInterrupt:
         remark(options, "stopping…")
-    options.follow = False  # what fails now is not tried again
-    follower.each(lambda mirror: mirror.flush(end=True))
+    follower.end()
     docs = follower.report()
     remark(options, f"marked {len(docs)} session(s) ended")
     if not options.as_json and docs:
         put_out(receipt(docs) + "\n")
-    for why in follower.failed.values():
-        raise why
+    follower.raise_if()
 
 
 def receipt(docs: list) -> str:
