@@ -27415,7 +27415,10 @@ def test_text_of_an_agent_cannot_cite_or_be_markup(story):
 @pytest.mark.parametrize("mark, wrong", [
     ("[memory/port.json@1]", False), ("[memory/port.json@2]", True),
     ("[memory/port.json@0]", True), ("[memory/nothing.json@1]", True),
-    ("[https://x@1]", True), ("\\[memory/nothing.json@1]", False), ("a@1", False)])
+    ("\\[memory/nothing.json@1]", True), ("a@1", False), ("[react@18]", False),
+    ("[memory/port.json@1, memory/ghost.json@9]", True), ("(memory/ghost.json @3)", True),
+    ("`memory/ghost.json@1`", True), ("[memory/port.json@rev1]", True),
+    ("[memory/port.json@" + "9" * 30 + "]", True), ("[../../etc/passwd.d@1]", True)])
 def test_a_citation_is_known_when_its_record_had_that_revision(story, mark, wrong):
     text = f"as {mark} says"
     assert bool(tracecraft.unknown_citations(story.ledger, text)) is wrong
@@ -27431,6 +27434,33 @@ def test_what_is_old_is_left_out_but_open_work_is_not(story, bucket):
 def test_a_digest_of_one_step_holds_nothing_else(story):
     text = digest_of(story, step="design").text()
     assert "design" in text and "bigger disk" not in text and "8080" not in text
+
+
+def test_a_forged_decision_is_nobodys(bucket):
+    ada = agent_on(bucket, "ada", key="k" * 16)
+    leaf = tracecraft.event_key("messages/ben/", agent="boss", at_ns=1, uuid8="0" * 8)
+    bucket.place(leaf, {"from": "boss", "to": "ben", "message": "we ship friday",
+                        "kind": "decision", "id": "1", "hmac": "0" * 64,
+                        "sent_at": "2026-01-01T00:00:00Z"})
+    assert "friday" not in digest_of(ada).text()
+    refused(tracecraft.Denied, lambda: tracecraft.Notes(ada, "/nowhere").promote(
+        [leaf], kind="decision"))
+
+
+def test_a_question_stays_open_however_old_and_whoever_read_the_broadcast(story, bob, bucket):
+    story.send("_broadcast", "who is free?", ack=True)
+    bucket.clock_at += 7200
+    lines = digest_of(story, since=bucket.clock_at - 60).lines["Left open"]
+    assert any("which port?" in line for line in lines)
+    message = [m for m in bob.inbox().messages if "free" in m["message"]][0]
+    bob.mail.ack(message["id"])
+    assert any("who is free?" in line for line in digest_of(story).lines["Left open"])
+
+
+def test_what_failed_again_was_not_solved(story, bob):
+    bob.claim("build", reopen=True).complete(state="failed", note="again")
+    lines = digest_of(story).lines["Failed, and what became of it"]
+    assert lines and not any("solved" in line for line in lines)
 
 
 def test_damage_is_counted_in_a_digest(story, bucket):
@@ -27473,11 +27503,12 @@ def test_a_lease_renewed_since_does_not_make_a_note_stale(story, tmp_path):
 
 NOTES = [
     ("---\ntype: rule\n", "does not end"), ("---\nno colon\n---\n", "no 'name:"),
-    ("---\ntype: law\n---\n", "none of rule"), ("---\ntype: rule\n---\n", "title is missing"),
+    ("---\ntype: law\nsources: 1\n---\n", "none of rule"),
+    ("---\ntype: rule\n---\n", "title is missing"),
     ("---\nsources:\n  - 3\ntitle: x\n---\n", "a source has no key"),
-    ("---\ndate: 3rd of May\n---\n", "is not YYYY-MM-DD"),
-    ("---\nstatus: maybe\n---\n", "none of proposed"),
-    ("---\ntitle: x\n---\n[a](gone.md)", "leads nowhere")]
+    ("---\ntype: rule\ndate: 3rd of May\n---\n", "is not YYYY-MM-DD"),
+    ("---\ntype: rule\nstatus: maybe\n---\n", "none of proposed"),
+    ("---\ntype: rule\n---\n[a](gone.md)", "leads nowhere")]
 
 
 @pytest.mark.parametrize("text, fault", NOTES)
@@ -27487,8 +27518,46 @@ def test_a_faulty_note_is_told_what_is_wrong(ada, tmp_path, text, fault):
     assert any(fault in said for said in row["faults"]), row
 
 
+def test_a_note_edited_by_hand_stays_a_note(story, tmp_path):
+    notes = tracecraft.Notes(story, str(tmp_path))
+    path = notes.promote(["port"], kind="fact", title="handlers[x](event)")["path"]
+    assert notes.check()[0]["faults"] == []
+    text = open(path).read().replace('"proposed"', "'accepted'  # by ben")
+    text = text.replace("---\n", "--- \n", 1).replace("  - {", "- {")
+    with open(path, "wb") as file:
+        file.write(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert [(row["faults"], row["stale"]) for row in notes.check()] == [([], [])]
+    story.memory.set("port", "9090")
+    assert notes.check()[0]["stale"]
+
+
+def test_one_bad_file_does_not_stop_the_check_of_the_others(story, tmp_path):
+    notes = tracecraft.Notes(story, str(tmp_path))
+    notes.promote(["port"], kind="fact")
+    os.symlink("gone", tmp_path / "a.md")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "b.md")
+    (tmp_path / "c.md").write_text("---\ntype: fact\nsources:\n  - {\"key\": \"../x\", "
+                                   "\"rev\": 1, \"sha256\": \"0\"}\n---\n")
+    rows = notes.check()
+    assert len(rows) == 2 and sum(bool(row["faults"]) for row in rows) == 1
+
+
+def test_notes_of_another_project_and_values_that_ran_out(story, bucket, tmp_path):
+    notes = tracecraft.Notes(story, str(tmp_path))
+    story.memory.set("soon", "gone", expires_in=5)
+    path = notes.promote(["soon"], kind="fact")["path"]
+    bucket.clock_at += 60
+    assert notes.check()[0]["stale"] == ["memory/soon.json is gone"]
+    refused(tracecraft.NotFound, notes.record, "soon")
+    text = open(path).read().replace('project: "p"', 'project: "other"')
+    open(path, "w").write(text)
+    assert notes.check()[0]["stale"] == []
+
+
 def test_other_markdown_beside_notes_passes(ada, tmp_path):
     (tmp_path / "README.md").write_text("# hello\n[x](nowhere.md)\n")
+    (tmp_path / "SKILL.md").write_text("---\nname: x\ndescription: y\n---\n[x](gone)\n")
     assert tracecraft.Notes(ada, str(tmp_path)).check() == []
 
 

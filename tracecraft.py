@@ -22739,12 +22739,12 @@ def prose(text: object, limit: int = QUOTED) -> str:
     """`text` on one line, with nothing in it that Markdown or a citation could be.
 
     >>> prose("see [x@1] <b>")
-    'see \\\\[x@1] &lt;b>'
+    'see \\\\[x@1\\\\] &lt;b&gt;'
     """
-    line = shown(one_line(text, limit)).replace("\\", "\\\\")
-    for char in "[`*_":
+    line = shown(one_line(text, limit)).replace("\\", "\\\\").replace("&", "&amp;")
+    for char in "[]`*_~!|#":
         line = line.replace(char, "\\" + char)
-    return line.replace("<", "&lt;")
+    return line.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def citation(key: str, doc: dict) -> str:
@@ -22753,11 +22753,17 @@ def citation(key: str, doc: dict) -> str:
 
 
 def cited(text: str) -> dict:
-    """{key: {revs}} of the marks in `text`, in their order."""
+    """{key: {revs as written}} of the citations in `text`, in their order.
+
+    However they are spelled: [key@rev], several in one pair of brackets, without any,
+    escaped, with a blank before the '@'. A key has a '/' and an ending in it.
+    """
     import re
     found: dict = {}
-    for key, rev in re.findall(r"(?<!\\)\[([^\[\]@\s\\]+)@(\d{1,18})\]", text):
-        found.setdefault(key, set()).add(int(rev))
+    for key, rev in re.findall(
+            r"([^\s\[\](){}<>,;`'\"@\\]+/[^\s\[\](){}<>,;`'\"@\\]+\.[a-z]+)"
+            r"[\s\\]*@\s*([^\s\[\](){}<>,;`'\"\\]*)", text):
+        found.setdefault(key, set()).add(rev.rstrip(".:!?"))
     return found
 
 
@@ -22817,10 +22823,12 @@ def trouble_lines(sid: str, claim: dict) -> list:
         if not bad:
             continue
         later = [r for r in rows[at + 1:] if r["what"] in ("completed", "approved")]
-        became = f"solved by {prose(later[-1]['agent'], 60)}" if later \
+        became = f"solved by {prose(later[-1]['agent'], 60)}" \
+            if later and state_of(claim) == "complete" \
             else f"now {state_of(claim).replace('_', ' ')}"
         said = [word(note, "note") for note in dicts(claim, "handoffs")
-                if number(note, "token") == row.get("token")] or [row.get("why") or ""]
+                if number(note, "token") == row.get("token")
+                and row["what"] != "took over"] or [row.get("why") or ""]
         why = f" ({prose(said[-1])})" if said[-1] not in ("", "ended") else ""
         out.append(("Failed, and what became of it",
                     f"{prose(row['agent'], 60)} {row['what']} {prose(sid, 80)}{why};"
@@ -22879,6 +22887,7 @@ class Summary:
 
     def __init__(self, project: object, *, since: float = 0.0, step: str = "") -> None:
         self.ledger, self.name = project.ledger, project.settings.project
+        self.secret, self.unread = project.settings.key, 0
         self.since, self.step, self.damaged = since, step, []
         self.lines: dict = {title: [] for title in DIGEST_TITLES}
 
@@ -22932,19 +22941,25 @@ class Summary:
 
     def _mail(self) -> None:
         entries = self.ledger.list("messages/").entries
-        answered = {e.key.rpartition("/")[2] for e in entries if "/_acks/" in e.key}
-        keys = [e.key for e in entries if self._fresh(e) and is_leaf(
+        answered = {e.key for e in entries if "/_acks/" in e.key}
+        asked = [e for e in entries if is_leaf(
             e.key.partition("/")[2].partition("/")[2])]
-        keys.sort(key=lambda key: event_parts(key.rpartition("/")[2])[0] or 0)
-        found, damaged = read_sound(self.ledger, keys[-MAIL_READ:])
+        asked.sort(key=lambda e: event_parts(e.key.rpartition("/")[2])[0] or 0)
+        self.unread = max(0, len(asked) - MAIL_READ)
+        fresh = {e.key for e in asked if self._fresh(e)}
+        found, damaged = read_sound(self.ledger, [e.key for e in asked[-MAIL_READ:]])
         self.damaged += damaged
         replied = {word(r.doc, "reply_to") for r in found.values()} - {""}
         for key, record in found.items():
-            doc = record.doc
-            done = key.rpartition("/")[2] in answered or word(doc, "id") in replied
+            doc, (_, box, leaf) = record.doc, key.split("/", 2)
+            if self.secret and genuine(self.secret, key, doc) == "forged":
+                continue  # of nobody, as in the timeline
+            # Of mail to many, an acknowledgement is that of one reader.
+            done = f"messages/{box}/_acks/{leaf}" in answered \
+                or word(doc, "id") in replied
             row = mail_line(key, doc, answered=done)
             if row and self.step in ("", word(doc, "step")):
-                self.add([row], True)
+                self.add([row], key in fresh)
 
     def text(self) -> str:
         """The digest as Markdown."""
@@ -22957,17 +22972,25 @@ class Summary:
                 out += ["", f"## {title}", "", *(f"- {line}" for line in lines)]
         out += ["", f"{len(self.damaged)} damaged records were left out: `doctor`"
                 " names them."] * bool(self.damaged)
+        out += ["", f"{self.unread} older messages were not read."] * bool(self.unread)
         return "\n".join(out if any(self.lines.values()) else
                          [head, "", "Nothing happened."]) + "\n"
 
 
 def unknown_citations(ledger: Ledger, text: str) -> list:
-    """The marks in `text` whose record is not there, or never had that rev."""
-    marks, out = cited(text), []
-    for record in ledger.read_many(list(marks)):
-        newest = None if record.doc is None else number(record.doc, "rev")
-        out += [f"[{record.key}@{rev}]" for rev in sorted(marks[record.key])
-                if newest is None or rev > newest or (rev == 0) != (newest == 0)]
+    """The citations in `text` whose record is not there, or never had that rev."""
+    marks, out, records = cited(text), [], {}
+    for key in marks:
+        try:
+            records[key] = ledger.peek(key).doc
+        except Usage:
+            records[key] = None  # no store can have such a key
+    for key, doc in records.items():
+        newest = None if doc is None else number(doc, "rev")
+        for rev in sorted(marks[key]):
+            told = int(rev) if rev.isascii() and rev.isdigit() and len(rev) < 18 else -1
+            if newest is None or told < 0 or told > newest or (told == 0) != (newest == 0):
+                out.append(f"[{key}@{rev}]")
     return out
 
 
@@ -23022,8 +23045,9 @@ def note_text(front: dict, body: str) -> bytes:
             continue
         lines.append("sources:")
         lines += ["  - " + json.dumps(source, ensure_ascii=False) for source in value]
-    body = body.strip("\n")
-    return "\n".join([*lines, "---", "", f"# {front['title']}", "", body, ""]).encode(
+    title = front["title"].replace("](", "]\\(")  # as in the body: no link
+    text = [*lines, "---", "", f"# {title}", "", body.strip("\n"), ""]
+    return "\n".join(text).encode(
         "utf-8", "backslashreplace")
 
 
@@ -23032,17 +23056,22 @@ def parse_note(data: bytes) -> tuple:
 
     Values are JSON, or plain words as people write them. Corrupt: it does not end.
     """
-    text = data.decode("utf-8", "replace").replace("\r\n", "\n")
-    if not text.startswith("---\n"):
+    text = data.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    first, *lines = text.split("\n")
+    if first.rstrip() != "---":
         return {}, text
-    head, end, body = text[4:].partition("\n---\n")
-    if not end:
+    ends = [at for at, line in enumerate(lines) if line.rstrip() in ("---", "...")]
+    head, body = "\n".join(lines[:ends[0]]) if ends else "", "\n".join(
+        lines[ends[0] + 1:]) if ends else ""
+    if not ends:
         raise Corrupt("its front matter does not end with a line '---'")
     front, inside = {}, ""
     for line in head.split("\n"):
-        if line.startswith("  - ") and inside:
-            front[inside].append(plain_value(line[4:]))
-        elif line.strip() and not line.startswith("#"):
+        if line.lstrip().startswith("- ") and inside:
+            front[inside].append(plain_value(line.lstrip()[2:]))
+        elif inside and line.startswith(" ") and ":" in line and front[inside]:
+            _block_value(front[inside], line)
+        elif line.strip() and not line.lstrip().startswith("#"):
             name, colon, value = line.partition(":")
             if not colon or name != name.strip() or not name:
                 raise Corrupt(f"front matter line {shown(line[:60])!r} is no 'name:"
@@ -23052,13 +23081,31 @@ def parse_note(data: bytes) -> tuple:
     return front, body
 
 
+def _block_value(items: list, line: str) -> None:
+    """Put `name: value`, indented below a list's last item, into that item."""
+    if isinstance(items[-1], str):
+        name, _, value = items[-1].partition(":")
+        items[-1] = {name.strip(): plain_value(value)}
+    if isinstance(items[-1], dict):
+        name, _, value = line.partition(":")
+        items[-1][name.strip()] = plain_value(value)
+
+
 def plain_value(text: str) -> object:
-    """A JSON value, or the text itself where it is none."""
+    """A JSON value, or the text itself where it is none; a comment after it is cut."""
     import json
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text.strip()
+    for part in (text, text.partition(" #")[0]):
+        try:
+            return json.loads(part)
+        except (ValueError, RecursionError):
+            plain = part.strip()
+    quoted_once = len(plain) > 1 and plain[0] == plain[-1] == "'"
+    return plain[1:-1].replace("''", "'") if quoted_once else plain
+
+
+def is_note(front: dict) -> bool:
+    """Whether front matter is that of a note; other tools write some too."""
+    return "sources" in front or front.get("type") in NOTE_TYPES
 
 
 def note_faults(front: dict) -> list:
@@ -23085,10 +23132,10 @@ def note_faults(front: dict) -> list:
 def broken_links(path: str, body: str) -> list:
     """The relative links of a note that lead to no file."""
     import re
-    out = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", body):
-        there = unescape(target.partition("#")[0])
-        outside = "://" in there or there.startswith(("mailto:", "/"))
+    out, body = [], re.sub(r"(?s)```.*?(?:```|$)|`[^`\n]*`", "", body)
+    for target in re.findall(r"(?<!\\)\]\(([^)\s]+)\)", body):
+        there = unescape(target.partition("#")[0].partition("?")[0])
+        outside = re.match(r"[A-Za-z][\w+.-]*:|/", there)
         if there and not outside and not os.path.exists(
                 os.path.join(os.path.dirname(path), there)):
             out.append(f"the link to {shown(there[:80])!r} leads nowhere")
@@ -23110,19 +23157,25 @@ class Notes:
 
     def __init__(self, project: object, folder: str) -> None:
         self.project, self.ledger = project, project.ledger
-        self.folder = os.path.abspath(folder)
+        self.folder, self.name = os.path.abspath(folder), project.settings.project
 
     def record(self, key: str) -> Record:
         """The record that a user calls `key`: a full key, a memory key, or a step."""
-        places = [key] if "/" in key else [f"memory/{key.replace('.', '/')}.json"]
-        if "/" not in key:
-            places.append(f"steps/{step_id(key)}/claim.json")
-        for place in places:
-            record = self.ledger.read(place)
-            if record.doc is not None and not record.doc.get("deleted_at"):
-                if "blob" in record.doc:
-                    record.doc = self.project.memory.whole(key, record.doc)
-                return record
+        places = [key] if "/" in key else [f"memory/{key.replace('.', '/')}.json",
+                                           f"steps/{step_id(key)}/claim.json"]
+        found = [record for record in map(self.ledger.read, places)
+                 if self._says(record)]
+        if len(found) > 1:
+            raise Usage(f"{shown(key)} is a memory key and a step",
+                        hint=" or ".join(record.key for record in found))
+        for record in found:
+            secret = self.project.settings.key
+            if secret and record.key.startswith("messages/") and genuine(
+                    secret, record.key, record.doc) == "forged":
+                raise Denied(f"{record.key} is forged: its signature is not of this"
+                             " project", hint="promote nothing from it")
+            record.doc = self._whole(record)
+            return record
         raise NotFound(f"nothing is stored as {shown(key[:120])!r}", hint="name a"
                        " memory key, a step with a hand-off, or a key of the bucket")
 
@@ -23147,25 +23200,29 @@ class Notes:
         body = b"\n".join(redactor.line(line.encode("utf-8", "surrogatepass"))
                           for line in "\n\n".join(texts_of).split("\n")).decode(
                               "utf-8", "replace")
-        title = one_line(title or body.strip().split("\n")[0], 80)
+        body = body.replace("](", "]\\(")  # an agent's text makes no links
+        title = one_line(title, 80) or one_line(
+            body.strip().split("\n")[0].lstrip("# "), 80)
         front = {"type": kind, "title": title, "status": status,
                  "author": source_author(records[0].doc),
                  "date": self.ledger.at()[:10],
                  "project": self.project.settings.project, "sources": sources}
         path = os.path.join(self.folder, f"{kind}-{slug(title)}.md")
-        changed = self._write(path, front, body)
-        return {"path": path, "changed": changed, "redacted": redactor.counts, **front}
+        old = self._write(path, front, body)
+        return {"path": path, "changed": old is None, "redacted": redactor.counts,
+                **front, **({"status": old.get("status")} if old else {})}
 
-    def _write(self, path: str, front: dict, body: str) -> bool:
+    def _write(self, path: str, front: dict, body: str) -> dict | None:
+        """None once written; the front matter of the same note that was there."""
         with FileTrouble("write", path):
             os.makedirs(self.folder, exist_ok=True)
             if not os.path.exists(path):
                 write_private(path, note_text(front, body))
                 os.chmod(path, 0o644)  # it is meant for the others of the repository
-                return True
+                return None
         old, _ = parse_note(self._read(path))
         if old.get("sources") == front["sources"]:
-            return False
+            return old
         raise Conflict(f"{shown(path)} is there, with other sources", path=path,
                        hint="choose another --title, or remove the old note")
 
@@ -23180,16 +23237,17 @@ class Notes:
         """
         rows = []
         for path in self._files():
-            data = self._read(path)
             try:
-                front, body = parse_note(data)
-            except Corrupt as why:
-                rows.append({"path": path, "faults": [why.message], "stale": []})
-                continue
-            if front:
+                front, body = parse_note(self._read(path))
+                if not is_note(front):
+                    continue
                 faults = note_faults(front) + broken_links(path, body)
-                stale = [] if faults else self._stale(front["sources"])
-                rows.append({"path": path, "faults": faults, "stale": stale})
+                stale = [] if faults else self._stale(front)
+            except (Corrupt, Usage, Denied, Unavailable) as why:
+                if isinstance(why, Unavailable) and not why.details.get("path"):
+                    raise  # the store's trouble, not the note's
+                faults, stale = [why.message], []
+            rows.append({"path": path, "faults": faults, "stale": stale})
         return rows
 
     def _files(self) -> list:
@@ -23197,22 +23255,35 @@ class Notes:
             raise Usage(f"{shown(self.folder)} is no directory",
                         hint="name the one that holds the notes")
         return sorted(os.path.join(at, name) for at, _, names in os.walk(self.folder)
-                      for name in names if name.endswith(".md"))
+                      for name in names if name.endswith(".md")
+                      and os.path.isfile(os.path.join(at, name)))
 
-    def _stale(self, sources: list) -> list:
+    def _stale(self, front: dict) -> list:
+        if front.get("project", self.name) != self.name:
+            return []  # of another project, which can be asked there
         self.ledger.restart()
-        out = []
+        sources, out = front["sources"], []
         for source, record in zip(sources, self.ledger.read_many(
                 [source["key"] for source in sources])):
             doc = record.doc
-            if doc is not None and "blob" in doc:
-                doc = self.project.memory.whole(record.key, doc)
-            if doc is None or doc.get("deleted_at"):
+            if record.fault:
+                out.append(f"{source['key']} is damaged")
+            elif not self._says(record):
                 out.append(f"{source['key']} is gone")
-            elif text_sha256(source_text(record.key, doc)) != source["sha256"]:
+            elif text_sha256(source_text(record.key, self._whole(record))) \
+                    != source["sha256"]:
                 out.append(f"{source['key']} says something else since rev"
                            f" {source['rev']} (now {number(doc, 'rev')})")
         return out
+
+    def _says(self, record: Record) -> bool:
+        doc = record.doc
+        return doc is not None and not doc.get("deleted_at") and (
+            not record.key.startswith("memory/") or live(doc, self.ledger.now()))
+
+    def _whole(self, record: Record) -> dict:
+        return self.project.memory.whole(record.key, record.doc) \
+            if "blob" in record.doc else record.doc
 
 
 # == 76. Replay ========================================================
@@ -29718,11 +29789,12 @@ def digest_through(project: object, options: object, text: str) -> int:
         raise Usage(f"cannot run {shown(words[0])}: {why.strerror}",
                     hint="what follows -- is a command and its words") from why
     said = made.stdout.decode("utf-8", "replace")
+    if not options.as_json:  # what it cost is not lost if the check fails
+        put_out("".join(shown(line) + "\n" for line in said.splitlines()))
     project.ledger.restart()
     wrong = unknown_citations(project.ledger, said)
-    answer(options, shown(said.rstrip("\n"), indent="") if options.as_json
-           else said.rstrip("\n"), {"text": said, "unknown": wrong,
-                                    "exit": made.returncode})
+    if options.as_json:
+        answer(options, "", {"text": said, "unknown": wrong, "exit": made.returncode})
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise Corrupt(f"{shown(words[0])} cites what does not exist:"
