@@ -30068,6 +30068,39 @@ def test_a_replay_reads_what_a_timeline_reads_and_the_metrics(worked):
 # -- transcripts -------------------------------------------------------
 
 
+def test_a_turn_belongs_to_the_same_step_whatever_is_asked_for(ada, bucket):
+    ada.claim("outer", ignore_needs=True)
+    bucket.clock_at += 2
+    inner = ada.claim("inner", ignore_needs=True)
+    bucket.clock_at += 4
+    inner.complete()
+    claims = t.gather_past(ada, t.Wanted(kinds=("claim",), lasting=True)).events
+    wanted = t.Wanted(step="outer")
+    assert [row["subject"] for row in t.gather_past(ada, wanted.claims()).events] == \
+        [row["subject"] for row in claims]
+
+
+def test_a_clock_that_was_wrong_does_not_stretch_the_page():
+    rows = [t.event("claim", "claimed", "s", at=t.iso(at), agent="ada") for at in (
+        1.7e9, 1.7e9 + 60, 2.5e11, 5)]
+    for row, at in zip(rows, (1.7e9, 1.7e9 + 60, 2.5e11, 5)):
+        row.update(at_s=at, key="steps/s/claim.json")
+    model = t.replay_model(rows, project="p", now=1.7e9 + 100, notes=[], records={},
+                           curves={})
+    assert (model["from"], model["to"]) == (1.7e9, 1.7e9 + 60)
+    assert len(model["events"]) == 4 and "2 events are at times" in model["notes"][0]
+
+
+def test_a_page_is_private_and_a_link_to_it_stays(sh, tmp_path):
+    page, link = tmp_path / "run.html", tmp_path / "link.html"
+    sh.ok("replay", "--out", str(page))
+    os.symlink(page, link)
+    sh.ok("replay", "--out", str(link))
+    assert os.path.islink(link) and os.stat(page).st_mode & 0o777 == 0o600
+    sh.refused(2, "replay", "--out", "")
+    assert "exchange" in sh.refused(2, "timeline", "--since", "1h", "--until", "2h")
+
+
 def test_a_replay_tells_the_turns_of_mirrored_transcripts(sh, tmp_path):
     sh.ok("step", "add", "design")
     sh.ok("claim", "design")

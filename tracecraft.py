@@ -22217,6 +22217,11 @@ class Wanted:
         self.lasting, self.docs = lasting, docs
         self.step, self.readers = step, Readers(kinds, secret=secret)
 
+    def claims(self) -> Wanted:
+        """The claims of every step, of the same agent and time."""
+        return Wanted(since=self.since, until=self.until, by=self.by, kinds=("claim",),
+                      lasting=True)
+
     def entry(self, entry: object) -> bool:
         """Whether the object behind a listed key can hold such an event."""
         if not self.readers.knows(entry.key):
@@ -22989,7 +22994,8 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
         newest = None if doc is None else number(doc, "rev")
         for rev in sorted(marks[key]):
             told = int(rev) if rev.isascii() and rev.isdigit() and len(rev) < 18 else -1
-            if newest is None or told < 0 or told > newest or (told == 0) != (newest == 0):
+            known = newest is not None and 0 <= told <= newest
+            if not known or (told == 0) != (newest == 0):
                 out.append(f"[{key}@{rev}]")
     return out
 
@@ -23297,6 +23303,7 @@ REPLAY_BYTES = 18 << 20  # of data in a page: a phone still opens it
 CUTS = ((8000, 4000), (2000, 1000), (500, 0), (100, 0))  # characters of a text, record
 DIFF_LINES = 300  # of a value; a longer one is shown, not compared
 TURN_TEXT = 4000  # characters of each text in a turn of a transcript
+EARLIEST = 1e9  # seconds: 2001; no agent worked before
 CURVES = 12  # metrics of a run
 CURVED_RUNS = 100  # the newest, whose metrics are read
 SAID = ("at", "at_s", "agent", "kind", "what", "subject", "text", "id", "key", "to",
@@ -23314,7 +23321,10 @@ def gather_replay(project: Project, wanted: Wanted, *,
     past = gather_past(project, wanted, limit=limit)
     spoken = Spoken(project, wanted, limit=limit)
     spoken.read()
-    give_steps(spoken.rows, past.events)
+    # For which step a turn was, all claims tell, not only those of the step wanted.
+    claims = past.events if not wanted.step or not spoken.rows else gather_past(
+        project, wanted.claims()).events
+    give_steps(spoken.rows, claims)
     rows = sorted(past.events + [row for row in spoken.rows if wanted.step in (
         "", row.get("step"))], key=event_order)
     more = None if None in (past.more, spoken.more) else \
@@ -23358,8 +23368,12 @@ def replay_model(rows: list, *, project: str, now: float, notes: list, records: 
     for point in points:
         lanes[point["lane"]]["tokens"] += fresh_tokens(point.get("tokens") or {})
     keys = {row["key"] for row in rows}
+    sane = [point for point in points if EARLIEST <= point["t"] <= now + DAY]
+    if len(sane) < len(points):
+        notes = [*notes, f"{len(points) - len(sane)} events are at times that cannot be:"
+                 " somebody's clock was wrong. They lie outside of what is shown."]
     return {"project": project, "notes": notes, "lanes": lanes, "events": points,
-            **span_of(points, since),
+            **span_of(sane or points, since, now=now),
             "runs": {run: curves_of(curves[run]) for run in curves if curves[run]},
             "records": {key: doc for key, doc in records.items() if key in keys},
             "tokens": sum(lane["tokens"] for lane in lanes),
@@ -23391,9 +23405,9 @@ def lane_names(rows: list) -> list:
     return sorted(names, key=lambda name: name[:1] == "#")
 
 
-def span_of(points: list, since: float = 0.0) -> dict:
+def span_of(points: list, since: float = 0.0, *, now: float = 0.0) -> dict:
     """{from, to}: the first and last second that is shown; never the same one."""
-    first = max(since, min([point["t"] for point in points], default=0.0))
+    first = max(since, min([point["t"] for point in points], default=now))
     last = max([point.get("end", point["t"]) for point in points], default=first)
     return {"from": first, "to": max(last, first + 1)}
 
@@ -24189,7 +24203,8 @@ function drawArrows(pen) {
   for (let at = begin; at < end; at++) {
     const index = shown[at], event = events[index], left = Math.round(x(event.t)) + .5;
     if (event.to === undefined || event.to === event.lane) continue;
-    const place = (left * lanes.length + event.lane) * (lanes.length + 1) + event.to;
+    const place = event.to < 0 ? -left  // what all get is one line for a moment
+      : (left * lanes.length + event.lane) * (lanes.length + 1) + event.to;
     if (drawn.has(place) && index !== state.selected) continue;
     drawn.add(place);
     pen.strokeStyle = pen.fillStyle = colour(event);
@@ -24197,11 +24212,19 @@ function drawArrows(pen) {
     pen.lineWidth = index === state.selected ? 2 : 1;
     if (event.fenced) pen.setLineDash([4, 3]);
     const from = places.get(event.lane);
-    const meant = event.to < 0 ? places.values() : [places.get(event.to)];
-    for (const to of meant) if (to !== from) drawArrow(pen, left, {from, to});
+    if (event.to < 0) drawToAll(pen, left, [...places.values()]);
+    else if (places.get(event.to) !== from)
+      drawArrow(pen, left, {from, to: places.get(event.to)});
     if (event.fenced) pen.setLineDash([]);
   }
   pen.globalAlpha = pen.lineWidth = 1;
+}
+
+function drawToAll(pen, left, places) {
+  pen.beginPath();
+  pen.moveTo(left, Math.min(...places));
+  pen.lineTo(left, Math.max(...places));
+  pen.stroke();
 }
 
 function drawArrow(pen, left, {from, to}) {
@@ -29549,6 +29572,8 @@ def wanted_by(project: object, options: object, **how: object) -> Wanted:
     now = project.ledger.now()
     when = {name: since(text, now) for name, text in (
         ("since", options.since), ("until", options.until)) if text is not None}
+    if when.get("since", 0.0) > when.get("until", float(YEAR_9999)):
+        raise Usage("--since is later than --until", hint="exchange them")
     return Wanted(secret=project.settings.key, by=options.by or "", **when, **how,
                   step=step_id(options.step) if options.step else "")
 
@@ -29661,10 +29686,12 @@ def cmd_replay(project: object, options: object) -> None:
     if options.out == "-":
         put_out(page)
         return
-    with NewFile(options.out) as temp, FileTrouble("write", options.out):
+    place = os.path.realpath(options.out)  # a link stays, what it leads to is new
+    # Private: it holds all mail and transcripts.
+    with NewFile(place, mode=0o600) as temp, FileTrouble("write", options.out):
         with open(temp, "wb") as file:
             file.write(page)
-        patiently(os.replace, temp, options.out)
+        patiently(os.replace, temp, place)
     count = len(model["events"])
     answer(options, f"Wrote {count} events to {shown(options.out)}"
            f" ({size_text(len(page))})",
@@ -29677,6 +29704,8 @@ def check_page(path: str, *, force: bool) -> None:
     can be no file."""
     if os.path.isdir(path):
         raise Usage(f"{shown(path)} is a directory", hint="name a file in it")
+    if not path.strip():
+        raise Usage("--out names no file", hint="name one, or - for stdout")
     if force or not os.path.lexists(path):
         return
     with FileTrouble("read", path):
