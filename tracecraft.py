@@ -23370,8 +23370,8 @@ def replay_model(rows: list, *, project: str, now: float, notes: list, records: 
     keys = {row["key"] for row in rows}
     sane = [point for point in points if EARLIEST <= point["t"] <= now + DAY]
     if len(sane) < len(points):
-        notes = [*notes, f"{len(points) - len(sane)} events are at times that cannot be:"
-                 " somebody's clock was wrong. They lie outside of what is shown."]
+        notes = [*notes, f"{len(points) - len(sane)} events are at times that cannot"
+                 " be: a clock was wrong. They lie outside of what is shown."]
     return {"project": project, "notes": notes, "lanes": lanes, "events": points,
             **span_of(sane or points, since, now=now),
             "runs": {run: curves_of(curves[run]) for run in curves if curves[run]},
