@@ -22701,6 +22701,7 @@ def shape_cases():
         yield (kind, *maker.fill(template))
 
 
+@pytest.mark.brief
 def test_secrets_go_and_what_only_looks_like_one_stays(record_property):
     cases, maker = list(shape_cases()), Maker()
     harmless = [maker.fill(row)[0] for row in case_rows(HARMLESS, split=False)]
@@ -22882,20 +22883,23 @@ def test_json_stays_json_with_its_keys_and_twice_is_once(seed):
 
 def test_a_secret_is_found_at_any_place_of_a_long_line():
     token = Maker().fill("ghp_{a36}")[0]
-    for at in range(0, 200_000, 9_973):
-        words = ("word " * 40_000)[:at] + " " + token + " " + "word " * 2_000
+    for at in range(0, 100_000, 9_973):
+        words = ("word " * 20_000)[:at] + " " + token + " " + "word " * 2_000
         left, counts = redacted(json.dumps({"t": words}))
         assert token not in left and counts == {"github_pat": 1}
 
 
 @pytest.mark.parametrize("unit", ["a", "{", "[", "eyJ", '"', "\\", '\\"', "sk-ant-", "://",
                                   "password=", "PRIVATE KEY", "cookie: a=", "a1B2", "/x"])
-def test_a_hostile_line_takes_no_longer_than_its_length(unit):
-    line = (unit * 1_000_000)[:1_000_000]
-    begun = time.process_time()
-    redacted(line, home="/home/ann")
-    redacted(json.dumps({"t": line[:500_000]}), home="/home/ann")
-    assert time.process_time() - begun < 8
+def test_a_hostile_line_takes_time_by_its_length_alone(unit):
+    one, taken = redactor(home="/home/ann"), []
+    for size in (30_000, 240_000):
+        line = (unit * size)[:size]
+        begun = time.process_time()
+        one.line(line.encode())
+        one.line(json.dumps({"t": line}).encode())
+        taken.append(time.process_time() - begun)
+    assert taken[1] < 24 * taken[0] + 0.5  # 8 times as long; 64 would be quadratic
 
 
 def generated_transcript(size):

@@ -39,33 +39,33 @@ Contents (grep -n '^# == ' prints them with line numbers):
   16 Transcripts             17 Sessions as turns       18 Session figures
   19 Wire                    20 Server-sent events      21 BLAKE3
   22 Xet                     23 Secret values           24 Secret shapes
-  25 Redaction               26 HTTP                    27 Remote
-  28 Stores                  29 S3                      30 S3 store
-  31 Hub answers             32 Hub                     33 Hub events
-  34 Hugging Face store      35 Gateway                 36 Probe
-  37 Settings                38 Local state             39 Sources
-  40 Session databases       41 Session places          42 Harnesses
-  43 Command settings        44 Credentials             45 Ledger
-  46 Waiting                 47 Leases                  48 Hints
-  49 Step records            50 Frontier                51 Steps
-  52 Tasks                   53 Locks                   54 Barriers
-  55 Memory                  56 Mailboxes               57 Mail
-  58 Channels and threads    59 Bytes                   60 Artifact heads
-  61 Artifacts               62 Reservations            63 Runs
-  64 Sessions                65 Mirror                  66 Artifact trees
-  67 Queue reader            68 Queues                  69 Project
-  70 Context                 71 Views                   72 Timeline
-  73 Session views           74 Digest                  75 Notes
-  76 Replay                  77 Replay page             78 Housekeeping
-  79 Archive                 80 Restoring sessions      81 Doctor
-  82 Trials                  83 Drill                   84 Bench
-  85 Rows                    86 Commands under a lease  87 Step commands
-  88 Task commands           89 Lock commands           90 Memory commands
-  91 Artifact commands       92 Reservation commands
-  93 Commands of presence, views and set-up  94 House commands
-  95 Commands of digest and notes  96 Commands of mail
-  97 Run commands            98 Queue commands          99 Session commands
-  100 Commands of session views  101 Command line
+  25 Secrets by name         26 Redaction               27 HTTP
+  28 Remote                  29 Stores                  30 S3
+  31 S3 store                32 Hub answers             33 Hub
+  34 Hub events              35 Hugging Face store      36 Gateway
+  37 Probe                   38 Settings                39 Local state
+  40 Sources                 41 Session databases       42 Session places
+  43 Harnesses               44 Command settings        45 Credentials
+  46 Ledger                  47 Waiting                 48 Leases
+  49 Hints                   50 Step records            51 Frontier
+  52 Steps                   53 Tasks                   54 Locks
+  55 Barriers                56 Memory                  57 Mailboxes
+  58 Mail                    59 Channels and threads    60 Bytes
+  61 Artifact heads          62 Artifacts               63 Reservations
+  64 Runs                    65 Sessions                66 Mirror
+  67 Artifact trees          68 Queue reader            69 Queues
+  70 Project                 71 Context                 72 Views
+  73 Timeline                74 Session views           75 Digest
+  76 Notes                   77 Replay                  78 Replay page
+  79 Housekeeping            80 Archive                 81 Restoring sessions
+  82 Doctor                  83 Trials                  84 Drill
+  85 Bench                   86 Rows                    87 Commands under a lease
+  88 Step commands           89 Task commands           90 Lock commands
+  91 Memory commands         92 Artifact commands       93 Reservation commands
+  94 Commands of presence, views and set-up  95 House commands
+  96 Commands of digest and notes  97 Commands of mail
+  98 Run commands            99 Queue commands          100 Session commands
+  101 Commands of session views  102 Command line
 """
 
 from __future__ import annotations
@@ -6201,23 +6201,25 @@ class Judge:
         return self._known[name]
 
     def _strength(self, name: bytes) -> int:
-        words = [word.lower() for word in self._word.findall(name)]
-        words = [word for word in words if not word.isdigit()] or [b""]
+        words = [word.lower() for word in self._word.findall(name)
+                 if not word.isdigit()] or [b""]
         tail = name.rpartition(b".")[2]  # of token.address only the address counts
-        if tail != name and tail not in (b"key", b"value") and not self.strength(tail):
+        if words[-1] in OTHER_ENDS or len(words) > 8 or (
+                tail not in (name, b"key", b"value") and not self.strength(tail)):
             return 0
-        last, pairs = words[-1], set(zip(words, words[1:]))
-        if last in OTHER_ENDS or len(words) > 8:
-            return 0
-        if any(word.endswith(SECRET_ENDS) for word in words) \
-                or last in (b"pass", b"authorization") \
-                or any(a in BEFORE_KEY and b in (b"key", b"token") for a, b in pairs):
+        if self._is_strong(words):
             return 0 if words[0] in (b"no", b"is", b"has", b"public") else 3
         if not PUBLIC_WORDS.isdisjoint(words):
             return 0
-        if any(word.endswith(b"token") for word in words) or last in WEAK_ENDS:
+        if any(word.endswith(b"token") for word in words) or words[-1] in WEAK_ENDS:
             return 2
-        return int(last == b"key")
+        return int(words[-1] == b"key")
+
+    def _is_strong(self, words: list) -> bool:
+        return any(word.endswith(SECRET_ENDS) for word in words) \
+            or words[-1] in (b"pass", b"authorization") \
+            or any(first in BEFORE_KEY and second in (b"key", b"token")
+                   for first, second in zip(words, words[1:]))
 
     def is_secret(self, value: bytes, strength: int, *, loose: bool = False) -> bool:
         """Whether `value` is one under a name of that strength.
@@ -6248,13 +6250,13 @@ class Judge:
 
 # == 24. Secret shapes =================================================
 #
-# Pure: secrets that one knows by their looks, or by the words around them. Knows bytes:
-# ASCII decides, UTF-8 passes through. A rule's find(text) gives (start, end, kind) of
-# what it found. No repeat stands in another one that could take the same characters,
-# so that time grows with the text. Shapes: the vendors' documents and the rules of
+# Pure: secrets that one knows by their looks. Knows bytes: ASCII decides, UTF-8 passes
+# through. A rule's find(text) gives (start, end, kind) of what it found, and its
+# spots(line, line in lower case), which is cheap, where that will be, even if the line
+# is escaped. No repeat stands in another one that could take the same characters, so
+# that time grows with the text alone. Shapes: the vendors' documents and the rules of
 # gitleaks; what may stand around them is ours.
 
-JUDGED = 128  # bytes of a value that are looked at: values may follow one another
 TOKEN_RUN = 20  # characters of every token below, all of them of TOKEN_BYTES
 TOKEN_BYTES = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.~"
 
@@ -6387,68 +6389,6 @@ infracost_key     ico-                   [A-Za-z0-9]{32}(?!\w)
 render_key        rnd_                   [A-Za-z0-9]{20,}
 """
 
-# kind, a word that is always there, what to look for in lower case: `s` is replaced.
-# Tokens with '+' and '/', which would end a run, and what commands and headers show.
-QUOTES = rb"[\\\"']{0,4}"
-BARE_WORD = rb"(?P<s>[^\s\"'\\|;&\x1b]{4,})"
-MNEMONIC = rb"[^a-z]{1,9}(?P<s>(?:[a-z]{3,8} ){11,23}[a-z]{3,8})"
-PHRASE_TABLE = (
-    ("slack_webhook", b"slack.com/",
-     rb"slack\.com/(?:services|workflows|triggers)/(?P<s>\w+/[\w/]{20,})"),
-    ("slack_token", b"xox", LEFT + rb"(?P<s>xox[a-z](?:\.xox[a-z])?-[a-z0-9-]{10,})"),
-    ("discord_webhook", b"webhooks/", rb"webhooks/\d{15,20}/(?P<s>[\w-]{50,})"),
-    ("aws_bedrock_key", b"absk", LEFT + rb"(?P<s>absk[a-z0-9+/]{80,}={0,2})"),
-    ("stripe_key", b"whsec_", LEFT + rb"(?P<s>whsec_[a-z0-9+/]{24,}={0,2})"),
-    ("bearer_token", b"bearer", rb"bearer(?:\s|%20|\+){1,4}(?P<s>[\w.~+/=-]{20,})"),
-    ("bearer_token", b"authorization",
-     rb"authorization" + QUOTES + rb"\s?[:=]\s?" + QUOTES +
-     rb"(?:token|key|api-?(?:key|token)|bot|ssws|oauth|splunk|geniekey)\s"
-     rb"(?P<s>[\w.~+/=-]{12,})"),
-    ("basic_auth", b"basic", rb"basic(?:\s|%20){1,4}(?P<s>[a-z0-9+/]{8,}={0,2})"),
-    ("password", b"curl", rb"curl\b[^|;]{0,400}?\s(?:-u|--user|--proxy-user)[\s=]?"
-     + QUOTES + rb"[^\s:\"'$]{1,80}:(?P<s>[^\s\"'\\]{3,})"),
-    ("password", b"sshpass", rb"sshpass\s{1,3}-p\s?" + QUOTES + BARE_WORD),
-    ("password", b" -p", rb"mysql\w{0,8}\b[^\n|;&]{0,200}?\s-p" + QUOTES + BARE_WORD),
-    ("password", b"redis-cli",
-     rb"redis-cli\b[^\n|;&]{0,200}?\s(?:-a|--pass)\s{1,3}" + QUOTES + BARE_WORD),
-    ("password", b" login", rb"(?:docker|podman)\s[^\n|;&]{0,60}?\blogin\b"
-     rb"[^\n|;&]{0,200}?\s(?:-p|--password)[\s=]" + QUOTES + BARE_WORD),
-    ("password", b"login",
-     rb"\blogin\s{1,9}\S{1,99}\s{1,9}password\s{1,9}(?P<s>[^\s\\]{4,})"),  # .netrc
-    ("password", b"password", rb"\s--?[a-z-]{0,30}password\s{1,3}" + QUOTES +
-     rb"(?P<s>[^\s\"'\\|;&-][^\s\"'\\|;&]{5,})"),
-    ("password", b":543", rb"(?<![\w.:/-])[\w.*-]{1,99}:543\d:[\w*-]{1,63}:[\w*-]{1,63}"
-     rb":(?P<s>[^\s\"'\\:]{4,})(?=\s|\\|$)"),  # .pgpass
-    ("signature", b"signature=",
-     rb"[?&](?:x-amz-|x-goog-)?signature=(?P<s>[\w.~%+/=-]{16,})"),
-    ("signature", b"sig=", rb"[?&]sig=(?P<s>[\w.~%+/=-]{16,})"),
-    ("mnemonic", b"mnemonic", rb"mnemonic" + MNEMONIC),
-    ("mnemonic", b"phrase", rb"(?:seed|recovery|secret)[ _-]?phrase" + MNEMONIC),
-)
-
-# What stands between a secret-looking name and a value of sufficient length: at any
-# depth of escapes, in code, config, headers, JSON, XML and YAML; in lower case.
-REST = (
-    rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?(?:\s|\\[tnr]){0,20}\\*[\"']?value\\*"
-    rb"[\"']?\s?[:=]|[ \t]{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?[ \t]{0,8})"
-    rb"(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
-NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|pwd|pass|c(?<=sec)ret|cred"
-               rb"|u(?<=au)th)" + REST)
-
-# Where a word of PHRASE_TABLE or a named value may be. A search for one letter is ten
-# times as fast as one for any of two: so words that share a rare letter are looked for
-# by it, and preceded by the letters before it. In a line without any of these words
-# there is nothing for PhraseRule to find.
-HINTS = (
-    rb"k(?:ey(?:(?<=private key)|-file(?<=user-key-file)|REST)|e(?<=toke)nREST"
-    rb"|i(?<=cooki)eREST|\.(?<=slack.)com/|s(?<=webhooks)/|(?<=absk)|e(?<=docke)r\s)",
-    rb"c(?:r(?:ed|(?<=secr)et)REST|url|_(?<=whsec_)|[ %](?<=basic.)|l(?<=redis-cl)i"
-    rb"|(?<=mnemonic))",
-    rb"p(?:ass(?:(?<=sshpass)|word\s|REST)|wdREST|hrase|odman|(?<=\s-p)[^\s-])",
-    rb"u(?<=au)th(?:REST|orization)", rb"bearer", rb"xox", rb"54(?<=:54)3",
-    rb"=(?:(?<=[?&]sig=)|(?<=signature=))",
-)
-
 
 def every(text: bytes, word: bytes) -> object:
     """Each offset of `word` in `text`."""
@@ -6575,6 +6515,80 @@ class KeyRule:
                 yield (*found.span(1), "private_key")
 
 
+# == 25. Secrets by name ===============================================
+#
+# Pure: values under a name that looks secret, and what certain commands and headers
+# show. Knows text as it is written, escaped or not; what a value may be says "Secret
+# values".
+
+JUDGED = 128  # bytes of a value that are looked at: values may follow one another
+
+# What stands between a secret-looking name and a value of sufficient length: at any
+# depth of escapes, in code, config, headers, JSON, XML and YAML; in lower case.
+REST = (
+    rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?(?:\s|\\[tnr]){0,20}\\*[\"']?value\\*"
+    rb"[\"']?\s?[:=]|[ \t]{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?[ \t]{0,8})"
+    rb"(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
+NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|pwd|pass|c(?<=sec)ret|cred"
+               rb"|u(?<=au)th)" + REST)
+
+# kind, a word that is always there, what to look for in lower case: `s` is replaced.
+QUOTES = rb"[\\\"']{0,4}"
+BARE_WORD = rb"(?P<s>[^\s\"'\\|;&\x1b]{4,})"
+MNEMONIC = rb"[^a-z]{1,9}(?P<s>(?:[a-z]{3,8} ){11,23}[a-z]{3,8})"  # BIP 39
+PHRASE_TABLE = (
+    # Tokens in parts, with the '+' and '/' that end a run, or shorter than a run.
+    ("slack_webhook", b"slack.com/",
+     rb"slack\.com/(?:services|workflows|triggers)/(?P<s>\w+/[\w/]{20,})"),
+    ("slack_token", b"xox", LEFT + rb"(?P<s>xox[a-z](?:\.xox[a-z])?-[a-z0-9-]{10,})"),
+    ("discord_webhook", b"webhooks/", rb"webhooks/\d{15,20}/(?P<s>[\w-]{50,})"),
+    ("aws_bedrock_key", b"absk", LEFT + rb"(?P<s>absk[a-z0-9+/]{80,}={0,2})"),
+    ("stripe_key", b"whsec_", LEFT + rb"(?P<s>whsec_[a-z0-9+/]{24,}={0,2})"),
+    ("signature", b"sig", rb"[?&](?:(?:x-amz-|x-goog-)?signature|sig)="
+     rb"(?P<s>[\w.~%+/=-]{16,})"),  # of a URL that whoever has it may use
+    # Authorization, as a header or alone.
+    ("bearer_token", b"bearer", rb"bearer(?:\s|%20|\+){1,4}(?P<s>[\w.~+/=-]{20,})"),
+    ("bearer_token", b"authorization",
+     rb"authorization" + QUOTES + rb"\s?[:=]\s?" + QUOTES +
+     rb"(?:token|key|api-?(?:key|token)|bot|ssws|oauth|splunk|geniekey)\s"
+     rb"(?P<s>[\w.~+/=-]{12,})"),
+    ("basic_auth", b"basic", rb"basic(?:\s|%20){1,4}(?P<s>[a-z0-9+/]{8,}={0,2})"),
+    # Arguments of commands.
+    ("password", b"curl", rb"curl\b[^|;]{0,400}?\s(?:-u|--user|--proxy-user)[\s=]?"
+     + QUOTES + rb"[^\s:\"'$]{1,80}:(?P<s>[^\s\"'\\]{3,})"),
+    ("password", b"sshpass", rb"sshpass\s{1,3}-p\s?" + QUOTES + BARE_WORD),
+    ("password", b" -p", rb"mysql\w{0,8}\b[^\n|;&]{0,200}?\s-p" + QUOTES + BARE_WORD),
+    ("password", b"redis-cli",
+     rb"redis-cli\b[^\n|;&]{0,200}?\s(?:-a|--pass)\s{1,3}" + QUOTES + BARE_WORD),
+    ("password", b" login", rb"(?:docker|podman)\s[^\n|;&]{0,60}?\blogin\b"
+     rb"[^\n|;&]{0,200}?\s(?:-p|--password)[\s=]" + QUOTES + BARE_WORD),
+    ("password", b"password", rb"\s--?[a-z-]{0,30}password\s{1,3}" + QUOTES +
+     rb"(?P<s>[^\s\"'\\|;&-][^\s\"'\\|;&]{5,})"),
+    # Lines of .netrc and .pgpass; words of a wallet.
+    ("password", b"login",
+     rb"\blogin\s{1,9}\S{1,99}\s{1,9}password\s{1,9}(?P<s>[^\s\\]{4,})"),
+    ("password", b":543", rb"(?<![\w.:/-])[\w.*-]{1,99}:543\d:[\w*-]{1,63}:[\w*-]{1,63}"
+     rb":(?P<s>[^\s\"'\\:]{4,})(?=\s|\\|$)"),
+    ("mnemonic", b"mnemonic", rb"mnemonic" + MNEMONIC),
+    ("mnemonic", b"phrase", rb"(?:seed|recovery|secret)[ _-]?phrase" + MNEMONIC),
+)
+
+# Where a word of PHRASE_TABLE or a named value may be. A search for one letter is ten
+# times as fast as one for any of two: so words that share a rare letter are looked for
+# by it, and preceded by the letters before it. In a line without any of these words
+# there is nothing for PhraseRule to find.
+HINTS = (
+    rb"k(?:ey(?:(?<=private key)|-file(?<=user-key-file)|REST)"
+    rb"|e(?<=toke)nREST"
+    rb"|i(?<=cooki)eREST|\.(?<=slack.)com/|s(?<=webhooks)/|(?<=absk)|e(?<=docke)r\s)",
+    rb"c(?:r(?:ed|(?<=secr)et)REST|url|_(?<=whsec_)"
+    rb"|[ %](?<=basic.)|l(?<=redis-cl)i|(?<=mnemonic))",
+    rb"p(?:ass(?:(?<=sshpass)|word\s|REST)|wdREST|hrase|odman|(?<=\s-p)[^\s-])",
+    rb"u(?<=au)th(?:REST|orization)", rb"bearer", rb"xox", rb"54(?<=:54)3",
+    rb"=(?:(?<=[?&]sig=)|(?<=signature=))",
+)
+
+
 class NamedRule:
     """Values under a secret-looking name: .env lines, code, config, headers, JSON and
     XML inside text, connection strings, query strings, cookies."""
@@ -6585,42 +6599,39 @@ class NamedRule:
     def __init__(self, judge: Judge) -> None:
         import re
         self._judge, self._named = judge, re.compile(NAMED_VALUE)
-        self._bare = re.compile(rb"[^\s\"'`<>\x1b]*")  # a colour ends it
+        # Where values end: at their quote; at a space; as a word of code.
         self._inner = {quote: re.compile(rb"[^\\\n" + quote + rb"]*")
                        for quote in (b'"', b"'", b"`")}
-        self._line = re.compile(rb"[^\\\n\"'\x1b]*")
-        self._link = re.compile(rb"[^\s;&\"'`\\<>\x1b]{0,512}")
+        self._bare = re.compile(rb"[^\s\"'`<>\x1b]*")  # \x1b: a colour ends it too
         self._cut, self._escape = re.compile(rb"[,;&|(){}\[\]\\]"), re.compile(rb"\\")
-        self._before = re.compile(rb"(?:api|access|secret|auth|private|client|refresh|"
-                                  rb"signing|encryption|account|master|webhook) $")
-        self._place = re.compile(
-            rb"(?:server|host|data source|endpoint|accountname|user ?id|uid|user"
-            rb"|username|database|initial catalog|dbname|sslmode)\s?=")
-        self._pair = re.compile(rb"[\w.-]{1,80}=([^;,\s\"'\\]{8,})")
-        self._escaped = re.compile(rb"[\d;]*m|[nrt]|")
-        self._header = re.compile(rb"(?:-h|--header)[\s=]?\\*[\"']$")
+        self._ended = re.compile(rb"\\+[nrt\"'`]")  # by what is no part of it decoded
         # settings.api_key2, API_KEY_V2, PKCS8Key: names in code, not values.
         word = rb"[A-Za-z_]+(?:\d{1,6}[A-Za-z_]+){0,2}\d{0,6}"
         self._code = re.compile(word + rb"(?:\." + word + rb")+|[A-Z]+(?:_[A-Z\d]+)+"
                                 rb"|(?:[A-Z]*\d{0,3}[A-Z][a-z]{2,})+")
-        self._ended = re.compile(rb"\\+[nrt\"'`]")
+        # What may stand before a name: API in prose, the end of an escape, curl -H ".
+        self._before = re.compile(rb"(?:api|access|secret|auth|private|client|refresh|"
+                                  rb"signing|encryption|account|master|webhook) $")
+        self._escaped = re.compile(rb"[\d;]*m|[nrt]|")
+        self._header = re.compile(rb"(?:-h|--header)[\s=]?\\*[\"']$")
+        # Connection strings (ADO.NET, Azure, libpq) and cookies.
+        self._link = re.compile(rb"[^\s;&\"'`\\<>\x1b]{0,512}")
+        self._place = re.compile(
+            rb"(?:server|host|data source|endpoint|accountname|user ?id|uid|user"
+            rb"|username|database|initial catalog|dbname|sslmode)\s?=")
+        self._line = re.compile(rb"[^\\\n\"'\x1b]*")
+        self._pair = re.compile(rb"[\w.-]{1,80}=([^;,\s\"'\\]{8,})")
 
-    def may_be(self, text: bytes, low: bytes, *, at: int) -> object:
-        """What NAMED_VALUE matches at `at`, if there may be a secret when escapes in
-        `text` are decoded; None if not."""
+    def may_be(self, text: bytes, low: bytes, *, at: int) -> bool:
+        """Whether the name at `at` may have a secret value once `text` is decoded."""
         found = self._named.match(low, at)
         name, strength = self._name(text, low, found=found) if found else (b"", 0)
-        if not strength:
-            return None
-        tail = name.lower()
-        if tail.endswith(self.WHOLE + self.CONNECTION):
-            return found
+        if not strength or name.lower().endswith(self.WHOLE + self.CONNECTION):
+            return bool(strength)
         start, end, loose = self._span(text, found=found, name=name)
-        escaped = text[end:end + 1] == b"\\" and not self._ended.match(text, end)
-        if escaped or self._is_value(text[start:end], name, strength=strength,
-                                     loose=loose):
-            return found
-        return None
+        if text[end:end + 1] == b"\\" and not self._ended.match(text, end):
+            return True  # it goes on with a character that is escaped here
+        return self._is_value(text[start:end], name, strength=strength, loose=loose)
 
     def find(self, text: bytes, low: bytes, *, hints: list) -> object:
         """The values in `text`; low: it in lower case; hints: where names may be."""
@@ -6775,7 +6786,7 @@ class PhraseRule:
         return not self._judge.is_filler(value)
 
 
-# == 25. Redaction =====================================================
+# == 26. Redaction =====================================================
 #
 # Pure: a line of a transcript -> the same line without secrets. JSON stays JSON with
 # the same keys: only values change, and a line without a finding not at all. Knows
@@ -6861,26 +6872,31 @@ def repeats_vary(pattern: str) -> bool:
     >>> [repeats_vary(p) for p in ("(a+)+b", "(a|ab)*c", ".*key", "(ab)+", "[(+]+x")]
     [True, True, True, False, False]
     """
+    varied, closed = [False], False
+    for part, most, varies in pattern_parts(pattern):
+        if closed and most > 9:
+            return True
+        closed = part == ")" and len(varied) > 1 and varied.pop()
+        if part.startswith("("):
+            varied.append(False)
+        varied[-1] |= closed or varies
+    return pattern.startswith((".*", ".+"))
+
+
+def pattern_parts(pattern: str) -> object:
+    """(text, how often it repeats what is before it, whether it lets that vary) of each
+    sign of a regular expression; a class, an escape and (?: are one."""
     import re
     part = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:P?<[^>=!]*>|[^)]?)"
                       r"|\{(?P<low>\d*)(?P<comma>,?)(?P<high>\d*)\}|.", re.S)
-    varied, closed = [False], False
     for found in part.finditer(pattern):
-        text = found.group()
-        many = text in ("*", "+") or found.group("low") is not None and (
-            int(found.group("high") or found.group("low") or 0) > 9
-            or bool(found.group("comma") and not found.group("high")))
-        if closed and many:
-            return True
-        closed = False
-        if text == ")" and len(varied) > 1:
-            closed = varied.pop()
-            varied[-1] |= closed
-        elif text.startswith("("):
-            varied.append(False)
-        elif text in ("|", "?") or many or found.group("comma"):
-            varied[-1] = True
-    return pattern.startswith((".*", ".+"))
+        text, (low, comma, high) = found.group(), found.groups()
+        if text in ("*", "+") or comma and not high:
+            yield text, 1000, True
+        elif low is not None:
+            yield text, int(high or low or 0), bool(comma)
+        else:
+            yield text, 0, text in ("|", "?")
 
 
 class PatternRule:
@@ -6978,12 +6994,16 @@ class Redactor:
         self._rules = [*filter(None, [self._user]), tokens, UrlRule(judge),
                        phrases, LiteralRule(kinds), HomeRule(home)]
         self._escape = re.compile(rb"\\u00[2-7]|\\/")
+        # What stands between strings: signs, numbers, true, false, null, NaN, Infinity.
         self._start = re.compile(rb"\s*[{\[\"]")
         self._gap = re.compile(rb"[\s{}\[\],:0-9.+\-eEtrufalsnNIity]*")
-        self._quote = re.compile(rb'"(?:(?<!\\")|(?<=\\\\"))')  # not after one \
         self._colon = re.compile(rb"\s*:")
+        # A quote that may end a string: not one after a single backslash.
+        self._quote = re.compile(rb'"(?:(?<!\\")|(?<=\\\\"))')
+        # {"name": "API_KEY", "value": "…"}, as Kubernetes and Docker list variables.
         self._label = re.compile(rb'"(?:name|key)"\s*:\s*"([^"\\]{1,200})"\s*,\s*'
                                  rb'"value"\s*:\s*"$', re.I)
+        # A line within a private key, numbered or quoted perhaps; a header of PEM.
         self._key = re.compile(rb"[\s>|+\d:-]*(?:\xe2\x86\x92)?\s*[A-Za-z0-9+/=]{1,100}"
                                rb"\s*|[A-Z][\w-]{2,30}: .{0,200}\s*|\s*", re.S)
         self._in_key = False
@@ -7013,7 +7033,8 @@ class Redactor:
             if found:
                 spots += found
                 armed.append(rule)
-        if b"\\u00" in text or b"\\/" in text:  # ASCII may be hidden there
+        # Some encoders escape ASCII too: a shape may hide there until it is decoded.
+        if b"\\u00" in text or b"\\/" in text:
             spots += [found.start() for found in self._escape.finditer(text)]
         return sorted(spots), armed
 
@@ -7210,7 +7231,7 @@ def new_kinds(old: str, new: str) -> list:
     return more
 
 
-# == 26. HTTP ==========================================================
+# == 27. HTTP ==========================================================
 #
 # One request, one answer, over http.client or `requests`. Knows sockets, TLS and
 # proxies; must not know S3, retries (but one, below) or who asks.
@@ -7922,7 +7943,7 @@ def open_http(origin: str, *, timeout: float = REQUEST_TIMEOUT, trace: object = 
     return kind(origin, timeout=timeout, trace=trace, environ=environ)
 
 
-# == 27. Remote ========================================================
+# == 28. Remote ========================================================
 #
 # What clients of network stores share: connections by origin, the store's clock,
 # retries. Knows no store's protocol.
@@ -8049,7 +8070,7 @@ class Remote:
             link.close()
 
 
-# == 28. Stores ========================================================
+# == 29. Stores ========================================================
 #
 # What every store offers, and the store that is a directory. Knows files, locks and
 # bytes; must not know what they mean. Rules: protocol.md 2.
@@ -8901,7 +8922,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-# == 29. S3 ============================================================
+# == 30. S3 ============================================================
 #
 # The store that is a bucket, over signed requests, and the probe that finds out what
 # any store is worth. Knows S3's verbs and errors; must not know what objects mean.
@@ -9553,7 +9574,7 @@ def _total(answer: Answer) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-# == 30. S3 store ======================================================
+# == 31. S3 store ======================================================
 #
 # The interface of "Stores" over signed requests. Knows conditions and ETag dialects;
 # must not know what the objects mean.
@@ -9931,7 +9952,7 @@ class S3Store(S3Reader):
         return code == ""
 
 
-# == 31. Hub answers ===================================================
+# == 32. Hub answers ===================================================
 #
 # Pure: what the Hugging Face Hub says in its own API - errors, limits, entries, pages,
 # batches - in words and classes of ours. Whatever it says may be anything.
@@ -10156,7 +10177,7 @@ class XetGrant:
         self.base, self.token, self.ends_at = parts.path.rstrip("/"), token, ends_at
 
 
-# == 32. Hub ===========================================================
+# == 33. Hub ===========================================================
 #
 # One bucket at the Hub by its own API: a token, JSON, and bytes by way of Xet. Knows
 # its verbs; must not know what files mean. The Hub's token goes to the Hub alone, that
@@ -10520,7 +10541,7 @@ class Hub(HubReader):
         return answer
 
 
-# == 33. Hub events ====================================================
+# == 34. Hub events ====================================================
 #
 # What the Hub tells of changes in a bucket, as a wake-up for those who wait: never the
 # truth, and dispensable. Knows a stream of events; must not know what the keys mean.
@@ -10693,7 +10714,7 @@ def hub_feed(hub: Hub, project: str, *, clock: object = None) -> Feed:
                 f"{project}/" if project else "", clock=clock or hub.clock)
 
 
-# == 34. Hugging Face store ============================================
+# == 35. Hugging Face store ============================================
 #
 # The interface of "Stores" over a Hub: what a token alone can do. Every write is an
 # overwrite; conditions are refused, since the Hub's own API has none. Knows keys and
@@ -11104,7 +11125,7 @@ def whole_file(file: object, path: str, *, size: int, progress: object) -> objec
                        hint="upload it again when nobody writes to it")
 
 
-# == 35. Gateway =======================================================
+# == 36. Gateway =======================================================
 #
 # A Hugging Face bucket through its S3 gateway: the S3 store in another dialect. Every
 # conditional write is atomic here. The dialect (the gateway's documentation, and the
@@ -11260,7 +11281,7 @@ class GatewayStore(S3Store):
         self.native.close()
 
 
-# == 36. Probe =========================================================
+# == 37. Probe =========================================================
 #
 # Whether a store picks one winner: tried for real, by reading back what happened
 # (protocol.md 2). Works through the interface of "Stores" alone.
@@ -11473,7 +11494,7 @@ def probe_store(store: object, *, races: bool = True, seconds: float = 20) -> di
     return known
 
 
-# == 37. Settings ======================================================
+# == 38. Settings ======================================================
 #
 # Where a command works and as whom: flags, environment, config files, git, and the
 # state kept on this machine. Knows files; must not know stores. Rules: cli.md
@@ -11853,7 +11874,7 @@ def embedded_store(cwd: str) -> dict:
             "project": file_safe(name or "project")}
 
 
-# == 38. Local state ===================================================
+# == 39. Local state ===================================================
 #
 # Tokens, the default agent id and small facts kept on this machine; a cache that may
 # be lost. Knows files; must not know stores.
@@ -12051,7 +12072,7 @@ def _sandbox() -> list:
             str(root.st_ino), str(root.st_ctime_ns if os.name != "nt" else 0)]
 
 
-# == 39. Sources =======================================================
+# == 40. Sources =======================================================
 #
 # How the records of a session are read where its harness keeps them: in a file that
 # grows, in a JSON file rewritten at each turn, in rows of a database (next section).
@@ -12324,7 +12345,7 @@ def document_lines(path: str) -> tuple:
     return record_line(about), [record_line(message) for message in doc["messages"]]
 
 
-# == 40. Session databases =============================================
+# == 41. Session databases =============================================
 #
 # Sessions that are rows of an SQLite database. Knows sqlite3; must not know stores.
 #
@@ -12695,7 +12716,7 @@ SCHEMES = {
 }
 
 
-# == 41. Session places ================================================
+# == 42. Session places ================================================
 #
 # How harnesses name the files of sessions, whose session a file is, and where one has
 # to lie for its harness to find it. Knows files; must not know stores.
@@ -13106,7 +13127,7 @@ def qwen_target(wanted: Destination) -> str:
     return wanted.below("projects", folder, "chats", f"{wanted.name}.jsonl")
 
 
-# == 42. Harnesses =====================================================
+# == 43. Harnesses =====================================================
 #
 # One row for each coding agent whose sessions are found, and the finding. Knows files;
 # must not know stores. A new one costs a row, a function in the section Transcripts,
@@ -13365,7 +13386,7 @@ def uuid_time(text: str) -> float | None:
         return None
 
 
-# == 43. Command settings ==============================================
+# == 44. Command settings ==============================================
 #
 # Flag, environment, config file, default: the first hit wins (cli.md).
 
@@ -13599,7 +13620,7 @@ def redactor_for(settings: Settings) -> Redactor:
                     home=home_of(environ))
 
 
-# == 44. Credentials ===================================================
+# == 45. Credentials ===================================================
 #
 # Where S3 keys come from: flags and config, environment, profile files, web identity,
 # container, instance, botocore; and the Hub's token. Keys leave this section only
@@ -14073,7 +14094,7 @@ def _hf_cleaned(text: object, source: str) -> str:
     return token
 
 
-# == 45. Ledger ========================================================
+# == 46. Ledger ========================================================
 #
 # Records in a store: reading them, and changing them by compare-and-swap with lost
 # answers settled. Knows keys and nonces; knows nothing of steps, mail or memory.
@@ -14638,7 +14659,7 @@ class Who:
             self.state.set(name, value)
 
 
-# == 46. Waiting =======================================================
+# == 47. Waiting =======================================================
 #
 # Looking again until what is awaited is there: how long the rests between two looks
 # are. Knows no record; the looks come in as functions.
@@ -14747,7 +14768,7 @@ def waiting(ledger: Ledger, wait: float, act: object, *, keys: object,
                       float("inf") if expires is None else expires + 1)
 
 
-# == 47. Leases ========================================================
+# == 48. Leases ========================================================
 #
 # What every lease has in common, whoever holds what: taking it, being told that it
 # went to another. The decisions are those of "Records".
@@ -14978,7 +14999,7 @@ class Leases:
             raise
 
 
-# == 48. Hints =========================================================
+# == 49. Hints =========================================================
 #
 # Markers that say where to look first (facts 7.6): ready/<pp>/<name>.<token> may be
 # taken next under that token, active/<name>.<token> was taken. They save a search and
@@ -15107,7 +15128,7 @@ class Hints:
                     token=int(token), at_ns=at_ns, modified=entry.modified, age=age)
 
 
-# == 49. Step records ==================================================
+# == 50. Step records ==================================================
 #
 # Reading steps in few requests, and the projections of their claims for 0.2 clients.
 # Keys: steps/<sid>/{spec,claim,status,handoff}.json
@@ -15377,7 +15398,7 @@ class Projector:
         self.ledger.change(f"steps/{sid}/claim.json", decide)
 
 
-# == 50. Frontier ======================================================
+# == 51. Frontier ======================================================
 #
 # Which steps may be taken now: the markers of ready and active steps, and what a step
 # that ends makes ready. dependents/<need>/<step> are markers too. Knows how to look at
@@ -15463,7 +15484,7 @@ class Frontier:
                 self.ledger.warn(f"step {sid} was not made ready: {why.message}")
 
 
-# == 51. Steps =========================================================
+# == 52. Steps =========================================================
 #
 # Describing, claiming, ending: the decisions of "Records" carried out on records.
 
@@ -15849,7 +15870,7 @@ class Steps:
             pace.rest([f"steps/{step_id(step)}/" for step in steps])
 
 
-# == 52. Tasks =========================================================
+# == 53. Tasks =========================================================
 #
 # A plan, and the next step of it: found by markers at a cost that does not grow with
 # the number of steps, by a search of all only when nothing is found (protocol.md 4).
@@ -16185,7 +16206,7 @@ class Next:
                        hint="step list shows them" if views else "step add adds one")
 
 
-# == 53. Locks =========================================================
+# == 54. Locks =========================================================
 #
 # Locks and semaphores: leases under names. Keys: locks/<name>.json,
 # semaphores/<name>/config.json, semaphores/<name>/<slot>.json (all CAS).
@@ -16528,7 +16549,7 @@ class Semaphores:
                        hint="acquire it first, or name yours with --slot and --token")
 
 
-# == 54. Barriers ======================================================
+# == 55. Barriers ======================================================
 #
 # Arrivals and verdicts, all created once. Keys: barriers/<name>/g<gen>/config.json,
 # arrive/<agent>, verdict.json.
@@ -16749,7 +16770,7 @@ class Barrier:
         return self.verdict(timeout, break_=break_, seen=view)
 
 
-# == 55. Memory ========================================================
+# == 56. Memory ========================================================
 #
 # Shared key-value state with revisions. Keys: memory/<a/b>.json (CAS) and one
 # create-once snapshot per attempt below memory/_history/, written first as in 0.2.
@@ -16971,7 +16992,7 @@ class Memory:
         return items[:size], bool(keys) or len(items) > size
 
 
-# == 56. Mailboxes =====================================================
+# == 57. Mailboxes =====================================================
 #
 # Reading one's own mail. Messages are create-once objects; a reader has a cursor per
 # agent id, moved by CAS after its output was flushed. Keys: messages/<box>/<ns>_<from>
@@ -17401,7 +17422,7 @@ def named_by(message: str, keys: list) -> list:
          == message[:8]]
 
 
-# == 57. Mail ==========================================================
+# == 58. Mail ==========================================================
 #
 # Sending: each message under an id once, answers and acknowledgements waited for.
 # Keys: create messages/<box>/<ns>_<from>_<uuid8>.json, messages/<box>/_ids/<sha256>;
@@ -17634,7 +17655,7 @@ def _same_text(sent: dict, text: str, op: str) -> dict:
     return sent
 
 
-# == 58. Channels and threads ==========================================
+# == 59. Channels and threads ==========================================
 #
 # Groups of agents, conversations, and finding words in what one may read. Knows mail,
 # memory and the layout of hand-offs.
@@ -17864,7 +17885,7 @@ def words_of(note: dict) -> str:
     return " ".join(str(text) for text in texts_in if text)
 
 
-# == 59. Bytes =========================================================
+# == 60. Bytes =========================================================
 #
 # Files and blobs on their way to and from a store: digests, temporary files, resuming.
 # Knows the ledger and local state; must not know what heads say or who may write.
@@ -18235,7 +18256,7 @@ class Bytes:
         return body
 
 
-# == 60. Artifact heads ================================================
+# == 61. Artifact heads ================================================
 #
 # The head (manifests/…/_head.json) is the truth; bytes are written before it. A head of
 # rev 1 may name the 0.2 key; later ones name a blob, and the 0.2 key is a copy for 0.2
@@ -18529,7 +18550,7 @@ class Heads:
                       hint="upload the original again, or restore a backup")
 
 
-# == 61. Artifacts =====================================================
+# == 62. Artifacts =====================================================
 #
 # One file at a time: put there, fetched, deleted, checked, shown, shared by a URL.
 # Knows the project's `me`; must not know commands or other records than claims.
@@ -18826,7 +18847,7 @@ class Files:
             self._heads.copy_out(place, head)
 
 
-# == 62. Reservations ==================================================
+# == 63. Reservations ==================================================
 #
 # The decisions of "Reservation records" carried out. Keys: CAS reservations.json
 
@@ -18977,7 +18998,7 @@ class Reservations:
         return f"reservation/{name}"
 
 
-# == 63. Runs ==========================================================
+# == 64. Runs ==========================================================
 #
 # Experiments: what was run with which params, and the numbers it gave. meta.json is a
 # CAS record; metrics are create-once parts of lines, so that writers never wait for
@@ -19458,7 +19479,7 @@ class Runs:
             return b""  # removed since it was listed
 
 
-# == 64. Sessions ======================================================
+# == 65. Sessions ======================================================
 #
 # Transcripts in the bucket: reading them back, merging their parts, keeping meta.json.
 # The decisions are those of "Session records". Must not know where they come from.
@@ -19885,7 +19906,7 @@ class Sessions:
         return not ended
 
 
-# == 65. Mirror ========================================================
+# == 66. Mirror ========================================================
 #
 # From a source into the bucket: what is new is read, redacted, cut at record ends, and
 # stored by reserve, create, commit. The decisions are those of "Session records".
@@ -20249,7 +20270,7 @@ class Mirror:
             self._meta_due, self._projected_at = False, now
 
 
-# == 66. Artifact trees ================================================
+# == 67. Artifact trees ================================================
 #
 # Many artifacts at once: directories there and back, all of a step, every one verified,
 # and what was made from what. Knows section "Artifacts"; must not know commands.
@@ -20648,7 +20669,7 @@ class Artifacts(Files):
         return {**root, "truncated": tree.truncated}
 
 
-# == 67. Queue reader ==================================================
+# == 68. Queue reader ==================================================
 #
 # Where the items of a queue are: found by markers (see Hints) at a cost that does not
 # grow with their number, and by a sweep of all only when the markers show none. Changes
@@ -20858,7 +20879,7 @@ class QueueReader:
                 yield record
 
 
-# == 68. Queues ========================================================
+# == 69. Queues ========================================================
 #
 # Items between those who push, pop and settle them: the decisions of section "Queue
 # items" carried out, each with its markers. Knows bodies; must not know commands.
@@ -21271,7 +21292,7 @@ class Queues:
         return self.named(name).extend(id)
 
 
-# == 69. Project =======================================================
+# == 70. Project =======================================================
 #
 # One project in one store, seen by one agent: the library, and what commands call.
 
@@ -21693,7 +21714,7 @@ def connect(store: str | None = None, *, project: str | None = None,
     return open_project(settings, warn=warn, allow_advisory=allow_advisory, fresh=True)
 
 
-# == 70. Context =======================================================
+# == 71. Context =======================================================
 #
 # What went before a step, gathered for the agent that takes it. Changes nothing.
 
@@ -21844,7 +21865,7 @@ def cut_lines(lines: list, limit: int) -> str:
     return "\n".join(lines[:kept] + [f"+{left} more lines, --json"] * bool(left))
 
 
-# == 71. Views =========================================================
+# == 72. Views =========================================================
 #
 # What people and agents look at: status, prime, doctor. Knows the layout and how to
 # read it in few requests. Changes nothing but what `doctor --fix` rebuilds or removes.
@@ -22194,7 +22215,7 @@ def fitted(text: str, limit: int) -> str:
     return data[:limit - 4].decode("utf-8", "ignore") + "…\n"
 
 
-# == 72. Timeline ======================================================
+# == 73. Timeline ======================================================
 #
 # What happened, merged from the records, and what happens, by looking again. Knows the
 # readers of section Events and how to list; must not know what the records mean.
@@ -22484,7 +22505,7 @@ def watching(ledger: Ledger, look: object, *, interval: float | None = None,
         pace.rest(keys if interval is None else ())
 
 
-# == 73. Session views =================================================
+# == 74. Session views =================================================
 #
 # Reading mirrored sessions back: their turns, what these add up to, words in them.
 # Decisions are those of "Session figures". Changes nothing. Memory is bounded: parts
@@ -22728,7 +22749,7 @@ def search_sessions(project: Project, words: Words, *, harness: str = "", by: st
     return hits, False
 
 
-# == 74. Digest ========================================================
+# == 75. Digest ========================================================
 #
 # What was done, decided, found, failed and is left open, as Markdown that a person or a
 # model can act on. Each line ends with the record it comes from, as [key@rev]; whoever
@@ -23000,7 +23021,7 @@ def unknown_citations(ledger: Ledger, text: str) -> list:
     return out
 
 
-# == 75. Notes =========================================================
+# == 76. Notes =========================================================
 #
 # Records that deserve to outlive the bucket, as typed Markdown notes in a git checkout:
 # proposed by whoever promotes them, accepted by whoever reviews the change. Their front
@@ -23292,7 +23313,7 @@ class Notes:
             if "blob" in record.doc else record.doc
 
 
-# == 76. Replay ========================================================
+# == 77. Replay ========================================================
 #
 # The events of a timeline as the model of a page: a lane for each agent, each event a
 # point in its lane, some with a bar (what lasts) or an arrow (whom it was for). Pure,
@@ -23687,7 +23708,7 @@ def page_json(doc: object) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \\ud800
 
 
-# == 77. Replay page ===================================================
+# == 78. Replay page ===================================================
 #
 # The page as one constant: plain HTML, CSS and script without a framework, to be read
 # in any browser from a file, without a network. Its policy allows exactly this style
@@ -24851,7 +24872,7 @@ def is_replay(path: str) -> bool:
         return PAGE_MARK in file.read(100)
 
 
-# == 78. Housekeeping ==================================================
+# == 79. Housekeeping ==================================================
 #
 # gc: removing what section Leftovers allows. Bytes under blobs/ stay: an upload that
 # finds them there already writes only its head, so any DELETE could take them away
@@ -25085,7 +25106,7 @@ def render_sweep(doc: dict) -> str:
     return "\n".join(lines + [total])
 
 
-# == 79. Archive =======================================================
+# == 80. Archive =======================================================
 #
 # A project as one tar file, and a tar file as a project. Members are the objects under
 # their keys; the last one, _export.json, lists size and sha256 of each, so that a file
@@ -25509,7 +25530,7 @@ def import_from(project: Project, file: object, *, dry_run: bool = False) -> dic
             "same": plan["same"], "kept": plan["kept"], "dry_run": dry_run}
 
 
-# == 80. Restoring sessions ============================================
+# == 81. Restoring sessions ============================================
 #
 # A mirrored session back to where its harness finds it, also on another machine, in
 # another home and directory. What its objects say is from anywhere: names become paths
@@ -25744,7 +25765,7 @@ class Restore:
         return os.path.join(self.cwd, f"{session.harness}-{session.id}.jsonl")
 
 
-# == 81. Doctor ========================================================
+# == 82. Doctor ========================================================
 #
 # Every object against its shape, and what a crash left behind. Changes nothing but
 # what --fix rebuilds or removes.
@@ -26095,7 +26116,7 @@ def render_doctor(doc: dict) -> str:
     return "\n".join(out)
 
 
-# == 82. Trials ========================================================
+# == 83. Trials ========================================================
 #
 # demo, drill, bench: real processes use what stands above, and are counted. A process
 # is this file with the hidden command `_worker`: it reads its job (a line of JSON) and
@@ -26630,7 +26651,7 @@ def demo_run(project: Project, files: list, *, url: str, sids: list, out: object
     return 0 if all(good for good, _ in held) else 1
 
 
-# == 83. Drill =========================================================
+# == 84. Drill =========================================================
 #
 # Races on a store of the user's choice, counted.
 
@@ -26894,7 +26915,7 @@ def remove_project(project: Project) -> None:
         list(pool.map(project.store.delete, keys))
 
 
-# == 84. Bench =========================================================
+# == 85. Bench =========================================================
 #
 # Measurements on a store of the user's choice, beside another CLI if there is one.
 
@@ -27265,7 +27286,7 @@ def worker(argv: list) -> int:
         return why.exit
 
 
-# == 85. Rows ==========================================================
+# == 86. Rows ==========================================================
 #
 # What a command is (a row of a table), how it answers, where its text comes from.
 # Knows stdin, stdout and stderr; must not know what any command does. cli.md, Habits.
@@ -27517,7 +27538,7 @@ def short(text: object, indent: str = "") -> str:
     return shown(text if len(text) <= 200 else text[:200] + "…", indent)
 
 
-# == 86. Commands under a lease ========================================
+# == 87. Commands under a lease ========================================
 #
 # `… -- CMD`: a child process and the thread that keeps its lease alive meanwhile.
 # Knows processes and signals; must not know what the lease is for.
@@ -27723,7 +27744,7 @@ def end_child(process: object, own_group: bool) -> None:
         process.wait()
 
 
-# == 87. Step commands =================================================
+# == 88. Step commands =================================================
 #
 # Each is a row and a function over the verbs of Project. Words and layout of 0.2.5
 # where it has the command. They print and they call; every rule lives above.
@@ -28013,7 +28034,7 @@ def waiting_line(options: object) -> object:
     return tick
 
 
-# == 88. Task commands =================================================
+# == 89. Task commands =================================================
 #
 # Plans, the next step, what went before. As "Step commands".
 
@@ -28185,7 +28206,7 @@ def cmd_context(project: object, options: object) -> None:
     answer(options, fitted(render_context(doc), CONTEXT_BYTES).rstrip("\n"), doc)
 
 
-# == 89. Lock commands =================================================
+# == 90. Lock commands =================================================
 #
 # Rows and words of locks, semaphores and barriers; every rule lives above.
 
@@ -28466,7 +28487,7 @@ def cmd_barrier_status(project: object, options: object) -> None:
     answer(options, barrier_line(view), view)
 
 
-# == 90. Memory commands ===============================================
+# == 91. Memory commands ===============================================
 #
 # As the step commands: rows and words, no rules.
 
@@ -28585,7 +28606,7 @@ def changed(options: object, doc: dict) -> None:
            record_of(doc, key=options.key))
 
 
-# == 91. Artifact commands =============================================
+# == 92. Artifact commands =============================================
 #
 # Rows and words, no rules; lines as 0.2.5 writes them where it has the command.
 
@@ -28811,7 +28832,7 @@ def answer_verified(options: object, items: list) -> int:
     return max((item["error"]["exit"] for item in bad), default=0)
 
 
-# == 92. Reservation commands ==========================================
+# == 93. Reservation commands ==========================================
 #
 # Rows and words over Reservations; and what a path is here: given relative to the
 # current directory or absolute, kept relative to the top of the work tree.
@@ -29043,7 +29064,7 @@ def git_says(*words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
-# == 93. Commands of presence, views and set-up ========================
+# == 94. Commands of presence, views and set-up ========================
 #
 # As the step commands. `init`, `join` and `install` also write files of this machine.
 
@@ -29550,7 +29571,7 @@ def _completion_fish(rows: list) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-# == 94. House commands ================================================
+# == 95. House commands ================================================
 #
 # As "Step commands": rows and words, no rules.
 
@@ -29784,7 +29805,7 @@ def opened_archive(path: str) -> object:
         file.write(piece)
     file.seek(0)
     return file
-# == 95. Commands of digest and notes ==================================
+# == 96. Commands of digest and notes ==================================
 #
 # For a person or a model: what happened in short, and what deserves to be kept.
 
@@ -29881,7 +29902,7 @@ def check_notes(notes: Notes, options: object) -> int:
     return 8 if bad else 3 if stale else 0
 
 
-# == 96. Commands of mail ==============================================
+# == 97. Commands of mail ==============================================
 #
 # Rows and words, no rules. Everything they show came from other agents.
 
@@ -30141,7 +30162,7 @@ def show_hits(project: object, options: object, area: str) -> int:
     return 0 if hits else 1
 
 
-# == 97. Run commands ==================================================
+# == 98. Run commands ==================================================
 #
 # Rows and words; the rules are those of sections "Run records" and "Runs". Knows
 # stdin and the stdout of a child, both read as they come.
@@ -30596,7 +30617,7 @@ def compare_lines(doc: dict) -> list:
     return table_lines([[short(cell) for cell in row] for row in rows])
 
 
-# == 98. Queue commands ================================================
+# == 99. Queue commands ================================================
 #
 # Rows and words over the verbs of Queue. As section "Step commands".
 
@@ -30787,7 +30808,7 @@ def cmd_queue_requeue(project: object, options: object) -> None:
            {"items": docs, "truncated": False, "cursor": None})
 
 
-# == 99. Session commands ==============================================
+# == 100. Session commands =============================================
 #
 # Rows and words; the rules are those of sections "Session records", "Sessions" and
 # "Mirror", and where transcripts are, "Harnesses" knows.
@@ -31225,7 +31246,7 @@ def write_redacted(options: object, redactor: Redactor) -> None:
             patiently(os.replace, temp, options.out)
 
 
-# == 100. Commands of session views ====================================
+# == 101. Commands of session views ====================================
 #
 # Rows and words; the rules are those of "Session views" and "Restoring sessions".
 # Everything in a transcript is somebody else's text: none of it may act on a terminal,
@@ -31637,7 +31658,7 @@ def resume_lines(found: object, cwd: str, item: dict) -> list:
     return [f"cd {shlex.quote(shown(cwd))} && {words} {found.id}"]
 
 
-# == 101. Command line =================================================
+# == 102. Command line =================================================
 #
 # argv -> one row -> one function -> one exit code. The only place that exits, and the
 # only one that catches everything.
