@@ -22403,6 +22403,10 @@ assignment        const jwtSecret = "{a24}";
 assignment        "auth": "{pair}"
 assignment        refreshToken: "{u60}"
 assignment        ENCRYPTION_KEY={b44}
+assignment        CODECOV_TOKEN={h8}-{h4}-{h4}-{h4}-{h12}
+assignment        "env": {"CIRCLE_TOKEN": "{h40}"}
+assignment        tool --api-key {a32} run
+assignment        tool --token "{h40}"
 assignment        session_token = "{b120}"
 bearer_token      Authorization: Bearer {u40}
 bearer_token      Authorization: Bearer {h32}
@@ -22434,6 +22438,7 @@ signature         https://a.blob.core.windows.net/c?sv=2020&sig={a40}%3D&se=1
 signature         https://b.s3.amazonaws.com/k?X-Amz-Expires=9&X-Amz-Signature={h64}
 mnemonic          mnemonic: "{words}"
 private_key       {pem}
+private_key       client-key-data: {b64pem}
 private_key       {pem diff}
 private_key       {pem numbered}
 private_key       {pem crlf}
@@ -22559,6 +22564,8 @@ KEY_PATH=/etc/ssl/private/server1.key
 SSH_AUTH_SOCK=/tmp/ssh-XXXXabcd/agent.1234
 TOKEN_FILE=/var/run/secrets/token1
 --password-file /run/secrets/pw1
+--token-file token1.txt --sort-key name2
+client-certificate-data: LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0t{b300}
 --password "$DB_PASSWORD"
 --username and --password options instead
 auth: none
@@ -22651,6 +22658,10 @@ class Maker:
                 text, line = self.pem(*word.split()[1:])
                 drawn.append(line)
                 return text
+            elif word == "b64pem":
+                text = base64.b64encode(self.pem()[0].encode()).decode()
+                drawn.append(text[100:150])
+                return text
             elif word == "putty":
                 drawn.append(self.draw("b", 64))
                 return f"PuTTY-User-Key-File-3: x\nPrivate-Lines: 2\n{drawn[-1]}\n" \
@@ -22658,7 +22669,7 @@ class Maker:
             else:
                 drawn.append(self.draw(word[0], int(word[1:])))
             return drawn[-1]
-        text = re.sub(r"\{(pw|pair|words|putty|pem[a-z ]*|[ahlubcd]\d+)\}", part,
+        text = re.sub(r"\{(pw|pair|words|putty|b64pem|pem[a-z ]*|[ahlubcd]\d+)\}", part,
                       template.replace("\\n", "\n"))
         text, _, named = text.partition("|") if "|tulip" in template else (text, "", "")
         return text, named or max(drawn, key=len, default="")

@@ -6212,7 +6212,7 @@ class Judge:
         if not PUBLIC_WORDS.isdisjoint(words):
             return 0
         if any(word.endswith(b"token") for word in words) or words[-1] in WEAK_ENDS:
-            return 2
+            return 3 if name.isupper() and words[-1] == b"token" else 2
         return int(words[-1] == b"key")
 
     def _is_strong(self, words: list) -> bool:
@@ -6299,6 +6299,7 @@ pypi_token        pypi-AgE               [\w-]{50,}
 rubygems_key      rubygems_              [\da-f]{48}(?!\w)
 crates_token      cio                    [A-Za-z0-9]{32}(?!\w)
 docker_token      dckr_[po]at_           [\w-]{20,}
+private_key       LS0tLS1CRUdJTiB(?:SU0E|QUkl|FQyB|PUEV|FTkN)  [\w+/]{200,}={0,2}
 age_key           AGE-SECRET-KEY-1       [A-Z0-9]{50,}
 grafana_token     eyJrIjoi               [A-Za-z0-9+/=]{40,}
 jwt               ey[A-Za-z0-9]          [\w-]{14,512}(?:\.ey[\w-]{17,}\.[\w-]{10,})
@@ -6564,6 +6565,8 @@ PHRASE_TABLE = (
      rb"[^\n|;&]{0,200}?\s(?:-p|--password)[\s=]" + QUOTES + BARE_WORD),
     ("password", b"password", rb"\s--?[a-z-]{0,30}password\s{1,3}" + QUOTES +
      rb"(?P<s>[^\s\"'\\|;&-][^\s\"'\\|;&]{5,})"),
+    ("assignment", b"-", rb"\s--?[a-z-]{0,30}(?:token|api-?key|access-key|secret|"
+     rb"secret-key)\s{1,3}" + QUOTES + BARE_WORD),
     # Lines of .netrc and .pgpass; words of a wallet.
     ("password", b"login",
      rb"\blogin\s{1,9}\S{1,99}\s{1,9}password\s{1,9}(?P<s>[^\s\\]{4,})"),
@@ -6578,10 +6581,10 @@ PHRASE_TABLE = (
 # by it, and preceded by the letters before it. In a line without any of these words
 # there is nothing for PhraseRule to find.
 HINTS = (
-    rb"k(?:ey(?:(?<=private key)|-file(?<=user-key-file)|REST)"
-    rb"|e(?<=toke)nREST"
+    rb"k(?:ey(?:(?<=private key)|-file(?<=user-key-file)|\s(?<=-key\s)|REST)"
+    rb"|e(?<=toke)n(?:\s(?<=-token\s)|REST)"
     rb"|i(?<=cooki)eREST|\.(?<=slack.)com/|s(?<=webhooks)/|(?<=absk)|e(?<=docke)r\s)",
-    rb"c(?:r(?:ed|(?<=secr)et)REST|url|_(?<=whsec_)"
+    rb"c(?:r(?:et\s(?<=-secret\s)|(?:ed|(?<=secr)et)REST)|url|_(?<=whsec_)"
     rb"|[ %](?<=basic.)|l(?<=redis-cl)i|(?<=mnemonic))",
     rb"p(?:ass(?:(?<=sshpass)|word\s|REST)|wdREST|hrase|odman|(?<=\s-p)[^\s-])",
     rb"u(?<=au)th(?:REST|orization)", rb"bearer", rb"xox", rb"54(?<=:54)3",
@@ -6780,6 +6783,8 @@ class PhraseRule:
     def _counts(self, kind: str, value: bytes) -> bool:
         if kind == "basic_auth":
             return self._judge.is_pair(value)
+        if kind == "assignment":
+            return self._judge.is_secret(value, 3, loose=True)
         if kind in ("password", "bearer_token"):
             return not self._judge.is_reference(value) \
                 and not self._judge.is_plain(value)
