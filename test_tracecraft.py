@@ -23685,6 +23685,21 @@ def test_a_reserved_part_that_nobody_can_read_any_more_is_skipped(bucket, file):
     assert stored(bucket) == file.data
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_generation_counts_as_the_last_once_something_of_it_is_there(bucket, file,
+                                                                       when):
+    mirror = mirror_of(file.add(3), bucket)
+    mirror.flush()
+    first = file.data
+    file.write(b'{"m": 1}\n')
+    mirror.store.fault(f"crash-{when}", key="part-")
+    with pytest.raises(Crash):
+        mirror.flush()
+    assert bucket.doc(CURSOR)["reserved"]["generation"] == 1
+    assert stored(bucket, -1) == (first if when == "before" else file.data)
+
+
+
 def test_what_a_mirror_still_holds_is_not_skipped_when_its_file_is_gone(bucket, file):
     mirror = mirror_of(file.add(2), bucket, deadline=0.1)
     data = file.data
@@ -29788,6 +29803,20 @@ def test_only_the_last_generation_is_restored(here, bucket):
     os.unlink(source.path)
     here.restore(bucket, "x1")
     assert data_of(here.find("codex")["x1"]) == after
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_session_without_records_is_not_restored_over_a_good_file(here, bucket, dry):
+    here.mirror(bucket, "codex")
+    path, prefix = here.find("codex")["x1"].path, "sessions/codex/x1/"
+    good, doc = pathlib.Path(path).read_bytes(), bucket.doc(prefix + "_cursor.json")
+    reserved = {**doc["parts"][0], "from": None, "to": 1}
+    bucket.place(prefix + "_cursor.json", {**doc, "parts": [], "reserved": {
+        **reserved, "uuid": "0000000f"}})
+    with pytest.raises(t.NotFound, match="x1 has no records"):
+        here.restore(bucket, "x1", "--force", *["--dry-run"] * dry)
+    assert pathlib.Path(path).read_bytes() == good
+
 
 
 def test_where_a_harness_keeps_a_database_the_records_go_into_a_file(bucket, tmp_path):

@@ -19584,9 +19584,23 @@ class Recorded:
         if cursor["reserved"] is not None:
             parts.append({**cursor["reserved"], "open": True})
         parts = [part for part in parts if not part.get("skipped")]
-        if generation == -1 and parts:
-            generation = parts[-1].get("generation")
+        if generation == -1:
+            generation = self.last_generation()
         return [part for part in parts if generation in (None, part.get("generation"))]
+
+    def last_generation(self) -> int | None:
+        """The last generation of which anything is there; None: of none.
+
+        A mirror that died may have reserved the first part of another, and no more: one
+        request tells then."""
+        cursor = self.standing()
+        reserved, last = cursor["reserved"], None
+        for part in listed_parts(cursor, self.pages(cursor)):
+            last = last if part.get("skipped") else part.get("generation")
+        if reserved is not None and reserved["generation"] != last \
+                and self.fetch({**reserved, "open": True}):
+            return reserved["generation"]
+        return last
 
     def fetch(self, part: dict) -> bytes:
         """The bytes of a part, verified; b"" when an open one is not there. NotFound
@@ -19611,6 +19625,8 @@ class Recorded:
         done, before = 0, None
         while True:
             try:
+                if generation == -1:  # once: what was yielded is of that one
+                    generation = self.last_generation()
                 for part, data in self._fetched(self.parts(generation), done):
                     done += len(data)
                     yield part.get("generation"), data
@@ -25547,19 +25563,23 @@ RESUMES = {"claude-code": "claude --resume", "codex": "codex resume"}
 class Origin:
     """Where a session was. cwd, home: as its machine had them; said: the directory as
     its records spell it. at: when it began, in seconds, or None. lines: the records of
-    its last generation, to be taken once."""
+    `generation`, its last, to be taken once. is_empty: there are none."""
 
     def __init__(self, session: Recorded) -> None:
         import itertools
         doc, told, head = session.standing(), Turns(session.harness), []
         self.session, self.parent, self.at = session, word(doc, "parent"), None
-        lines = session.records(-1)
+        self.generation = session.last_generation()
+        # There is no generation of which nothing is there: then nothing may be read.
+        lines = iter(()) if self.generation is None \
+            else session.records(self.generation)
         for line in itertools.islice(lines, HEAD_LINES):
             head.append(line)
             for made in told.of_line(line):
                 self.at = self.at or parse_iso(made["at"])
             if told.cwd and self.at:
                 break
+        self.is_empty = not head
         self.lines, self.said = itertools.chain(head, lines), told.cwd
         self.cwd = word(doc, "cwd") or self.said
         self.home = self._home(session.harness, word(doc, "source_path"))
@@ -25593,12 +25613,13 @@ class Destined:
     def __init__(self, origin: Origin, *, at: str, places: Places,
                  placed: bool) -> None:
         self.session, self.lines = origin.session, origin.lines
+        self.generation = origin.generation
         self.path, self.places, self.placed = at, places, placed
         self.records = self.rewritten = self.size = 0
         self.digest, self.redacted = "", {}
 
     def write(self, file: object) -> None:
-        """Write the last generation into `file` (None: nowhere), and note what it is.
+        """Write the generation into `file` (None: nowhere), and note what it is.
         Corrupt when it is not what was stored."""
         import hashlib
         digest, size = hashlib.sha256(), 0
@@ -25612,7 +25633,8 @@ class Destined:
             if file is not None:
                 file.write(new)
         self.digest = digest.hexdigest()
-        parts = [part for part in self.session.parts(-1) if not part.get("open")]
+        parts = [part for part in self.session.parts(self.generation)
+                 if not part.get("open")]
         for part in parts:
             self.redacted = add_counts(self.redacted, part.get("redactions"))
         if size < sum(number(part, "uploaded_bytes") for part in parts):
@@ -25679,6 +25701,8 @@ class Restore:
         with contextlib.ExitStack() as stack:
             for session in self.family(found):
                 origin = Origin(session)
+                if not self._has_records(origin, found):
+                    continue
                 places = places or self._places(origin)  # sub-agents move with theirs
                 todo.append(self._destined(origin, places))
                 temps.append(self._filled(todo[-1], None if dry else stack))
@@ -25690,6 +25714,16 @@ class Restore:
                                    path=one.path)
             return [{**one.doc(), "wrote": self._settle(one, temp, force)}
                     for one, temp in zip(todo, temps)]
+
+    def _has_records(self, origin: Origin, found: Recorded) -> bool:
+        """False for a sub-agent without any; NotFound if it is the session itself."""
+        why = f"session {shown(origin.session.id)} has no records"
+        if origin.is_empty and origin.session is found:
+            raise NotFound(why, hint="its mirror ended before the first was stored;"
+                           " mirror it again")
+        if origin.is_empty:
+            self.ledger.warn(f"{why}: not restored")
+        return not origin.is_empty
 
     def _filled(self, one: Destined, stack: object) -> str | None:
         if stack is None:
