@@ -23562,6 +23562,33 @@ def test_a_source_that_is_another_begins_a_generation(bucket, file, how, alive):
     assert stored(bucket, -1) == file.data
 
 
+class Halfway(tracecraft.GrowingFile):
+    """Cannot be understood from its third record on, while `broken` says so."""
+
+    __slots__ = ("broken",)
+
+    def read(self, position=None, **how):
+        if self.broken and (position or {"at": 0})["at"] > 20:
+            raise t.Corrupt("it is half written")
+        return super().read(position, **how)
+
+
+def test_what_comes_before_damage_is_stored_and_what_follows_once_it_is_mended(
+        small, bucket, file, monkeypatch):
+    monkeypatch.setattr(tracecraft, "CUT_BYTES", 1000)
+    mirror = mirror_of(file.add(30), bucket)
+    mirror.source = Halfway("jsonl", "s", path=file.path)
+    mirror.source.broken = True
+    refused(tracecraft.Corrupt, mirror.look)
+    assert stored(bucket) and file.data.startswith(stored(bucket))
+    mirror.source.broken = False
+    mirror.look()
+    mirror.flush()
+    assert stored(bucket) == file.data and part_faults(bucket) == []
+
+
+
+
 def test_two_files_under_one_id_are_refused_instead_of_alternating(bucket, file,
                                                                    tmp_path):
     other = Transcript(tmp_path / "other.jsonl").write(b'{"other": 1}\n')
@@ -28200,10 +28227,20 @@ def test_a_big_file_is_read_in_pieces_and_a_long_record_whole(tmp_path):
     assert sorted(sizes)[-2] <= t.BATCH < len(long) <= sorted(sizes)[-1]
 
 
-def test_a_line_without_end_is_refused_and_fits_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "MAX_LINE", 1 << 20)
-    with pytest.raises(t.Corrupt, match="no transcript|line of over"):
-        growing(tmp_path, b"x" * (3 << 20)).read(None, size=1 << 16)
+@pytest.mark.parametrize("size", [1000, 1 << 16, 1 << 20])
+def test_a_line_too_long_is_left_out_and_what_stands_around_it_is_not(
+        tmp_path, monkeypatch, size):
+    monkeypatch.setattr(t, "MAX_LINE", 1 << 18)
+    most, over = b"x" * ((1 << 18) - 1) + b"\n", b"x" * (1 << 18) + b"\n"
+    source = growing(tmp_path, b"1\n" + most + over + b"2\n" + over[:-1])
+    data, position, fresh = read_on(source, size=size)
+    out = b'{"type":"tracecraft","text":"a record of %d bytes was left out"}\n'
+    whole = b"1\n" + most + out % len(over) + b"2\n"
+    assert (data, fresh) == (whole, False)
+    assert read_on(source, upto=position) == (whole, position, False)
+    last, end, _ = read_on(source, position, ended=True)
+    assert last == out % (len(over) - 1)
+    assert read_on(source, position, upto=end)[:2] == (last, end)
 
 
 @pytest.mark.parametrize("position", [-1, 10**9, True, "0", [], {}, {"at": "x"}, 2.5, {

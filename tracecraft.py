@@ -12210,39 +12210,54 @@ class GrowingFile(SessionSource):
         with open_source(self.path) as file, FileTrouble("read", self.path):
             found = resumed(file, position)
             at = found or 0
-            file.seek(at)
+            stop = file.seek(0, os.SEEK_END)
             if isinstance(upto, dict):
-                data = file.read(min(max(0, number(upto, "at") - at), MAX_LINE + BATCH))
-                cut = upto.get("cut") is True
-            else:
-                data = whole_lines(file, size, path=self.path)
-                cut = ended and not data
-                data = self._rest(file, at) if cut else data
+                stop, ended = number(upto, "at"), upto.get("cut") is True
+            data, length = whole_lines(file, size, at=at, stop=stop)
+            cut = ended and not data
+            if cut:  # all that its harness has ever written
+                data, length = last_line(file, at, stop)
             if not data and found is not None and position is not None:
                 return Lines(b"", position, fresh=False)
-            after = growing_position(file, at + len(data), cut=cut and bool(data))
+            after = growing_position(file, at + length, cut=cut and bool(data))
         return Lines(data + b"\n" * after.get("cut", False), after,
                      fresh=found is None)
 
-    def _rest(self, file: object, at: int) -> bytes:
-        """What follows the last newline: all that its harness has ever written."""
-        file.seek(at)
-        return file.read(MAX_LINE)
+
+def long_record(length: int) -> bytes:
+    """The record in the place of a line too long to be one."""
+    return record_line({"type": "tracecraft",
+                        "text": f"a record of {length} bytes was left out"})
 
 
-def whole_lines(file: object, size: int, *, path: str) -> bytes:
-    """About `size` bytes from here that end in a newline, or one longer record; b"" if
-    none is whole. Corrupt for a record beyond MAX_LINE."""
-    pieces, length = [], 0
-    while length <= MAX_LINE:
-        piece = file.read(size)
-        end = piece.rfind(b"\n") + 1
-        if end or not piece:
-            return b"".join(pieces) + piece[:end] if end else b""
-        pieces.append(piece)
+def whole_lines(file: object, size: int, *, at: int, stop: int) -> tuple:
+    """(about `size` bytes of [at, stop) that end in a newline, or one longer record;
+    how many bytes of the file these are). (b"", 0) if no record is whole.
+
+    Whether a line is left out depends on its length alone: who finishes a part of
+    somebody else's must get the same."""
+    pieces, length, size = [], 0, min(size, MAX_LINE)
+    file.seek(at)
+    while True:
+        piece = file.read(max(0, min(size, stop - at - length)))
+        if not piece:
+            return b"", 0
+        first, end = piece.find(b"\n") + 1, piece.rfind(b"\n") + 1
+        if first and length + first > MAX_LINE:
+            return long_record(length + first), length + first
+        if end:
+            return b"".join(pieces) + piece[:end], length + end
         length += len(piece)
-    raise Corrupt(f"{shown(path)} has a line of over {MAX_LINE >> 20} MiB",
-                  hint="that is no transcript")
+        pieces = [*pieces, piece] if length <= MAX_LINE else []
+
+
+def last_line(file: object, at: int, stop: int) -> tuple:
+    """(the record [at, stop) without its newline, how many bytes that is)."""
+    if stop - at > MAX_LINE:
+        return long_record(stop - at)[:-1], stop - at
+    file.seek(at)
+    data = file.read(max(0, stop - at))
+    return data, len(data)
 
 
 def growing_position(file: object, at: int, *, cut: bool = False) -> dict:
@@ -20181,7 +20196,12 @@ class Mirror:
         """Yields a Cut for each part of what is new in the source."""
         cut = Cut(self.redactor, generation, start)
         while True:
-            lines = self._read(cut.end, ended=ended, size=CUT_BYTES // 4)
+            try:
+                lines = self._read(cut.end, ended=ended, size=CUT_BYTES // 4)
+            except Corrupt:
+                if cut.size:  # what was read before is sound
+                    yield cut.done()
+                raise
             if not lines.data:
                 break
             if lines.fresh:
