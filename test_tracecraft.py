@@ -22792,6 +22792,33 @@ def test_a_private_key_over_several_lines_of_text_goes_line_by_line():
     assert one.line(line.encode()) == line.encode(), "the key has ended"
 
 
+def test_a_private_key_spread_over_strings_or_records_goes_and_the_rest_stays():
+    lines, after = Maker().pem()[0].split("\n"), "0123456789abcdefABCDEF"
+    diff = ["+" + line for line in lines]
+    for doc in ({"patch": [{"lines": ["+a", *diff]}], "id": after}, [*lines, after],
+                [[{"n": n, "text": line} for n, line in enumerate(lines)], after],
+                {"inner": json.dumps({"lines": diff}), "id": after},
+                [lines[0], "\n".join(lines[1:]) + "\nthen", after]):
+        left, counts = redacted(json.dumps(doc))
+        assert not any(line in left for line in lines[1:-1]) and after in left
+        assert counts["private_key"] >= 1 and json.loads(left)
+
+
+def test_a_private_key_goes_on_in_the_next_record_and_in_another_process():
+    lines, one = Maker().pem()[0].split("\n"), redactor()
+    rows = [json.dumps({"type": "delta", "text": line}).encode() for line in lines]
+    last = json.dumps({"sha": "0123456789abcdefABCDEF+/"}).encode()
+    for at, row in enumerate(rows):
+        other, other.in_key = redactor(), one.in_key
+        assert other.line(row) == one.line(row)
+        assert (one.counts.get("private_key", 0), one.in_key) == \
+            (min(at, len(rows) - 2), at < len(rows) - 1)
+    assert one.line(last) is last
+    one.line(rows[0])
+    told = b'{"t": "nothing of a key"}'
+    assert one.line(told) is told and not one.in_key and one.line(last) is last
+
+
 @pytest.mark.parametrize("line", [
     '{"type":"user","t":"cut in the middle ghp_{a36}', '      "text": "ghp_{a36}",',
     '{"a":1}{"b":"ghp_{a36}"} and more', 'x "ghp_{a36}" \\n "y', '[[[{"a":"ghp_{a36}"'])

@@ -6975,6 +6975,45 @@ class HomeRule:
                 yield start, end, "home"
 
 
+class KeyLines:
+    """The lines of a private key when each is a string, or a record, of its own."""
+
+    def __init__(self) -> None:
+        import re
+        body = rb"[+\- \t\d|:>\xe2\x86\x92]{0,40}[A-Za-z0-9+/=]{16,}\s*"
+        self._body = re.compile(body)
+        self._strict = re.compile(  # no word, no digest
+            rb"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=[^\d+/]*[\d+/])(?!.{129})" + body)
+        self._begin, self._end = re.compile(KeyRule.BEGIN), re.compile(KeyRule.END)
+        self._cut = re.compile(rb"\n|\\+[nr]")
+        self._tail = re.compile(rb"[+\- \t\d|:>\xe2\x86\x92]{0,40}[A-Za-z0-9+/=]*\s*"
+                                rb"|[A-Z][\w-]{2,30}: .{0,200}")
+
+    def is_open(self, text: bytes) -> bool:
+        """Whether `text` ends within a key that begins in it."""
+        begin = text.rfind(b"-----BEGIN ")
+        found = self._begin.match(text, begin) if begin >= 0 else None
+        return found is not None and all(
+            self._tail.fullmatch(line) for line in self._cut.split(text[found.end():]))
+
+    def reach(self, text: bytes, *, near: bool) -> int:
+        """How far a key begun before goes on in `text`; 0 when it does not. near: the
+        string before was a part of it, so that this may be any base64."""
+        end = self._end.search(text)
+        body = text[:end.start()] if end else text
+        line = self._body if near or end else self._strict
+        lines = [each for each in body.strip(b"\n +\t").split(b"\n") if each.strip()]
+        fits = lines and all(line.fullmatch(each) for each in lines[:-1])
+        if not fits or not (line if len(lines) == 1 else self._body).fullmatch(
+                lines[-1]) and not (len(lines) > 1 and len(lines[-1]) < 20):
+            return 0
+        return end.end() if end else len(text)
+
+    def has_end(self, text: bytes) -> bool:
+        """Whether a key ends in `text`."""
+        return self._end.search(text) is not None
+
+
 class NotJson(Exception):
     """A line is not made as JSON is; passes between methods of Redactor."""
 
@@ -6984,7 +7023,8 @@ class Redactor:
 
     patterns: of user_patterns. literals: values to remove wherever they stand, as
     secret_values gives them. home: a directory that becomes ~. counts: {kind: how
-    often} so far. Not for two threads at once."""
+    often} so far. in_key: whether the next line may go on with a private key; whoever
+    goes on in another process keeps it. Not for two threads at once."""
 
     def __init__(self, patterns: list, literals: list, *, home: str = "") -> None:
         import re
@@ -7011,21 +7051,23 @@ class Redactor:
         # A line within a private key, numbered or quoted perhaps; a header of PEM.
         self._key = re.compile(rb"[\s>|+\d:-]*(?:\xe2\x86\x92)?\s*[A-Za-z0-9+/=]{1,100}"
                                rb"\s*|[A-Z][\w-]{2,30}: .{0,200}\s*|\s*", re.S)
-        self._in_key = False
+        self._key_lines, self.in_key = KeyLines(), False
+        self._near = self._met = False  # the last string; any of this record
 
     def line(self, data: bytes) -> bytes:
         """`data`, one whole line or record, without secrets; the same object when it
-        holds none. Lines of a private key in plain text are known by those before."""
-        if self._in_key and self._key.fullmatch(data):
+        holds none. Lines of a private key are known by those before."""
+        if self.in_key and self._key.fullmatch(data):
             return self._key_line(data)
-        self._in_key = False
         spots, armed = self._suspect(data)
-        if not spots:
+        if not spots and not self.in_key:
             return data
+        self._near = self._met = False
         new = self._json(data, spots, armed=armed) if self._start.match(data) else None
         if new is not None:
+            self.in_key = self.in_key and self._met
             return new
-        self._in_key = b"PRIVATE KEY" in data \
+        self.in_key = b"PRIVATE KEY" in data \
             and data.rfind(b"-----END ") < data.rfind(b"-----BEGIN ")
         return self._text(data, armed)
 
@@ -7053,17 +7095,18 @@ class Redactor:
     def _json(self, text: bytes, spots: list, *, armed: list) -> bytes | None:
         """`text` with those string values redacted that hold a spot; None when it is
         not made as JSON is."""
-        pieces, kept, before = [], 0, dict(self.counts)
+        pieces, kept, before = [], 0, (dict(self.counts), self.in_key)
+        keyed = self.in_key or b"PRIVATE KEY" in text  # a key over several strings
         todo = iter(spots)
         spot = next(todo, None)
         try:
             for start, end, name in self._values(text):
                 while spot is not None and spot < start:
                     spot = next(todo, None)
-                if spot is None:
+                if spot is None and not keyed:
                     break
                 raw = text[start:end]
-                if spot > end and not (self._user and self._user.matches(
+                if not keyed and spot > end and not (self._user and self._user.matches(
                         unquoted(raw))):
                     continue
                 new = self._value(raw, name, armed=armed)
@@ -7071,7 +7114,7 @@ class Redactor:
                     pieces += [text[kept:start], new]
                     kept = end
         except NotJson:
-            self.counts = before
+            self.counts, self.in_key = before
             return None
         return b"".join([*pieces, text[kept:]]) if pieces else text
 
@@ -7119,12 +7162,25 @@ class Redactor:
             if text[:1] in (b"{", b"["):
                 new = self._json(text, spots, armed=armed)
         if new is None:
-            new = self._text(text, armed)
+            new = self._string(text, armed)
         new = self._splice(new, list(self._named.member(name, new)))
         if new is text:
             return raw
         return new if text is raw else in_json(
             new.decode("utf-8", "surrogatepass"))[0 if raw.isascii() else 1]
+
+    def _string(self, text: bytes, armed: list) -> bytes:
+        """_text for one of the strings that a private key may be spread over."""
+        end = self._key_lines.reach(text, near=self._near) if self.in_key else 0
+        if self.in_key or b"PRIVATE KEY" in text:
+            begun = self._key_lines.is_open(text[end:])
+            self.in_key = begun or self.in_key and not self._key_lines.has_end(text)
+            self._near = begun or end > 0
+            self._met |= self._near
+        if not end:
+            return self._text(text, armed)
+        self._count("private_key")
+        return mark("private_key") + self._text(text[end:], armed)
 
     def _text(self, text: bytes, armed: list) -> bytes:
         for _ in range(ROUNDS):
