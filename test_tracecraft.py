@@ -22444,7 +22444,17 @@ private_key       {pem numbered}
 private_key       {pem crlf}
 private_key       {pem escaped}
 private_key       {pem cut}
+private_key       {pem code}
+private_key       {pem broken}
+private_key       {pem long}
 private_key       {putty}
+url_password      postgres://app:{pw}@$DB_HOST/x
+url_password      postgres://app:{pw}@${DB_HOST}:5432/x
+url_password      f"postgres://app:{pw}@{host}/x"
+url_password      postgres://app:{pw}@<host>/x
+url_password      "postgres://app:{pw}@%s/x" % host
+url_password      postgres://app:$3{a10}@db/x
+url_password      postgres:\/\/app:{pw}@db.internal\/db
 """
 
 HARMLESS = r"""
@@ -22601,6 +22611,12 @@ http://localhost:3000/@fs/src/main.ts
 postgres://me:${DB_PASS}@localhost/db
 postgres://me:<password>@localhost/db
 mongodb://localhost:27017/test
+mongodb://localhost:27017,host2@x
+mongodb://db1:27017,db2:27017@x
+http://localhost:3000@foo
+postgres://me:$DB_PASS@$DB_HOST/db
+postgres://${USER}:${PASS}@${HOST}/db
+assert token == "{a12}"
 https://me@h.example/
 me@h.example
 npm install @scope/package@1.2.3
@@ -22637,8 +22653,12 @@ class Maker:
                           "-----END RSA PRIVATE" " KEY-----"])
         return {"plain": text, "diff": text.replace("\n", "\n+"), "cut": text[:400],
                 "numbered": text.replace("\n", "\n    12\u2192"),
+                "code": '"' + '\\n"\n    "'.join(text.split("\n")[:-1]) + '\\n"',
+                "broken": "<br>".join(text.split("\n")[:-1]),
+                "long": "\n".join([*text.split("\n")[:-1], *[self.draw("b", 64)] * 600]),
                 "crlf": text.replace("\n", "\r\n"),
-                "escaped": text.replace("\n", "\\n")}[how], lines[2]
+                "escaped": text.replace("\n", "\\n")}[how], \
+            lines[-2] if how in ("code", "broken") else lines[2]
 
     def fill(self, template):
         """(text, the longest thing that was drawn)."""

@@ -6456,26 +6456,33 @@ class UrlRule:
     def __init__(self, judge: Judge) -> None:
         import re
         self._judge = judge
-        self._hint = re.compile(rb"://[^\s/\"]{1,400}@")
-        self._pair = re.compile(rb"://[^\s/:@\"'<>\\?#]{0,128}:([^\s/\"'<>\\]{1,256})@"
-                                rb"(?=[\w\[])")
+        self._hints = [(word, re.compile(begin + rb"[^\s/\"]{1,400}@"))
+                       for word, begin in ((b"://", b"://"), (b":\\", rb":\\+/\\+/"))]
+        begin = rb":\\{0,8}/\\{0,8}/"  # as JSON and sed escape it
+        self._pair = re.compile(begin + rb"([^\s/:@\"'<>\\?#]{0,128}):"
+                                rb"([^\s/\"'<>\\]{1,256})@(?=[\w\[${<%])")
+        self._port = re.compile(rb"(?:localhost|[\w-]{1,63}(?:\.[\w-]{1,63})+):\d{1,5}"
+                                rb"(?:,.*)?|[^:]*:\d{1,5},[\w.,:-]+")
         # Sentry's is public: an address to report errors to.
-        self._lone = re.compile(rb"://([\w.%~+-]{16,256})@(?=[\w\[])(?!\w{0,40}\.?"
+        self._lone = re.compile(begin + rb"([\w.%~+-]{16,256})@(?=[\w\[])(?!\w{0,40}\.?"
                                 rb"(?:ingest|sentry))")
-        self._blank = re.compile(rb"\$|%[sd(]|[<{\[]|\*{3}|\.{3}|(?i:x{3})+$|REDACTED|"
-                                 rb"[A-Z_]*(?:PASS|PASSWORD|PWD|TOKEN|SECRET|KEY)$")
+        variable = rb"\$(?:[A-Za-z_]\w*|\d?$|[{(].*)"
+        self._blank = re.compile(rb"(?:" + variable + rb")+$|%[sd(]|[<{\[]|\*{3}"
+                                 rb"|\.{3}|(?i:x{3})+$|REDACTED|[A-Z_]*(?:PASS|PASSWORD|PWD|TOKEN|SECRET|KEY)$")
 
     def spots(self, text: bytes, _low: bytes) -> list:
         """Where a URL with something before an @ begins."""
-        if b"@" not in text or b"://" not in text:
+        if b"@" not in text:
             return []
-        return [found.start() for found in self._hint.finditer(text)]
+        return [found.start() for word, hint in self._hints if word in text
+                for found in hint.finditer(text)]
 
     def find(self, text: bytes) -> object:
         """The passwords in `text`."""
         for found in self._pair.finditer(text):
-            if not self._blank.match(found.group(1)):
-                yield (*found.span(1), "url_password")
+            if not self._blank.match(found.group(2)) \
+                    and not self._port.fullmatch(b":".join(found.groups())):
+                yield (*found.span(2), "url_password")
         for found in self._lone.finditer(text):
             if self._judge.is_secret(found.group(1), 3):
                 yield (*found.span(1), "url_password")
@@ -6493,6 +6500,9 @@ class KeyRule:
         self._begin, self._end = re.compile(self.BEGIN), re.compile(self.END)
         self._body = re.compile(rb"(?!(.)\1{15})[A-Za-z0-9+/]{32}")
         self._rest = re.compile(rb"[^\"'`<>{}]*")
+        # pieces of code, <br> and the like between lines; nothing follows the repeat,
+        # so it never goes back
+        self._runs = re.compile(rb"(?s:(?:.{0,24}?[A-Za-z0-9+/=]{16,})*)")
         self._putty = re.compile(
             rb"Private-Lines: ?\d+(?:\s|\\+[rn])+([A-Za-z0-9+/=]{1,64}"
             rb"(?:(?:\s|\\+[rn]){1,4}[A-Za-z0-9+/=]{1,64}(?![\w-])){0,400})")
@@ -6507,7 +6517,8 @@ class KeyRule:
                 break
             limit = begin.end() + self.LONGEST
             end = self._end.search(text, begin.end(), limit)
-            at = end.end() if end else self._rest.match(text, begin.end(), limit).end()
+            at = end.end() if end else self._runs.match(
+                text, self._rest.match(text, begin.end(), limit).end()).end()
             if self._body.search(text, begin.end(), at):
                 cut = len(text[begin.start():at].rstrip(b"\\ \n"))
                 yield begin.start(), begin.start() + cut, "private_key"
@@ -6680,6 +6691,8 @@ class NamedRule:
             return b"", 0
         name = text[start:found.start("sep")]
         strength = self._judge.strength(name)
+        if strength < 3 and b"==" in found.group("sep"):  # compared with
+            return b"", 0
         sent = strength == 2 and self._header.search(low, max(0, start - 16), start)
         return name, 3 if sent else strength
 
