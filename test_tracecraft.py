@@ -39,7 +39,7 @@ import pathlib
 import py_compile
 import random
 import re
-import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -30552,7 +30552,9 @@ class Browser:
 
     def _next(self, until):
         while b"\0" not in self.read:
-            assert select.select([self.ours_in], [], [], until - time.monotonic())[0]
+            with selectors.DefaultSelector() as waiting:  # select() ends at 1,024 files
+                waiting.register(self.ours_in, selectors.EVENT_READ)
+                assert waiting.select(max(0.0, until - time.monotonic()))
             piece = os.read(self.ours_in, 1 << 16)
             assert piece, "the browser has ended"
             self.read += piece
