@@ -6468,7 +6468,8 @@ class UrlRule:
                                 rb"(?:ingest|sentry))")
         variable = rb"\$(?:[A-Za-z_]\w*|\d?$|[{(].*)"
         self._blank = re.compile(rb"(?:" + variable + rb")+$|%[sd(]|[<{\[]|\*{3}"
-                                 rb"|\.{3}|(?i:x{3})+$|REDACTED|[A-Z_]*(?:PASS|PASSWORD|PWD|TOKEN|SECRET|KEY)$")
+                                 rb"|\.{3}|(?i:x{3})+$|REDACTED"
+                                 rb"|[A-Z_]*(?:PASS|PASSWORD|PWD|TOKEN|SECRET|KEY)$")
 
     def spots(self, text: bytes, _low: bytes) -> list:
         """Where a URL with something before an @ begins."""
