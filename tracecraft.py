@@ -3485,6 +3485,7 @@ META_PARTS = 20  # parts repeated in meta.json (protocol.md 10)
 PAGE_PARTS = 50  # moved out at a time, so that the cursor stays a small PUT
 PART_NUMBERS = 100_000  # 0.2's names have five digits
 MERGED_BYTES = 16 << 20  # up to which parts are merged: held in memory, as readers do
+MERGED_02 = "merged otherwise"  # by 0.2: why a generation began
 BYTES_02 = ("claude-code", "codex", "openclaw")  # where 0.2 counted bytes, not rows
 
 
@@ -3618,8 +3619,10 @@ def commit_part(cursor: dict, made: dict, *, at: str) -> dict:
     kept = ("seq", "uuid", "generation", "records", "source_bytes", "redactions")
     entry = {**{name: part.get(name) for name in kept}, **made, "uploaded_at": at,
              **({} if None in ends else {"cursor_range": ends})}
-    return {**cursor, "reserved": None, "position": part["to"],
-            "parts": [*cursor["parts"], entry], "last_uploaded_at": at,
+    # A generation may have begun meanwhile, because of 0.2: it starts at the start.
+    same = part["generation"] == cursor["generation"]
+    return {**cursor, "reserved": None,
+            "position": part["to"] if same else cursor["position"], "parts": [*cursor["parts"], entry], "last_uploaded_at": at,
             "totals": add_part(cursor["totals"], entry)}
 
 
@@ -3813,7 +3816,8 @@ def fold_meta(cursor: dict, pages: dict, meta: dict | None, leaves: dict) -> dic
     compaction. The same object when nothing of that counts. leaves: {leaf: size} of a
     listing made after the cursor was read.
 
-    Its other parts repeat what is stored, or will be: they stay, and never count."""
+    Its other parts repeat what is stored, or will be, and never count. The former are
+    doomed: its compaction would merge them with the parts that they repeat."""
     known = {part["uuid"] for part in listed_parts(cursor, pages)}
     for part in foreign_parts(meta):
         ends, leaf = range_of(part), part_leaf(part)
@@ -3821,6 +3825,8 @@ def fold_meta(cursor: dict, pages: dict, meta: dict | None, leaves: dict) -> dic
             continue
         if "compacted_from" in part:
             cursor = _fold_merge(cursor, pages, part, leaves)
+        elif _repeats(cursor, ends):
+            cursor = {**cursor, "doomed": [*cursor["doomed"], leaf]}
         elif ends and cursor["reserved"] is None \
                 and ends[0] == offset_of(cursor["position"]) \
                 and (ends[0] or not known):
@@ -3828,21 +3834,35 @@ def fold_meta(cursor: dict, pages: dict, meta: dict | None, leaves: dict) -> dic
     return cursor
 
 
+def _repeats(cursor: dict, ends: tuple | None) -> bool:
+    """Whether a range of 0.2's is stored already. Where the source was rewritten, that
+    range may be of what it was before."""
+    turned = cursor.get("turned")
+    why = turned.get("why") if isinstance(turned, dict) else None
+    return ends is not None and why not in ("rewritten", "skipped") \
+        and ends[0] < ends[1] <= (offset_of(cursor["position"]) or 0)
+
+
 def _fold_merge(cursor: dict, pages: dict, merged: dict, leaves: dict) -> dict:
     """The cursor with 0.2's merged part in the place of what it replaced: the parts up
     to the last that is gone. It deletes them one by one, perhaps not all: if the first
-    so many make up its size, it is those."""
-    parts, gone, size = listed_parts(cursor, pages), 0, 0
+    so many make up its size, it is those. If they do not, it holds repeats as well, or
+    lacks something: a new generation begins, which is exact again."""
+    parts, gone, size, whole = listed_parts(cursor, pages), 0, 0, 0
+    merged_size = leaves[part_leaf(merged)]
     for at, part in enumerate(parts, 1):
         size += number(part, "uploaded_bytes")
-        if part_leaf(part) not in leaves or size == leaves[part_leaf(merged)]:
-            gone = at
+        if part_leaf(part) not in leaves or size == merged_size:
+            gone, whole = at, size
     if not gone:
         return cursor
     entry = {**merged, "generation": parts[gone - 1].get("generation"),
-             "uploaded_bytes": leaves[part_leaf(merged)]}
+             "uploaded_bytes": merged_size}
     inline = [part_leaf(part) for part in cursor["parts"] if part in parts[:gone]]
-    return {**cursor, "pages": [], "parts": [entry, *parts[gone:]],
+    turned = {} if whole == merged_size else {
+        "generation": cursor["generation"] + 1, "position": None,
+        "turned": {"why": MERGED_02, "at": str(merged.get("uploaded_at")), "by": "0.2"}}
+    return {**cursor, "pages": [], "parts": [entry, *parts[gone:]], **turned,
             "doomed": [*cursor["doomed"], *cursor["pages"], *inline],
             "compactions": number(cursor, "compactions") + 1}
 
@@ -19804,8 +19824,7 @@ class Recorded:
         while True:
             known = self.meta.doc
             if foreign_parts(known):
-                self.change(lambda doc: fold_meta(doc, self.pages(doc), known,
-                                                  self.leaves()))
+                self._fold(known)
             cursor = self.doc
 
             def decide(record: Record) -> dict:
@@ -19817,6 +19836,17 @@ class Recorded:
             self.meta = done.after
             if done.wrote or not foreign_parts(done.doc):
                 return
+
+    def _fold(self, meta: dict) -> None:
+        """Take in what 0.2 did, and remove what it repeated before it merges that."""
+        before, doomed = mapping(self.doc, "turned"), self.doc["doomed"]
+        done = self.change(lambda doc: fold_meta(doc, self.pages(doc), meta,
+                                                 self.leaves()))
+        if mapping(done, "turned") != before and done["turned"]["why"] == MERGED_02:
+            self.ledger.warn(f"session {shown(self.id)}: 0.2 has merged other parts"
+                             " than those that count: a new generation begins")
+        if done["doomed"] != doomed:
+            self.sweep()
 
     def sweep(self) -> int:
         """Delete what is doomed, of this or an earlier compaction; how many objects."""
@@ -20255,7 +20285,8 @@ class Mirror:
     def _front(self) -> tuple:
         """(generation, position) at which the next part begins."""
         doc = self._open()
-        if self._made is not None:
+        if self._made is not None \
+                and doc["reserved"]["generation"] == doc["generation"]:
             return doc["reserved"]["generation"], doc["reserved"]["to"]
         return doc["generation"], doc["position"]
 
