@@ -29186,6 +29186,21 @@ def test_mirroring_a_file_says_what_02_says(made):
     assert in_bucket(made) == open(made.file, "rb").read()
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_secret_in_the_name_of_a_file_is_in_no_key_record_or_output(made, flags):
+    token = "ghp_" + "aB3dE5fG7h" * 3 + "aB3dE5"
+    path = os.path.join(os.path.dirname(made.file), f"{token}.jsonl")
+    os.rename(made.file, path)
+    assert token not in made.ok("session", "mirror", path, *flags)
+    assert token not in made.ok("session", "list", "--json")
+    with t.connect(cwd=made.cwd, environ=made.env({})) as project:
+        store = project.ledger.store
+        keys = [entry.key for entry in project.ledger.list("sessions/").entries]
+        assert len(keys) == 3 and token not in "".join(keys)
+        assert not any(token.encode() in store.get(key).body for key in keys)
+
+
+
 def test_what_is_mirrored_is_redacted_unless_that_is_not_wanted(made):
     secret = b"ghp_" + b"a1B2c3D4e5" * 3 + b"f6G7h8"
     with open(made.file, "wb") as file:

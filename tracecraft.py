@@ -13449,11 +13449,14 @@ def find_sessions(harness: str, cwd: str | None, *, environ: dict, home: str) ->
     return Finder(environ, home).find(harness, cwd)
 
 
-def any_source(path: str, session: str = "") -> GrowingFile:
-    """Any JSONL file as a session of harness jsonl. session: its id, else its name."""
+def any_source(path: str, session: str = "", *, redact: object = None) -> GrowingFile:
+    """Any JSONL file as a session of harness jsonl. session: its id, else its name,
+    which becomes a key: redact(bytes) takes secrets out of it."""
     with open_source(path):
         stats = os.stat(path)
-    name = check_name("session id", session) if session else session_name(stem_of(path))
+    stem = os.fsencode(stem_of(path))
+    clean = os.fsdecode(redact(stem) if redact else stem)
+    name = check_name("session id", session) if session else session_name(clean)
     return GrowingFile("jsonl", name, path=os.path.abspath(path), size=stats.st_size,
                        modified=stats.st_mtime)
 
@@ -30990,10 +30993,14 @@ class Chosen:
     """Which sessions a call of `session mirror` is about."""
 
     def __init__(self, settings: object, options: object) -> None:
-        self.options, self.cwd = options, os.path.abspath(
+        self.settings, self.options, self.cwd = settings, options, os.path.abspath(
             os.path.join(settings.cwd, os.path.expanduser(options.cwd or "")))
         self.finder = Finder(settings.environ, home_of(settings.environ))
         self._groups = None  # what was chosen first: following stays with it
+
+    def redactor(self) -> object:
+        """What takes secrets out of a session, or, if so wanted, does not."""
+        return AsItIs() if self.options.no_redact else redactor_for(self.settings)
 
     def files(self) -> list:
         """The files that were named, as sources; Usage if that cannot be."""
@@ -31003,8 +31010,9 @@ class Chosen:
                         hint="a file is a session of harness jsonl")
         if options.session_id and len(options.files) > 1:
             raise Usage("--session-id names one session, not several files")
+        redact = self.redactor().line
         for path in options.files:
-            source = any_source(path, options.session_id or "")
+            source = any_source(path, options.session_id or "", redact=redact)
             if source.session in found:
                 raise Usage(f"two files would be session {source.session}",
                             hint="mirror them one by one, with --session-id")
@@ -31085,9 +31093,8 @@ class Follower:
                       redactions=counts)
             if self.stop is not None and self.stop.asked:
                 raise KeyboardInterrupt  # here nothing is half done
-        redactor = AsItIs() if options.no_redact else redactor_for(project.settings)
         return Mirror(session, source, agent=project.agent, told=told,
-                      redactor=redactor, min_bytes=options.min_bytes)
+                      redactor=self.chosen.redactor(), min_bytes=options.min_bytes)
 
     def tell(self, text: str, **event: object) -> None:
         """A line of what happens; with --json an object, but only while following."""
