@@ -22386,6 +22386,8 @@ assignment        config.set("auth_token", "{a40}")
 assignment        getenv_or("api_token", "{h8}-{h4}-{h4}-{h4}-{h12}")
 assignment        - name: DB_PASSWORD\n  value: "{pw}"
 assignment        {"name": "API_TOKEN", "value": "{pw}"}
+assignment        {"value": "{pw}", "name": "DB_PASSWORD"}
+assignment        DB_PASSWORD="k9d3 j{a9}7b"
 assignment        ENV ADMIN_PASSWORD={pw}
 assignment        docker run -e POSTGRES_PASSWORD={pw} postgres
 assignment        https://h.example/p?access_token={a32}&x=1
@@ -22556,6 +22558,8 @@ PASSWORD_RESET_TIMEOUT=259200
 PASSWORD_MIN_LENGTH=12
 password must be at least 12 characters long
 "password": "Must contain 8 characters, 1 digit"
+password: "two words"
+{"value": "{h40}", "name": "commit"}
 The default password: none of your business
 The token expired, please log in again.
 the secret is to keep going
@@ -22859,6 +22863,36 @@ def test_values_of_secret_looking_variables_go_wherever_they_stand():
     assert values == [plain.encode(), token.encode(), b"tulip-garden"]
     left, counts = redacted(json.dumps({"t": f"x{plain}y{token}"}), literals=values)
     assert json.loads(left)["t"] == "x[REDACTED:env_value]y[REDACTED:github_pat]"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("MY_TOKEN", "{h40}"), ("MY_TOKEN", "{h8}-{h4}-{h4}-{h4}-{h12}"),
+    ("DB_PASSWORD", "tulip garden in may"), ("DB_PASSWORD", "{d9}470"),
+    ("API_SECRET", "violet-meadow"), ("DB_PASSWORD", 'a"b\\c{a12}')])
+def test_a_secret_variable_need_not_look_random(name, value):
+    value = Maker().fill(value)[0]
+    found, text = t.secret_values({name: value}), value
+    assert found == [value.encode()]
+    for _ in range(3):
+        text = "is " + json.dumps({"t": text})
+        left = redacted(json.dumps({"x": text}), literals=found)[0]
+        assert "[REDACTED:" in left and value[-6:] not in left
+
+
+def test_of_a_secret_with_several_lines_each_long_one_goes():
+    text, line = Maker().pem()
+    found = t.secret_values({"SIGNING_KEY": text, "OTHER_SECRET": "a\nb"})
+    assert found == [each.encode() for each in text.split("\n")[1:-1]]
+    for word in ("postgres", "/run/secrets/x1", "${OTHER_SECRET}", "changeme-123"):
+        assert t.secret_values({"DB_PASSWORD": word}) == []
+
+
+def test_an_escape_hides_nothing_in_json_that_other_text_holds():
+    token = Maker().fill("ghp_{a36}")[0]
+    text = 'result: {"k": "gh\\u0070%s", "n": "\\u0041"} \\u0042' % token[3:]
+    left, counts = redacted(json.dumps({"t": text}))
+    assert json.loads(left)["t"] == text.replace(
+        "gh\\u0070" + token[3:], "[REDACTED:github_pat]") and counts == {"github_pat": 1}
 
 
 def test_the_home_directory_becomes_a_tilde_and_nothing_else_does():

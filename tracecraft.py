@@ -6245,6 +6245,9 @@ class Judge:
         """Whether `value` is one under a name of that strength.
 
         loose: it is quoted or ends its line, so it is no piece of code or prose."""
+        if loose and strength == 3 and 0 < value.count(b" ") < 3 \
+                and len(self._turn.findall(value)) > 2:
+            value = value.replace(b" ", b"")  # two or three words that are none
         if len(value) < SHORTEST or b" " in value or value.isdigit() \
                 or len(set(value)) < 4:
             return False
@@ -6561,7 +6564,8 @@ JUDGED = 128  # bytes of a value that are looked at: values may follow one anoth
 REST = (
     rb"[\w.\-]{0,40}(?P<sep>\\*[\"'`]?[\])]?(?:,?(?:\s|\\[tnr]){0,20}\\*[\"']?value\\*"
     rb"[\"']?\s?[:=]|[ \t]{0,8}(?:=>|:=|==?|:|>)|,(?<=[\"'],))(?:\*\*)?[ \t]{0,8})"
-    rb"(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])(?=[^\s\"'`]{5})")
+    rb"(?P<quote>\\*[\"'`]{1,3}|)(?!\d+[\s,}\]])"
+    rb"(?=[^\s\"'`]{5}|(?<=[\"'])[^\s\"'`]{3,4} [^\s\"'`]{3})")
 NAMED_VALUE = (rb"(?:key|k(?<=tok)en|k(?<=cook)ie|pwd|pass|c(?<=sec)ret|cred"
                rb"|u(?<=au)th)" + REST)
 
@@ -6656,6 +6660,20 @@ class NamedRule:
             rb"|username|database|initial catalog|dbname|sslmode)\s?=")
         self._line = re.compile(rb"[^\\\n\"'\x1b]*")
         self._pair = re.compile(rb"[\w.-]{1,80}=([^;,\s\"'\\]{8,})")
+        gap, quote = rb"(?:\s|\\+[nrt]){0,20}", rb"\\*[\"']"
+        self._turned = re.compile(
+            rb"value" + quote + rb"\s?:\s?" + quote + rb"(?P<s>[^\"'\\]{8,200})" + quote
+            + gap + rb"," + gap + quote + rb"(?:name|key)" + quote + rb"\s?:\s?" + quote
+            + rb"(?P<name>[\w.-]{1,80})")
+
+    def turned(self, text: bytes, low: bytes) -> object:
+        """The values that stand before their names: {"value": "…", "name": "…"}."""
+        for found in self._turned.finditer(low) if b"value" in low else ():
+            start, end = found.span("s")
+            strength = self._judge.strength(text[slice(*found.span("name"))])
+            value = text[start:end]
+            if strength and self._judge.is_secret(value, strength, loose=True):
+                yield start, end, "assignment"
 
     def may_be(self, text: bytes, low: bytes, *, at: int) -> bool:
         """Whether the name at `at` may have a secret value once `text` is decoded."""
@@ -6798,7 +6816,7 @@ class PhraseRule:
                 at, end = found.span()
                 if not found.lastindex or self.named.may_be(text, low, at=at):
                     spots += [at, end]
-        return spots
+        return spots + [start for start, _, _ in self.named.turned(text, low)]
 
     def find(self, text: bytes) -> object:
         """Private keys, phrases row by row, and the named values in `text`."""
@@ -6813,6 +6831,7 @@ class PhraseRule:
                 if self._counts(kind, text[start:end]):
                     yield start, end, kind
         yield from self.named.find(text, low, hints=hints)
+        yield from self.named.turned(text, low)
 
     def _counts(self, kind: str, value: bytes) -> bool:
         if kind == "basic_auth":
@@ -6859,9 +6878,14 @@ class LiteralRule:
 
 
 def written_forms(value: bytes) -> set:
-    """`value` as it stands in text, in JSON and in URLs."""
+    """`value` as it stands in text, in URLs, and in JSON within JSON, up to 4 deep."""
     text = value.decode("utf-8", "surrogateescape")
-    return {value, *in_json(text), uri_escape(text).encode()}
+    forms, level = {value, uri_escape(text).encode()}, {text}
+    for _ in range(4):
+        written = {form for each in level for form in in_json(each)}
+        forms |= written
+        level = {form.decode() for form in written}
+    return forms
 
 
 def in_json(text: str) -> list:
@@ -7073,6 +7097,8 @@ class Redactor:
         self._rules = [*filter(None, [self._user]), tokens, UrlRule(judge),
                        phrases, LiteralRule(kinds), HomeRule(home)]
         self._escape = re.compile(rb"\\u00[2-7]|\\/")
+        self._label_after = re.compile(rb'"\s*,\s*"(?:name|key)"\s*:\s*'
+                                       rb'"([^"\\]{1,200})"', re.I)
         # What stands between strings: signs, numbers, true, false, null, NaN, Infinity.
         self._start = re.compile(rb"\s*[{\[\"]")
         self._gap = re.compile(rb"[\s{}\[\],:0-9.+\-eEtrufalsnNIity]*")
@@ -7171,8 +7197,9 @@ class Redactor:
                 name = text[quote + 1:at - 1]
                 continue
             name = b"" if b"}" in gap else name
-            label = name.lower() == b"value" and self._label.search(
-                text, max(0, quote - 300), quote + 1)
+            label = name.lower() == b"value" and (
+                self._label.search(text, max(0, quote - 300), quote + 1)
+                or self._label_after.match(text, at - 1))
             yield quote + 1, at - 1, label.group(1) if label else name
 
     def _string_end(self, text: bytes, at: int) -> int:
@@ -7224,7 +7251,16 @@ class Redactor:
             if text is before:
                 break
             armed = self._suspect(text)[1]
-        return text
+        return self._hidden(text) if b"\\u00" in text else text
+
+    def _hidden(self, text: bytes) -> bytes:
+        """`text` without what shows only when its \\u escapes are decoded: JSON that is
+        a part of other text."""
+        plain, offset = bared(text)
+        armed = self._suspect(plain)[1] if plain != text else []
+        return self._splice(text, [
+            (offset(start), offset(end), kind)
+            for rule in armed for start, end, kind in rule.find(plain)])
 
     def _splice(self, text: bytes, spans: list) -> bytes:
         """`text` with marks for `spans`; one that overlaps joins the one before."""
@@ -7262,10 +7298,31 @@ def unquoted(raw: bytes) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def bared(text: bytes) -> tuple:
+    r"""(`text` with its \u escapes of ASCII decoded, a function from an offset in that
+    to the one in `text`).
+
+    >>> plain, offset = bared(rb"gh\u0070_x")
+    >>> plain, offset(3)
+    (b'ghp_x', 8)
+    """
+    import re
+    from bisect import bisect_left
+    places, more = [], [0]  # where a decoded character stands; bytes lost up to it
+
+    def decoded(found: object) -> bytes:
+        places.append(found.start() - more[-1])
+        more.append(more[-1] + found.end() - found.start() - 1)
+        return bytes([int(found.group(1), 16)])
+
+    plain = re.sub(rb"\\+u00([2-7][\da-fA-F])", decoded, text)
+    return plain, lambda at: at + more[bisect_left(places, at)]
+
+
 def secret_values(environ: dict, more: tuple = ()) -> list:
     """The values of secret-looking variables, passwords of URLs in any, and `more`:
-    worth removing wherever they stand. Short, plain and repetitive ones are not: too
-    much would go with them."""
+    worth removing wherever they stand; of several lines each long one. Short,
+    repetitive ones and single words are not: too much would go with them."""
     judge = Judge()
     urls, found = UrlRule(judge), [value.encode("utf-8", "backslashreplace")
                                    for value in more]
@@ -7273,12 +7330,20 @@ def secret_values(environ: dict, more: tuple = ()) -> list:
         data = os.fsencode(value)
         found += [data[start:end] for start, end, _ in urls.find(data)]
         strength = judge.strength(os.fsencode(name))
-        plain = judge.is_plain(data) and len(data) < 16 or strength < 2
-        if strength and not judge.is_reference(data) and (
-                not plain or judge.is_secret(data, strength, loose=True)):
+        if strength and not judge.is_reference(data) \
+                and _worth(judge, data, strength=strength):
             found.append(data)
-    return [value for value in found if len(value) >= SHORTEST and len(set(value)) > 5
-            and not value.isdigit() and b"\n" not in value]
+    parts = [part for value in found for part in value.splitlines()
+             if part == value or len(part) >= 16 and not part.startswith(b"-----")]
+    return [part for part in parts if len(part) >= SHORTEST and len(set(part)) > 5]
+
+
+def _worth(judge: Judge, data: bytes, *, strength: int) -> bool:
+    plain = judge.is_plain(data)
+    if strength == 3:
+        return not (plain and data.isalpha() and len(data) < 16)
+    return strength == 2 and (not plain or data.isdigit()) \
+        or judge.is_secret(data, strength, loose=True)
 
 
 def marks_made(before: bytes, after: bytes) -> list:
