@@ -6851,6 +6851,7 @@ class PhraseRule:
 # neither files nor the environment: they come in as arguments.
 
 MARKS = r"\[REDACTED:[\w.-]{1,200}\]"  # as 0.2 writes them; no rule finds one
+COMMON_GAPS = (b",", b":", b"},", b":{", b":[{", b"}],", b"{", b", ", b": ")  # in JSON
 ROUNDS = 4  # at most: what one rule replaced may have bared something for another
 
 
@@ -7089,13 +7090,13 @@ class Redactor:
         self.counts: dict = {}
         judge = Judge()
         tokens, phrases = TokenRule(judge), PhraseRule(judge)
-        self._named = phrases.named
+        self._named, self._home = phrases.named, HomeRule(home)
         self._user = PatternRule(patterns) if patterns else None
         kinds = {value: next((kind for start, end, kind in tokens.find(value)
                               if end - start == len(value)), "env_value")
                  for value in literals}
         self._rules = [*filter(None, [self._user]), tokens, UrlRule(judge),
-                       phrases, LiteralRule(kinds), HomeRule(home)]
+                       phrases, LiteralRule(kinds), self._home]
         self._escape = re.compile(rb"\\u00[2-7]|\\/")
         self._label_after = re.compile(rb'"\s*,\s*"(?:name|key)"\s*:\s*'
                                        rb'"([^"\\]{1,200})"', re.I)
@@ -7188,12 +7189,13 @@ class Redactor:
         while True:
             quote = text.find(b'"', at)
             gap = text[at:quote if quote >= 0 else len(text)]
-            if gap not in (b",", b":") and not self._gap.fullmatch(gap):
+            if gap not in COMMON_GAPS and not self._gap.fullmatch(gap):
                 raise NotJson
             if quote < 0:
                 return
             at = self._string_end(text, quote + 1)
-            if self._colon.match(text, at):
+            after = text[at:at + 1]
+            if after == b":" or after.isspace() and self._colon.match(text, at):
                 name = text[quote + 1:at - 1]
                 continue
             name = b"" if b"}" in gap else name
@@ -7245,10 +7247,12 @@ class Redactor:
 
     def _text(self, text: bytes, armed: list) -> bytes:
         for _ in range(ROUNDS):
-            before = text
+            bared = False
             for rule in armed:
-                text = self._splice(text, list(rule.find(text)))
-            if text is before:
+                new = self._splice(text, list(rule.find(text)))
+                bared |= new is not text and rule is not self._home  # ~ bares nothing
+                text = new
+            if not bared:
                 break
             armed = self._suspect(text)[1]
         return self._hidden(text) if b"\\u00" in text else text
