@@ -3622,7 +3622,8 @@ def commit_part(cursor: dict, made: dict, *, at: str) -> dict:
     # A generation may have begun meanwhile, because of 0.2: it starts at the start.
     same = part["generation"] == cursor["generation"]
     return {**cursor, "reserved": None,
-            "position": part["to"] if same else cursor["position"], "parts": [*cursor["parts"], entry], "last_uploaded_at": at,
+            "position": part["to"] if same else cursor["position"],
+            "parts": [*cursor["parts"], entry], "last_uploaded_at": at,
             "totals": add_part(cursor["totals"], entry)}
 
 
