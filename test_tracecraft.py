@@ -23669,6 +23669,30 @@ def test_what_comes_before_damage_is_stored_and_what_follows_once_it_is_mended(
 
 
 
+PEM = [b"-----BEGIN RSA PRIVATE KEY-----\n", *[b"MIIEow%dIBAAKCAQEAx%s\n" % (n, b"Qz9" * 14)
+                                              for n in range(6)],
+       b"-----END RSA PRIVATE KEY-----\n", b"after the key\n"]
+
+
+@pytest.mark.parametrize("crash", [None, "crash-before", "crash-after"])
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_key_that_is_cut_by_a_flush_or_a_restart_is_taken_out_whole(bucket, file, crash,
+                                                                     alive):
+    mirror = None
+    for number in range(1, len(PEM) + 1):
+        file.write(b"".join(PEM[:number]))
+        if mirror is None or not alive:
+            mirror = mirror_of(file, bucket, redactor=tracecraft.Redactor([], []))
+        if crash:
+            mirror.store.fault(crash, key="part-")
+        with contextlib.suppress(Crash):
+            mirror.look() if alive else mirror.flush()
+        mirror = None if crash else mirror
+    mirror_of(file, bucket, redactor=tracecraft.Redactor([], [])).flush()
+    assert b"MII" not in stored(bucket) and stored(bucket).endswith(PEM[-1])
+    assert "in_key" not in bucket.doc(CURSOR)
+
+
 
 def test_two_files_under_one_id_are_refused_instead_of_alternating(bucket, file,
                                                                    tmp_path):
@@ -23805,7 +23829,6 @@ def test_a_generation_counts_as_the_last_once_something_of_it_is_there(bucket, f
         mirror.flush()
     assert bucket.doc(CURSOR)["reserved"]["generation"] == 1
     assert stored(bucket, -1) == (first if when == "before" else file.data)
-
 
 
 def test_what_a_mirror_still_holds_is_not_skipped_when_its_file_is_gone(bucket, file):
@@ -24207,7 +24230,6 @@ def test_when_02_has_merged_repeats_the_last_generation_is_exact(bucket, file, c
     assert stored(bucket, -1) == file.data and bucket.doc(CURSOR)["generation"] == 1
     mirror_of(file.add(), bucket).flush()
     assert stored(bucket, -1) == file.data and part_faults(bucket) == []
-
 
 
 
@@ -29234,7 +29256,6 @@ def test_a_secret_in_the_name_of_a_file_is_in_no_key_record_or_output(made, flag
         assert not any(token.encode() in store.get(key).body for key in keys)
 
 
-
 def test_what_is_mirrored_is_redacted_unless_that_is_not_wanted(made):
     secret = b"ghp_" + b"a1B2c3D4e5" * 3 + b"f6G7h8"
     with open(made.file, "wb") as file:
@@ -29365,6 +29386,42 @@ def test_following_outlives_a_store_that_is_away(file, capsys):
     assert stored(bucket) == file.data
     part = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert part["event"] == "part" and part["session"] == "s"
+
+
+def test_a_source_that_was_damaged_or_gone_once_is_read_when_it_has_changed(file, capsys):
+    bucket = MemoryStore()
+    ada = agent_on(bucket, "ada")
+    options = SimpleNamespace(
+        files=[file.add(2).path], harness="auto", all=False, session_id="s", cwd=None,
+        no_redact=True, min_bytes=1, interval=1, follow=True, as_json=True, quiet=False)
+    ada.settings.cwd = os.path.dirname(file.path)
+    follower = t.Follower(ada, t.Chosen(ada.settings, options), options)
+    follower.find()
+    mirror, = follower.mirrors.values()
+    mirror.source = Halfway("jsonl", "s", path=file.path)
+    mirror.source.broken = True
+    follower.turn()
+    file.add(2)
+    follower.turn()
+    assert len(follower.failed) == 1 and bucket.under(SESSION)
+    follower.raise_if(hopeless=True)
+    mirror.source.broken = False
+    file.add(1)
+    follower.turn()
+    follower.each(lambda one: one.flush())
+    follower.raise_if()
+    assert stored(bucket) == file.data
+
+
+def test_a_source_that_is_gone_while_it_is_read_and_back_as_it_was_is_read(bucket, file):
+    mirror = mirror_of(file.add(2), bucket)
+    stamp = mirror.source.stamp()
+    os.rename(file.path, file.path + ".away")
+    mirror.source = SimpleNamespace(stamp=lambda: stamp, read=mirror.source.read)
+    assert mirror.look() == 0
+    os.rename(file.path + ".away", file.path)
+    assert mirror.look() == len(file.data)
+
 
 
 def test_a_session_that_cannot_be_mirrored_does_not_stop_the_others(tmp_path, capsys):
@@ -29992,7 +30049,6 @@ def test_a_session_without_records_is_not_restored_over_a_good_file(here, bucket
     with pytest.raises(t.NotFound, match="x1 has no records"):
         here.restore(bucket, "x1", "--force", *["--dry-run"] * dry)
     assert pathlib.Path(path).read_bytes() == good
-
 
 
 def test_where_a_harness_keeps_a_database_the_records_go_into_a_file(bucket, tmp_path):

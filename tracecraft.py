@@ -3479,6 +3479,8 @@ def lease_is_past(token: int, item: dict | None) -> bool:
 #                          of their own, PAGE_PARTS each, then the newest themselves
 #   merging, doomed        leaves of what a compaction is about to create, and of what
 #                          is to be deleted and never counts again
+#   in_key                 true where a private key is open at the position, so that who
+#                          goes on takes out the rest of it; also in a part
 #   totals, turned         over all parts ever committed; why the generation began
 
 META_PARTS = 20  # parts repeated in meta.json (protocol.md 10)
@@ -3604,6 +3606,12 @@ def stored_part(part: dict, data: bytes) -> dict:
             "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def with_key(doc: dict, in_key: bool) -> dict:
+    """A cursor or part that says whether a private key is open where it ends."""
+    left = {name: value for name, value in doc.items() if name != "in_key"}
+    return {**left, "in_key": True} if in_key else left
+
+
 def commit_part(cursor: dict, made: dict, *, at: str) -> dict:
     """The cursor with its reserved part committed; twice is once. Moved when that part
     is not reserved, nor among the newest.
@@ -3621,7 +3629,7 @@ def commit_part(cursor: dict, made: dict, *, at: str) -> dict:
              **({} if None in ends else {"cursor_range": ends})}
     # A generation may have begun meanwhile, because of 0.2: it starts at the start.
     same = part["generation"] == cursor["generation"]
-    return {**cursor, "reserved": None,
+    return {**with_key(cursor, same and part.get("in_key") is True), "reserved": None,
             "position": part["to"] if same else cursor["position"],
             "parts": [*cursor["parts"], entry], "last_uploaded_at": at,
             "totals": add_part(cursor["totals"], entry)}
@@ -3650,8 +3658,8 @@ def turn_generation(cursor: dict, seen: tuple, *, why: str, at: str, by: str) ->
         raise Moved("has a reserved part that is not finished")
     if seen != (cursor["generation"], cursor["position"]):
         raise Moved("was taken further by another mirror")
-    return {**cursor, "generation": cursor["generation"] + 1, "position": None,
-            "turned": {"why": why, "at": at, "by": by}}
+    return {**with_key(cursor, False), "position": None,
+            "generation": cursor["generation"] + 1, "turned": {"why": why, "at": at, "by": by}}
 
 
 def next_page(cursor: dict) -> tuple | None:
@@ -3831,7 +3839,8 @@ def fold_meta(cursor: dict, pages: dict, meta: dict | None, leaves: dict) -> dic
         elif ends and cursor["reserved"] is None \
                 and ends[0] == offset_of(cursor["position"]) \
                 and (ends[0] or not known):
-            cursor = {**_append_foreign(cursor, part, leaves), "position": ends[1]}
+            cursor = {**with_key(_append_foreign(cursor, part, leaves), False),
+                      "position": ends[1]}
     return cursor
 
 
@@ -3863,7 +3872,8 @@ def _fold_merge(cursor: dict, pages: dict, merged: dict, leaves: dict) -> dict:
     turned = {} if whole == merged_size else {
         "generation": cursor["generation"] + 1, "position": None,
         "turned": {"why": MERGED_02, "at": str(merged.get("uploaded_at")), "by": "0.2"}}
-    return {**cursor, "pages": [], "parts": [entry, *parts[gone:]], **turned,
+    kept = with_key(cursor, False) if turned else cursor
+    return {**kept, "pages": [], "parts": [entry, *parts[gone:]], **turned,
             "doomed": [*cursor["doomed"], *cursor["pages"], *inline],
             "compactions": number(cursor, "compactions") + 1}
 
@@ -20134,6 +20144,7 @@ class AsItIs:
 
     def __init__(self) -> None:
         self.counts: dict = {}
+        self.in_key = False
 
     def line(self, data: bytes) -> bytes:
         """The record, redacted."""
@@ -20148,13 +20159,14 @@ class Cut:
     bytes to be stored, once it is done."""
 
     __slots__ = ("generation", "start", "end", "turning", "size", "records", "counts",
-                 "data", "_lines", "_digest", "_redactor", "_before")
+                 "data", "in_key", "_lines", "_digest", "_redactor", "_before")
 
     def __init__(self, redactor: object, generation: int, start: object, *,
                  turning: tuple | None = None) -> None:
         import hashlib
         self.generation, self.start, self.end = generation, start, start
         self.turning, self.size, self.records, self.data = turning, 0, 0, b""
+        self.in_key = redactor.in_key
         self._lines, self._digest, self._redactor = [], hashlib.sha256(), redactor
         self.counts, self._before = {}, dict(redactor.counts)
 
@@ -20162,6 +20174,7 @@ class Cut:
         """Take in whole records of the source, up to the position `end`."""
         records, _ = split_records(data, b"")
         self._lines += map(self._redactor.line, records)
+        self.in_key = self._redactor.in_key
         self._digest.update(data)
         self.records += len(records)
         self.size += len(data)
@@ -20177,9 +20190,10 @@ class Cut:
 
     def part(self, uuid: str) -> dict:
         """The part as it is reserved."""
-        return {"uuid": uuid, "generation": self.generation, "from": self.start,
+        part = {"uuid": uuid, "generation": self.generation, "from": self.start,
                 "to": self.end, "records": self.records, "source_bytes": self.size,
                 "source_sha256": self._digest.hexdigest(), "redactions": self.counts}
+        return with_key(part, self.in_key)
 
 
 def made_ahead(cuts: object) -> object:
@@ -20220,6 +20234,7 @@ class Mirror:
         self._created = ""  # its leaf, if it was I who created it
         self._mine = None  # (generation, position) up to which I last stored
         self._seen: object = ()  # the source's stamp when nothing was left to store
+        self._is_gone = False  # the source, when it was last read
         self._meta_due, self._projected_at = False, None
 
     def _facts(self, agent: str) -> dict:
@@ -20240,9 +20255,10 @@ class Mirror:
         what was put off, or none. The source bytes stored."""
         stamp = self.source.stamp()
         if stamp and (stamp != self._seen or self.session.cursor is None):
-            before = self.stored
+            before, self._seen = self.stored, ()
             self._advance(self.min_bytes)
-            self._seen = stamp
+            # What was gone may come back as it was.
+            self._seen = () if self._is_gone else stamp
             if self.stored != before:
                 self._project(after=META_EVERY)
                 return self.stored - before
@@ -20324,7 +20340,7 @@ class Mirror:
             try:
                 self._finish_first()
                 for cut in made_ahead(self._cuts(*self._front(), least=least,
-                                                 ended=ended)):
+                                                 in_key=self._in_key(), ended=ended)):
                     self._store(cut)
                 self._mine = self._front()
                 return
@@ -20358,16 +20374,26 @@ class Mirror:
     def _front(self) -> tuple:
         """(generation, position) at which the next part begins."""
         doc = self._open()
-        if self._made is not None \
-                and doc["reserved"]["generation"] == doc["generation"]:
+        if self._goes_on(doc):
             return doc["reserved"]["generation"], doc["reserved"]["to"]
         return doc["generation"], doc["position"]
 
+    def _goes_on(self, doc: dict) -> bool:
+        """Whether the next part comes behind the one that is reserved and there."""
+        return self._made is not None \
+            and doc["reserved"]["generation"] == doc["generation"]
+
+    def _in_key(self) -> bool:
+        """Whether a private key is open there."""
+        doc = self._open()
+        return (doc["reserved"] if self._goes_on(doc) else doc).get("in_key") is True
+
     # -- parts
 
-    def _cuts(self, generation: int, start: object, *, least: int,
+    def _cuts(self, generation: int, start: object, *, in_key: bool, least: int,
               ended: bool) -> object:
         """Yields a Cut for each part of what is new in the source."""
+        self.redactor.in_key = in_key
         cut = Cut(self.redactor, generation, start)
         while True:
             try:
@@ -20381,6 +20407,7 @@ class Mirror:
             if lines.fresh:
                 if cut.size:  # it was rewritten while it was read
                     yield cut.done()
+                self.redactor.in_key = False
                 cut = Cut(self.redactor, cut.generation + 1, None,
                           turning=(cut.generation, cut.end))
                 least = 1
@@ -20393,8 +20420,11 @@ class Mirror:
 
     def _read(self, position: object, **how: object) -> Lines:
         try:
-            return self.source.read(position, **how)
+            lines = self.source.read(position, **how)
+            self._is_gone = False
+            return lines
         except NotFound:  # its harness has deleted it: what is stored stays
+            self._is_gone = True
             return Lines(b"", position, fresh=False)
 
     def _store(self, cut: Cut) -> None:
@@ -20453,6 +20483,8 @@ class Mirror:
     def _again(self, reserved: dict) -> bytes:
         """The bytes of a part somebody reserved; b"" when its range is there no more.
         """
+        # The cursor's: it says how things stand right before what is reserved.
+        self.redactor.in_key = self._open().get("in_key") is True
         cut = Cut(self.redactor, 0, reserved["from"])
         while cut.records < number(reserved, "records"):
             lines = self._read(cut.end, upto=reserved["to"])
@@ -31126,10 +31158,14 @@ class Follower:
     stop: a Stoppable that ends even a long turn between two parts. failed: {(harness,
     id): the Error of the last turn, or None}."""
 
+    # A source may be half written when it is read: then it is damaged just once, and
+    # read again as soon as it has changed.
+
     def __init__(self, project: object, chosen: Chosen, options: object) -> None:
         self.project, self.chosen, self.options = project, chosen, options
         self.mirrors: dict = {}  # (harness, id): Mirror
-        self.stop, self.failed, self._rests, self._looked_at = None, {}, {}, 0.0
+        self.stop, self.failed, self._looked_at = None, {}, 0.0
+        self._rests, self._stamps = {}, {}  # until when, and unless it has changed
 
     def find(self) -> None:
         """Take in the sources that are new; while following each is announced."""
@@ -31178,8 +31214,10 @@ class Follower:
         may not help; two that fail in a row end the turn: the store may be away."""
         now, row = time.monotonic(), 0
         for name, mirror in self.mirrors.items():
-            if self._rests.get(name, 0) > now:
+            stamp = mirror.source.stamp()
+            if self._rests.get(name, 0) > now and self._stamps.get(name) == stamp:
                 continue
+            self._stamps[name] = stamp
             try:
                 act(mirror)
                 row, self.failed[name] = 0, None
@@ -31202,10 +31240,16 @@ class Follower:
         turn, and trying again will hardly help."""
         found = [why for why in self.failed.values() if why is not None]
         if hopeless and (len(found) < len(self.mirrors)
-                         or any(why.retryable for why in found)):
+                         or any(why.retryable or self._is_of_source(why)
+                                for why in found)):
             return
         for why in found:
             raise why
+
+    def _is_of_source(self, why: Error) -> bool:
+        """Whether a transcript was damaged or gone: it may be another the next time."""
+        return isinstance(why, (Corrupt, NotFound)) \
+            and not {"key", "bucket"} & {*why.details}
 
     def turn(self) -> None:
         """One turn of following."""
