@@ -3659,7 +3659,8 @@ def turn_generation(cursor: dict, seen: tuple, *, why: str, at: str, by: str) ->
     if seen != (cursor["generation"], cursor["position"]):
         raise Moved("was taken further by another mirror")
     return {**with_key(cursor, False), "position": None,
-            "generation": cursor["generation"] + 1, "turned": {"why": why, "at": at, "by": by}}
+            "generation": cursor["generation"] + 1,
+            "turned": {"why": why, "at": at, "by": by}}
 
 
 def next_page(cursor: dict) -> tuple | None:
