@@ -20631,6 +20631,7 @@ def test_each_reads_the_config_the_other_wrote_and_sees_its_agent(both, tmp_path
     assert moved.items() >= {**both.config, "agent_id": "old"}.items()
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_presence_that_one_client_wrote_survives_a_heartbeat_of_the_other(both):
     both.ours("ada", "heartbeat", "--summary", "writing tests")
@@ -20660,6 +20661,7 @@ def test_memory_and_its_history_are_one_for_both_clients(both):
     assert both.ours("ada", "memory", "history", "plan.status").splitlines() == history
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_what_one_client_adds_and_deletes_the_other_reads_so(both):
     both.ours("ada", "memory", "incr", "builds")
@@ -20695,6 +20697,7 @@ def test_messages_and_broadcasts_go_both_ways_in_the_same_words(both):
     assert both.ours("ada", "inbox", "--new") == "No new messages.\n"
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_one_agent_may_read_with_either_client_and_sees_each_message_once(both):
     def send(text):
@@ -20724,6 +20727,7 @@ def test_a_message_sent_twice_under_one_id_reaches_0_2_once(both):
     assert texts_of(both.theirs("old", "inbox", "--new")) == ["(direct) ada: built"]
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_reading_with_0_2_loses_no_channel_and_shows_nothing_of_it_twice(both):
     both.ours("mix", "channel", "join", "ops")
@@ -20737,6 +20741,7 @@ def test_reading_with_0_2_loses_no_channel_and_shows_nothing_of_it_twice(both):
     assert texts_of(both.ours("mix", "inbox", "--new")) == ["(#ops) ada: two"]
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_0_2_reads_what_is_signed_attached_and_asked_and_may_be_answered(both):
     (both.home("ada") / "a.txt").write_text("abc")
@@ -20751,6 +20756,7 @@ def test_0_2_reads_what_is_signed_attached_and_asked_and_may_be_answered(both):
     assert len(both.ours_json("ada", "thread", message["id"])["items"]) == 2
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_an_acknowledgement_is_no_mail_to_0_2(both):
     both.theirs("old", "send", "ada", "did you see it?")
@@ -20821,6 +20827,7 @@ def test_a_complete_step_is_complete_to_the_other_and_hands_off(both):
     assert healthy(both)
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_a_step_ended_by_0_2_can_be_reopened_and_0_2_sees_the_new_holder(both):
     both.theirs("old", "claim", "design")
@@ -20837,6 +20844,7 @@ def test_a_step_ended_by_0_2_can_be_reopened_and_0_2_sees_the_new_holder(both):
     assert healthy(both)
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_without_a_claim_either_client_completes_and_the_other_agrees(both):
     both.ours("ada", "complete", "quick")
@@ -20849,6 +20857,7 @@ def test_without_a_claim_either_client_completes_and_the_other_agrees(both):
     assert both.ours_json("ada", "claim", "habit", "--reopen")["token"] == 2
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_an_agent_may_end_with_0_2_what_it_claimed_with_ours(both):
     both.ours("ada", "claim", "design")
@@ -20882,6 +20891,7 @@ def test_0_2_forcing_a_complete_over_our_claim_fences_us(both):
     assert healthy(both)
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_our_force_over_a_claim_of_0_2_is_final_for_0_2(both):
     both.theirs("old", "claim", "design")
@@ -20894,6 +20904,7 @@ def test_our_force_over_a_claim_of_0_2_is_final_for_0_2(both):
     assert healthy(both)
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_a_wait_ends_when_the_other_client_blocks_or_fails_the_step(both):
     both.theirs("old", "complete", "api", "--blocked", "--note", "no keys")
@@ -20905,6 +20916,7 @@ def test_a_wait_ends_when_the_other_client_blocks_or_fails_the_step(both):
         "old", "wait-for", "web", "--timeout", "20", exit=1)
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_what_0_2_wants_reviewed_we_approve_or_reject(both):
     both.theirs("old", "claim", "docs")
@@ -20920,6 +20932,7 @@ def test_what_0_2_wants_reviewed_we_approve_or_reject(both):
     assert healthy(both)
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_a_released_step_reads_as_pending_in_0_2_and_is_ours_to_claim(both):
     both.ours("ada", "claim", "design")
@@ -20950,6 +20963,7 @@ def test_artifacts_go_both_ways_with_their_bytes(both, tmp_path):
     assert (tmp_path / "ada" / "got.csv").read_bytes() == b"a,b\n1,2\n"
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_bytes_of_0_2_over_an_artifact_of_ours_are_adopted_and_said(both, tmp_path):
     for agent, text in (("ada", "one"), ("old", "two")):
@@ -20968,6 +20982,7 @@ def test_bytes_of_0_2_over_an_artifact_of_ours_are_adopted_and_said(both, tmp_pa
     assert healthy(both)
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_the_same_bytes_uploaded_by_both_are_one_artifact(both):
     for agent in ("ada", "old"):
@@ -24009,6 +24024,7 @@ def test_a_mirror_goes_on_following_through_a_compaction(bucket, file):
     assert len(bucket.doc(CURSOR)["parts"]) == 2
 
 
+@pytest.mark.soak
 def test_a_compaction_may_crash_at_every_request(small, tmp_path):
     points = 0
     files = map(Transcript, (tmp_path / f"{n}.jsonl" for n in itertools.count()))
@@ -26245,6 +26261,7 @@ def check_old_client(hub, said, folder):
     assert json.loads(files["p/steps/build/claim.json"])["agent"] == "bob"
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_the_released_cli_lives_on_our_hub(tmp_path):
     (tmp_path / "f.txt").write_bytes(b"bytes")
@@ -29451,6 +29468,7 @@ def test_a_session_that_cannot_be_mirrored_does_not_stop_the_others(tmp_path, ca
 # -- 0.2.5 before and after us -----------------------------------------
 
 
+@pytest.mark.soak
 @pytest.mark.peers
 def test_025_mirrors_before_and_after_us_and_nothing_counts_twice(both, tmp_path):
     folder = tmp_path / ".claude/projects" / re.sub(
@@ -31014,7 +31032,7 @@ def test_a_home_that_is_no_directory_holds_no_profile(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "2>/dev/full", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("closed", [">&-", "2>/dev/full", ">&- 2>&- <&-"])
 def test_closed_streams_do_not_change_the_exit_code(tmp_path, closed):
     store = f"file://{tmp_path}/s/p"
     assert attacked(tmp_path, "claim", "s", "--store", store, "--agent", "ada")[0] == 0
