@@ -6190,6 +6190,8 @@ class Judge:
         self._digest = re.compile(  # or a UUID
             rb"(?i)(?:0x)?[\da-f]{16,}|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}")
         self._random = re.compile(rb"[A-Za-z0-9_+/]{20,}={0,2}")
+        self._scheme = re.compile(rb"(?i)(?:token|key|api-?(?:key|token)|bot|ssws|oauth"
+                                  rb"|splunk|geniekey|bearer|basic) ")
 
     def is_filler(self, value: bytes) -> bool:
         """Whether `value` is an example of documentation, or says that it is none."""
@@ -6258,7 +6260,8 @@ class Judge:
 
         loose: it is quoted or ends its line, so it is no piece of code or prose."""
         if loose and strength == 3 and 0 < value.count(b" ") < 3 \
-                and len(self._turn.findall(value)) > 2:
+                and len(self._turn.findall(value)) > 2 \
+                and not self._scheme.match(value):
             value = value.replace(b" ", b"")  # two or three words that are none
         if len(value) < SHORTEST or b" " in value or value.isdigit() \
                 or len(set(value)) < 4:
