@@ -9,11 +9,10 @@ no server, nothing to install: Python 3.9+ and its standard library.
     python3 tracecraft.py complete design --note "see api.md" --to builder
 
 How it works. All state is plain JSON in a bucket: any S3 store, Hugging Face
-buckets, or a directory.
-Every change that matters is one conditional PUT on one object: create with
-If-None-Match, replace with If-Match on the ETag that was read (compare-and-swap,
-CAS). The store picks the winner, so there is no server of ours and no clock to
-trust.
+buckets, or a directory. Every change that matters is one conditional PUT on one
+object: create with If-None-Match, replace with If-Match on the ETag that was read
+(compare-and-swap, CAS). The store picks the winner, so there is no server of ours
+and no clock to trust.
 
 A *step* is a piece of work. `claim` makes its claim.json name one holder and a
 *fencing token* that only grows. A claim is a *lease*: when its holder has not
