@@ -6201,15 +6201,16 @@ class Judge:
         """Whether `value` is filler or names something else: a variable, path, URL."""
         return self._reference.search(value) is not None
 
-    def is_plain(self, value: bytes) -> bool:
+    def is_plain(self, value: bytes, *, tenths: int = 4) -> bool:
         """Whether `value` is made of words or of numbers: no digit stands beside a
-        letter, and most letters are in words that could be spoken."""
+        letter, and `tenths` of its letters, of more than 15 letters at least 7, are in
+        words that could be spoken."""
         if self._turn.search(value):
             return False
         words = [word for word in self._word.findall(value) if word.isalpha()]
         spoken = sum(len(word) for word in words if self._spoken.fullmatch(word))
         letters = sum(map(len, words))
-        return spoken * 10 >= letters * (7 if letters > 15 else 4)
+        return spoken * 10 >= letters * (max(7, tenths) if letters > 15 else tenths)
 
     def is_pair(self, value: bytes) -> bool:
         """Whether `value` is user:password in base64 (HTTP Basic, Docker's auth)."""
@@ -6283,7 +6284,7 @@ class Judge:
         if not loose and (strength < 3 or len(value) < 20):
             return False
         return strength == 3 and self._sign.search(value) is not None \
-            or not self.is_plain(value)
+            or not self.is_plain(value, tenths=6 if strength == 3 else 4)
 
 
 # == 24. Secret shapes =================================================
@@ -6472,7 +6473,7 @@ class TokenRule:
                     yield token.start(), start, self._kinds[token.lastindex - 1]
 
     def _is_secret(self, token: bytes) -> bool:
-        words = not token.isupper() and self._judge.is_plain(token)
+        words = not token.isupper() and self._judge.is_plain(token, tenths=9)
         return not words and not self._judge.is_filler(token)
 
     def _runs(self, text: bytes) -> object:
@@ -6753,6 +6754,8 @@ class NamedRule:
     def _found(self, text: bytes, low: bytes, *, found: object, name: bytes,
                strength: int) -> object:
         start, end, loose = self._span(text, found=found, name=name)
+        if name.lower().endswith(b"authorization"):  # "SCHEME VALUE"
+            start = text.rfind(b" ", start, end) + 1 or start
         link = self._link_end(text, low, found=found, name=name)
         if link:
             yield start, link, "connection_string"
@@ -6840,12 +6843,16 @@ class PhraseRule:
         hints = sorted([found.start() for hint in self._hints
                         for found in hint.finditer(low)])
         seen = b" ".join([low[max(0, at - 16):at + 16] for at in hints])
+        told = set()  # a phrase knows more of a value than its name does
         for kind, word, shape in self._rows:
             for found in shape.finditer(low) if word in seen else ():
                 start, end = found.span("s")
                 if self._counts(kind, text[start:end]):
+                    told.add(start)
                     yield start, end, kind
-        yield from self.named.find(text, low, hints=hints)
+        for span in self.named.find(text, low, hints=hints):
+            if span[0] not in told:
+                yield span
         yield from self.named.turned(text, low)
 
     def _counts(self, kind: str, value: bytes) -> bool:
