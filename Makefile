@@ -1,5 +1,6 @@
 # make test: all on the newest Python, with oracles and peers; on every other from 3.9 to
-# 3.13 found, stores, settings, form and transcripts.  make test-all: all on all of them.
+# 3.13 found, stores, settings, form and transcripts.  make test-all: all on all of them,
+# and the bucket suite on a real server, as .ci/run does on two.
 # make check: the file's order, contents and sizes.  make startup: start-up times.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' tracecraft.py)
 TOOLS := pytest pytest-xdist moto boto3 botocore requests huggingface_hub hf_xet tracecraft-ai==0.2.5
 
 test: .venv/.ready
-	$(PYTEST) -m "not soak"
+	$(PYTEST) -m "not soak and not bucket"
 	@bash .ci/run --other-pythons brief
 
 test-all: .venv/.ready
