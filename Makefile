@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 PY := .venv/bin/python
-PYTEST := $(PY) -m pytest -q -W ignore::pytest.PytestUnknownMarkWarning -n 3 test_tracecraft.py
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -q -W ignore::pytest.PytestUnknownMarkWarning -n 3 test_tracecraft.py
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' tracecraft.py)
 TOOLS := pytest pytest-xdist moto boto3 botocore requests huggingface_hub hf_xet tracecraft-ai==0.2.5
 

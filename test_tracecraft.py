@@ -19822,7 +19822,8 @@ class Shell:
 @pytest.fixture
 def sh(tmp_path):
     shell = Shell(tmp_path)
-    shell.ok("whoami")  # the embedded store has been announced
+    # As any command does; from now on the embedded store has been announced.
+    tracecraft.load_settings({}, shell.env({}), shell.cwd)
     return shell
 
 
