@@ -12625,11 +12625,13 @@ class Database:
 
     def rows(self, query: str, *values: object) -> object:
         """Yields the answer's rows as tuples."""
-        return self._link.execute(query, values)
+        # From Python 3.14 on ?1 is a name, whose values come as a mapping.
+        numbered = {str(at): value for at, value in enumerate(values, 1)}
+        return self._link.execute(query, numbered if "?1" in query else values)
 
     def one(self, query: str, *values: object) -> object:
         """The first value of the first row, or None."""
-        row = self._link.execute(query, values).fetchone()
+        row = self.rows(query, *values).fetchone()
         return row[0] if row else None
 
     def columns(self, table: str) -> set:
